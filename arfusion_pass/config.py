@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import struct
 from typing import Literal
 
 import torch
@@ -67,4 +68,4 @@ class FusionConfig:
 
 def canonical_epsilon(epsilon: float) -> float:
     """The float32 nearest to ``epsilon``: 1e-6 and 9.999999974752427e-07 are one epsilon."""
-    return torch.tensor(epsilon, dtype=torch.float32).item()
+    return float(struct.unpack("<f", struct.pack("<f", epsilon))[0])
