@@ -46,15 +46,15 @@ def report_table(reports: Sequence[FusionReport], width: int | None = None) -> s
     fused = _group(reports, lambda site: site.fused, _fused_key)
     if fused:
         table = _table("fused", ["graph", "sites", "pattern", "dtype", "epsilon", "quantiser", "outputs", "group"])
-        for (number, *cells), names in fused.items():
-            table.add_row(*_row(number, str(len(names)), *cells, _short(names)))
+        for cells, names in fused.items():
+            table.add_row(*_row(cells[0], str(len(names)), *cells[1:], _short(names)))
         console.print(table)
 
     missed = _group(reports, lambda site: not site.fused, _missed_key)
     if missed:
         table = _table("missed", ["graph", "sites", "why", "dtype", "group"])
-        for (number, *cells), names in missed.items():
-            table.add_row(*_row(number, str(len(names)), *cells, _short(names)))
+        for cells, names in missed.items():
+            table.add_row(*_row(cells[0], str(len(names)), *cells[1:], _short(names)))
         console.print(table)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()).rstrip()
 
