@@ -40,7 +40,7 @@ def group_sizes() -> dict[str, int]:
     return sizes
 
 
-def pass_key(config: FusionConfig, recording: str | None) -> str:
+def pass_key(config: FusionConfig) -> str:
     """The ``uuid`` of a pass: any change in the sources, the config or a group's size gives another."""
-    parts: list[Any] = ["arfusion_pass", source_hash(), repr(config), sorted(group_sizes().items()), recording]
+    parts: list[Any] = ["arfusion_pass", source_hash(), repr(config), sorted(group_sizes().items())]
     return hashlib.sha256(repr(parts).encode()).hexdigest()

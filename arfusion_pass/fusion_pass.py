@@ -48,8 +48,8 @@ class AllReduceFusionPass(CustomGraphPass):
         _all_reports.append(report)
 
     def uuid(self) -> Any:
-        """Inductor's cache key for this pass; see :mod:`arfusion_pass.cache_key`."""
-        return cache_key.pass_key(self.config, replay.active_key())
+        """Inductor's cache key for this pass (:mod:`arfusion_pass.cache_key`); None, no caching, while recording."""
+        return None if replay.active() is not None else cache_key.pass_key(self.config)
 
     @property
     def reports(self) -> Reports:
@@ -93,7 +93,7 @@ def run(graph: fx.Graph, config: FusionConfig) -> FusionReport:
     sites: list[RaisedSite] = []
     written: list[tuple[Plan, fx.Node]] = []
     recorder = replay.active()
-    before = None if recorder is None else replay.print_graph(graph)
+    before = after = None if recorder is None else replay.print_graph(graph)
     described: list[Site] = []
     replays: list[replay.ReplaySite] = []
     try:
@@ -110,6 +110,7 @@ def run(graph: fx.Graph, config: FusionConfig) -> FusionReport:
             described = [_describe(site) for site in sites]
             written = committer.apply()
             if recorder is not None:
+                after = replay.print_graph(graph)
                 recorder.mark(replays, [call for _, call in written])
     except Exception as error:
         if config.raise_errors:
@@ -126,7 +127,7 @@ def run(graph: fx.Graph, config: FusionConfig) -> FusionReport:
         seconds=time.perf_counter() - begin,
         note=note,
         before=before,
-        after=None if recorder is None else replay.print_graph(graph),
+        after=after,
     )
     if recorder is not None:
         recorder.add(report, replays)

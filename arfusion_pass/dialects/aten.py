@@ -116,7 +116,8 @@ def _sums(value: fx.Node) -> Iterator[_Sum]:
             elif dtype_of(add) == torch.float32:
                 yield _Sum(add, (*casts, add), residual, add, Flags.UNROUNDED_SUM)
                 for rounded in users_of(add, torch.ops.prims.convert_element_type.default):
-                    if dtype_of(rounded) == dtype_of(value):
+                    # An fp32 residual whose sum is rounded before the norm is no form that the kernels have.
+                    if dtype_of(rounded) == dtype_of(value) == dtype_of(residual):
                         yield _Sum(rounded, (*casts, add, rounded), residual, rounded)
 
 

@@ -118,7 +118,9 @@ def _implementations(name: str) -> tuple[Callable[..., None], Callable[..., None
             _run(call)
 
     def fake(*args: Any, **kwargs: Any) -> None:
-        check_call(FusedCall.bind(name, bind(args, kwargs)), eager=False)
+        arguments = bind(args, kwargs)
+        arguments["flags"] = record.strip(arguments["flags"])
+        check_call(FusedCall.bind(name, arguments), eager=False)
 
     return real, fake
 
