@@ -1,6 +1,6 @@
 """The smallest use: one all-reduce, one residual add, one RMSNorm.
 
-    torchrun --nproc-per-node 2 examples/minimal.py
+torchrun --nproc-per-node 2 examples/minimal.py
 """
 
 import os
