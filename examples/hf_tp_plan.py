@@ -20,8 +20,6 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--model", choices=CONFIGS, default="llama")
 arguments = parser.parse_args()
 
-torch.compiler.config.force_disable_caches = True  # the pass is not called, and reports nothing, on a cache hit
-
 # transformers shards while it loads a checkpoint, so rank 0 writes one first.
 rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 cuda = torch.cuda.device_count() >= world
@@ -47,7 +45,7 @@ dist.barrier()
 
 model = AutoModelForCausalLM.from_pretrained(folder[0], tp_plan="auto", dtype=torch.bfloat16).eval()
 ids = torch.randint(0, config.vocab_size, (1, 16), generator=torch.Generator().manual_seed(0)).to(model.device)
-compiled = torch.compile(model, options=arf.inductor_options())
+compiled = torch.compile(model, options=arf.inductor_options(fx_graph_cache=False))  # a cached graph has no report
 with torch.no_grad():
     unfused = model(ids, use_cache=False).logits
     fused = compiled(ids, use_cache=False).logits

@@ -83,7 +83,7 @@ def _rows(reports: Sequence[FusionReport], fused: bool, columns: _Columns) -> di
     for number, report in enumerate(reports):
         for site in report.sites:
             if site.fused == fused:
-                cells = (str(number), *(cell(site) for cell in columns.values()))
+                cells = (str(number) if len(reports) > 1 else "", *(cell(site) for cell in columns.values()))
                 rows.setdefault(cells, []).append(site.name)
     return rows
 
@@ -92,7 +92,7 @@ def _table(title: str, headers: list[str], rows: dict[tuple[str, ...], list[str]
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="", pad_edge=False)
     table.add_column("sites", justify="right", no_wrap=True)
     table.add_column("all-reduce", overflow="fold")
-    shown = [index for index, header in enumerate(["graph", *headers]) if any(cells[index] for cells in rows)]
+    shown = [index for index in range(len(headers) + 1) if any(cells[index] for cells in rows)]
     for index in shown:
         header = "graph" if index == 0 else headers[index - 1]
         table.add_column(header, overflow="fold", no_wrap=header in ("pattern", "dtype", "epsilon"))
