@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from arfusion_pass.buffers import Buffer, SizeSource, plan_buffer
+from arfusion_pass.buffers import Buffer, Insert, SizeSource, plan_buffer
 from arfusion_pass.graph import VIEWS, describe, is_pure, mutated_arguments, tensor_of
 from arfusion_pass.ops.schema import OUTPUT_NAMES
 from arfusion_pass.patterns.chains import auto_functionalized
@@ -225,8 +225,7 @@ class Committer:
             if name in OUTPUT_NAMES:
                 kwargs[name] = buffers.get(name)
             elif isinstance(argument, fx.Node):
-                origin = argument.meta["origin"]
-                kwargs[name] = replaced.get(origin, origin)
+                kwargs[name] = self._input(argument, insert, replaced)
             else:
                 kwargs[name] = argument
         vals = tuple(None if role not in buffers else buffers[role].meta["val"] for role in OUTPUT_NAMES)
@@ -239,6 +238,15 @@ class Committer:
         for role, buffer in plan.buffers.items():
             values[role] = buffer.view(insert, results[role])
         return call, last, values
+
+    def _input(self, node: fx.Node, insert: Insert, replaced: dict[fx.Node, fx.Node]) -> fx.Node:
+        """An input of a fused call in the user's graph: what it stands for, or what it computes from that."""
+        if "origin" in node.meta:
+            origin = node.meta["origin"]
+            return replaced.get(origin, origin)
+        args = fx.map_arg(node.args, lambda inner: self._input(inner, insert, replaced))
+        vals = fx.map_arg(args, lambda inner: inner.meta["val"])
+        return insert(node.target, args, None, node.target(*vals))  # type: ignore[operator]
 
     def _erase(self, site: RaisedSite) -> None:
         """Erase a site's nodes, and what only they read, from the last to the first."""
@@ -255,8 +263,12 @@ class Committer:
 
 
 def _origins(call: fx.Node) -> list[fx.Node]:
-    """The nodes of the user's graph that a fused call of the shadow graph takes."""
-    return [node.meta["origin"] for node in call.all_input_nodes if "origin" in node.meta]
+    """The nodes of the user's graph that a fused call of the shadow graph takes, through what it computes of them."""
+    return [
+        origin
+        for node in call.all_input_nodes
+        for origin in ([node.meta["origin"]] if "origin" in node.meta else _origins(node))
+    ]
 
 
 def _base(node: fx.Node) -> fx.Node:
