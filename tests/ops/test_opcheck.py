@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from arfusion_pass.ops import library
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from arfusion_pass.ops import layouts, library
 from arfusion_pass.ops.spec import NO_QUANT, QuantFormat, QuantSpec
 from tests.ops.cases import SPECS, arguments, outputs
 
@@ -70,16 +73,10 @@ def test_moe_finalize(name: str) -> None:
 def test_dynamic_tokens_stay_dynamic(name: str) -> None:
     """Tracing with a symbolic token count adds no guard on it: one trace serves 2, 5 and 130 tokens."""
     spec = SPECS.get(name, NO_QUANT)
-    from torch._subclasses import FakeTensorMode
-    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
-
     environment = ShapeEnv()
     mode = FakeTensorMode(shape_env=environment)
-    context = StatelessSymbolicContext([DimDynamic.DYNAMIC, DimDynamic.STATIC])
+    context: Any = StatelessSymbolicContext([DimDynamic.DYNAMIC, DimDynamic.STATIC])
     x = mode.from_tensor(torch.randn(6, 256, dtype=torch.bfloat16), symbolic_context=context)
-    before = len(environment.guards)
-    from arfusion_pass.ops import layouts
-
     with mode:
         kwargs: dict[str, Any] = {"norm_out": torch.empty(x.shape, dtype=x.dtype)}
         if spec.format != QuantFormat.NONE:
@@ -100,9 +97,8 @@ def test_compiled_equals_eager() -> None:
 
     def run(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         turned = (x + 1).t()
-        norm, codes = torch.empty_like(turned, memory_format=torch.contiguous_format), torch.empty(
-            turned.shape, dtype=torch.float8_e4m3fn
-        )
+        norm = torch.empty(turned.shape, dtype=turned.dtype)
+        codes = torch.empty(turned.shape, dtype=torch.float8_e4m3fn)
         scales = torch.empty(turned.shape[1] // 32, (turned.shape[0] + 3) // 4 * 4)
         inputs = turned if torch.compiler.is_compiling() else turned.contiguous()
         op(inputs, **arguments(spec, weight=weight), norm_out=norm, quant_out=codes, scale_out=scales)
