@@ -1,4 +1,4 @@
-"""Scale layouts: every scale at the address that its consumer reads, every byte of padding 0, nothing outside written."""
+"""Scale layouts: every scale where its consumer reads it, every byte of padding 0, nothing outside written."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_column_major_logical_view(layout: ScaleLayout) -> None:
 
 
 def test_packed_words() -> None:
-    """Byte ``g % 4`` of word ``(g / 4) * pad4(T) + t`` is the biased exponent (FlashInfer patterns 8 and 9, DeepGEMM)."""
+    """Byte ``g % 4`` of word ``(g / 4) * pad4(T) + t`` is the biased exponent (FlashInfer 8 and 9, DeepGEMM)."""
     spec = spec_of(ScaleLayout.PACKED_UE8M0)
     scales = torch.exp2(torch.arange(10.0).view(2, 5))
     buffer = torch.full((2, 4), -1, dtype=torch.int32)
@@ -85,7 +85,7 @@ def test_packed_words() -> None:
     ("layout", "rows"), [(ScaleLayout.SWIZZLED_128X4, 128), (ScaleLayout.SWIZZLED_8X4, 8)], ids=["128x4", "8x4"]
 )
 def test_swizzle_is_a_permutation_of_tiles(layout: ScaleLayout, rows: int) -> None:
-    """The index equals the layout spelled as reshape and transpose (cuBLAS's block-scaling layout), and is a bijection."""
+    """The index equals the layout spelled as reshape and transpose (cuBLAS's block-scaling layout), a bijection."""
     tokens, groups = 2 * rows, 12
     index = layouts.swizzled_index(torch.arange(tokens).unsqueeze(1), torch.arange(groups).unsqueeze(0), groups, layout)
     logical = torch.arange(tokens * groups).view(tokens, groups)

@@ -52,7 +52,9 @@ SPELLINGS = [(hf_norm, Flags.ROUND_BEFORE_WEIGHT, 0.0), (gemma_norm, 0, 1.0), (t
 @pytest.mark.parametrize("epsilon", EPSILONS)
 @pytest.mark.parametrize(("norm", "flags", "bias"), SPELLINGS, ids=["hf", "gemma", "torch"])
 @pytest.mark.parametrize("with_residual", [True, False], ids=["residual", "plain"])
-def test_equals_unfused(dtype: torch.dtype, epsilon: float, norm: Any, flags: int, bias: float, with_residual: bool) -> None:
+def test_equals_unfused(
+    dtype: torch.dtype, epsilon: float, norm: Any, flags: int, bias: float, with_residual: bool
+) -> None:
     """Exact: ``residual_out`` and the norm are the eager graph's bits, 3-D input, flattened residual."""
     x, residual, weight = sample(dtype, 2, 5, 192), sample(dtype, 10, 192), sample(dtype, 192)
     given = outputs((10, 192), dtype)
@@ -87,7 +89,7 @@ def test_fp32_sum(dtype: torch.dtype) -> None:
 
 
 def test_fp32_weight() -> None:
-    """An fp32 gamma beside bf16: fp32 norm out (torch's promotion), bf16 norm out, two roundings before it, none at all."""
+    """An fp32 gamma beside bf16, or none: fp32 norm out (torch's promotion), bf16 norm out, rounded before it."""
     x, weight = sample(torch.bfloat16, 6, 128), torch.randn(128)
     x32 = x.float()
     normalised = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + 1e-6)
@@ -211,7 +213,7 @@ def test_moe_reduce(dtype: torch.dtype, flags: int, with_input: bool) -> None:
 @dtypes
 @pytest.mark.parametrize("flags", [0, Flags.MOE_ROUND_PRODUCT, Flags.MOE_ROUND_SUM | Flags.MOE_ROUND_SCALED])
 def test_moe_finalize(dtype: torch.dtype, flags: int) -> None:
-    """Gather with -1 skipped, router weights, scaling once, shared expert; a token with no expert at all is only its share."""
+    """Gather with -1 skipped, router weights, one scaling, shared expert; a token without experts is its share."""
     x, shared = sample(dtype, 7, 64), sample(dtype, 4, 64)
     index = torch.tensor([[0, 3], [-1, 6], [2, -1], [-1, -1]], dtype=torch.int32)
     op = library.fused_op("moe_finalize_allreduce_rms_norm")
