@@ -65,6 +65,7 @@ class _Sum:
     residual: fx.Node | None = None
     total: fx.Node | None = None
     flags: Flags = Flags.NONE
+    dtype: torch.dtype | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,13 +88,15 @@ class Aten(Dialect):
                         yield chain
                         continue
                     views = _path(candidate.start, start)
+                    nodes = (*candidate.nodes, *views, *chain.nodes)
+                    total = _readable_total(candidate, nodes)
                     yield dataclasses.replace(
                         chain,
                         operand=value,
                         residual=candidate.residual,
-                        total=_readable_total(candidate, chain),
+                        total=total,
                         flags=chain.flags | candidate.flags,
-                        nodes=(*candidate.nodes, *views, *chain.nodes),
+                        nodes=nodes if total is None or total in nodes else (*nodes, total),
                     )
 
 
@@ -114,27 +117,24 @@ def _sums(value: fx.Node) -> Iterator[_Sum]:
             if dtype_of(add) == dtype_of(value):
                 yield _Sum(add, (*casts, add), residual, add)
             elif dtype_of(add) == torch.float32:
-                yield _Sum(add, (*casts, add), residual, add, Flags.UNROUNDED_SUM)
+                yield _Sum(add, (*casts, add), residual, add, Flags.UNROUNDED_SUM, dtype_of(value))
                 for rounded in users_of(add, torch.ops.prims.convert_element_type.default):
                     # An fp32 residual whose sum is rounded before the norm is no form that the kernels have.
                     if dtype_of(rounded) == dtype_of(value) == dtype_of(residual):
                         yield _Sum(rounded, (*casts, add, rounded), residual, rounded)
 
 
-def _readable_total(candidate: _Sum, chain: Norm) -> fx.Node | None:
+def _readable_total(candidate: _Sum, nodes: tuple[fx.Node, ...]) -> fx.Node | None:
     """The node that stands for the sum: an fp32 sum that others read only rounded is written rounded."""
     total = candidate.total
     if total is None or not candidate.flags & Flags.UNROUNDED_SUM:
         return total
-    outside = [user for user in total.users if user not in chain.nodes and user not in _path_views(total, chain)]
-    narrow = [user for user in outside if is_cast(user) and not widens(user)]
-    if len(outside) == 1 and narrow:
-        return narrow[0]
+    readers = {
+        user for view in row_views(total) if view is total or view in nodes for user in view.users if user not in nodes
+    }
+    if len(readers) == 1 and is_cast(reader := readers.pop(), candidate.dtype) and reader.args[0] is total:
+        return reader
     return total
-
-
-def _path_views(start: fx.Node, chain: Norm) -> set[fx.Node]:
-    return {view for view in row_views(start) if any(user in chain.nodes for user in view.users)}
 
 
 def _path(start: fx.Node, end: fx.Node) -> tuple[fx.Node, ...]:
