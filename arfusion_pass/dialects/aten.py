@@ -21,6 +21,7 @@ may stand between the stages, and the sum may be taken in fp32 and read unrounde
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -39,6 +40,7 @@ from arfusion_pass.graph import (
     last_dim,
     only_user,
     other_operand,
+    path,
     peel,
     row_views,
     same_shape,
@@ -70,8 +72,11 @@ class _Sum:
 
 @dataclasses.dataclass(frozen=True)
 class _Weight:
+    """``wide`` is the fp32 ``[H]`` node that the multiplication reads where ``node`` is in a lower dtype."""
+
     node: fx.Node
     bias: float = 0.0
+    wide: fx.Node | None = None
 
 
 class Aten(Dialect):
@@ -87,7 +92,7 @@ class Aten(Dialect):
                     if isinstance(chain, Refused):
                         yield chain
                         continue
-                    views = _path(candidate.start, start)
+                    views = path(candidate.start, start)
                     nodes = (*candidate.nodes, *views, *chain.nodes)
                     total = _readable_total(candidate, nodes)
                     yield dataclasses.replace(
@@ -135,16 +140,6 @@ def _readable_total(candidate: _Sum, nodes: tuple[fx.Node, ...]) -> fx.Node | No
     if len(readers) == 1 and is_cast(reader := readers.pop(), candidate.dtype) and reader.args[0] is total:
         return reader
     return total
-
-
-def _path(start: fx.Node, end: fx.Node) -> tuple[fx.Node, ...]:
-    """The views between ``start`` and ``end``, ``end`` included."""
-    path: list[fx.Node] = []
-    node = end
-    while node is not start:
-        path.append(node)
-        node = node.args[0]  # type: ignore[assignment]
-    return tuple(reversed(path))
 
 
 def _chains(start: fx.Node, dtype: torch.dtype | None) -> Iterator[Norm | Refused]:
@@ -203,6 +198,8 @@ def _after_mean(
     """From ``mean`` over epsilon and the reciprocal root to the product with the root, and on to the weight."""
     for plus in users_of(mean, aten.add.Tensor, aten.add.Scalar):
         other = other_operand(plus, mean)
+        if argument(plus, "alpha", 1) != 1:
+            continue
         epsilon = constant(other)
         if epsilon is None:
             if isinstance(other, fx.Node):
@@ -248,6 +245,9 @@ def _with_weight(
         last = only_user(norm)
         if dtype_of(norm) == torch.float32 and is_cast(last, dtype) and not widens(last):
             norm, nodes = last, (*nodes, last)  # type: ignore[assignment]
+        elif flags and dtype != torch.float32 == dtype_of(norm) and weight.bias == 0.0 and weight.wide is not None:
+            # A weight in the tensor's dtype means a product in it; this product is fp32 because the weight was widened.
+            weight = dataclasses.replace(weight, node=weight.wide)
     return Norm(
         operand=start,
         norm=norm,
@@ -271,11 +271,11 @@ def _weight(node: Any, hidden: int | None, dtype: torch.dtype | None) -> _Weight
             for base, number in ((first, second), (second, first)):
                 bias = constant(number)
                 base = _vector(peel(base))
-                if bias is not None and dtype_of(base) in (dtype, torch.float32) and last_dim(base) == hidden:
+                if bias is not None and math.isfinite(bias) and dtype_of(base) in (dtype, torch.float32) and last_dim(base) == hidden:
                     return _Weight(base, bias)
     base = _vector(peel(node))
     if dtype_of(base) in (dtype, torch.float32) and last_dim(base) == hidden:
-        return _Weight(base)
+        return _Weight(base, wide=node if base is not node else None)
     return _Weight(node) if dtype_of(node) == torch.float32 else None
 
 
