@@ -63,6 +63,11 @@ class Committer:
             value: index for index in self.calls for value in self.sites[index].values.values()
         }
         self.planning: list[int] = []
+        self.consumers: dict[fx.Node, set[fx.Node]] = {}
+        for index in self.calls:
+            site = self.sites[index]
+            for value in site.inputs.values():
+                self.consumers.setdefault(value, set()).update(site.replaced)
 
     def plan(self) -> list[Plan]:
         """Plan every site; those that cannot be written get a reason. In an order in which each call's inputs exist."""
@@ -80,6 +85,8 @@ class Committer:
             for node in plan.moved:
                 last.append(node)
                 last = node
+            # An input may have been moved, or written behind the same anchor, since this was planned.
+            last = max([last, *(replaced.get(node, node) for node in _origins(plan.call))])
             call, last, values = self._write(plan, last, replaced)
             tail[plan.anchor] = last
             readers = plan.site.outside_readers
@@ -123,7 +130,7 @@ class Committer:
             user
             for role, users in site.outside_readers.items()
             for user in users
-            if not self._reads_as_input(user, site.values[role])
+            if user not in self.consumers.get(site.values[role], ())
         ]
         first = min((self.position[user] for user in readers), default=len(self.order))
         anchor = max([self._defined(node) for node in inputs] + [self.position[site.node]])
@@ -139,6 +146,7 @@ class Committer:
                 )
                 return
             moved, anchor = moved_and_anchor
+            self.position.update(dict.fromkeys(moved, anchor))
         if self.last_placeholder is not None:
             anchor = max(anchor, self.position[self.last_placeholder])
         reason = self._mutation_between(site, inputs, anchor)
@@ -161,14 +169,6 @@ class Committer:
         if writer is not None and writer in self.plans and self.sites[writer].outside_readers:
             return max(self.position[node], self.plans[writer].position)
         return self.position[node]
-
-    def _reads_as_input(self, user: fx.Node, value: fx.Node) -> bool:
-        """Whether ``user`` goes with another fused site that takes ``value`` as an input of its call."""
-        for index in self.calls:
-            other = self.sites[index]
-            if other.reason is None and value in other.inputs.values() and user in other.replaced:
-                return True
-        return False
 
     def _hoist(
         self, inputs: Iterable[fx.Node], site: RaisedSite, own: set[fx.Node], first: int

@@ -15,6 +15,7 @@ the site reads::
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 from collections.abc import Iterable
 
@@ -24,7 +25,7 @@ from torch import fx
 from arfusion_pass import ir
 from arfusion_pass.config import DTYPES, FusionConfig, canonical_epsilon
 from arfusion_pass.dialects import DIALECTS, Norm, Prologue, Quantised, Reduced, Refused
-from arfusion_pass.graph import describe, dtype_of, is_cast, keeps_rows, last_dim, row_views, tensor_of
+from arfusion_pass.graph import describe, dtype_of, is_cast, keeps_rows, last_dim, path, row_views, tensor_of
 from arfusion_pass.groups import find_group
 
 
@@ -204,6 +205,8 @@ def _norms(site: RaisedSite, config: FusionConfig) -> list[tuple[Norm, str]]:
                     reasons.append(reason)
                 else:
                     assert isinstance(norm, Norm)
+                    views = path(site.reduced.value, value)
+                    norm = dataclasses.replace(norm, nodes=(*views, *norm.nodes))
                     usable.append((norm, dialect.name))
     if not usable:
         site.reason = reasons[0] if reasons else _why_no_norm(site.reduced.value)
@@ -226,6 +229,8 @@ def _check_norm(reduced: Reduced, norm: Norm, config: FusionConfig) -> str | Non
         return f"the residual sum {describe(norm.total)} is {dtype_of(norm.total)}; expected {dtype} or float32"
     if config.dtypes is not None and dtype not in config.dtypes:
         return f"{dtype} is not among the dtypes of FusionConfig ({', '.join(map(str, config.dtypes))})"
+    if not math.isfinite(canonical_epsilon(norm.epsilon)) or norm.epsilon < 0:
+        return f"epsilon {norm.epsilon} is no finite float32 >= 0"
     if config.epsilons is not None and canonical_epsilon(norm.epsilon) not in config.epsilons:
         return f"epsilon {norm.epsilon} is not among the epsilons of FusionConfig ({config.epsilons})"
     return _read_inside(norm.nodes, {reduced.value, norm.norm, norm.total}, "RMSNorm")
