@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from arfusion_pass.buffers import Buffer, SizeSource, plan_buffer
+from arfusion_pass.buffers import Buffer, Insert, SizeSource, plan_buffer
 from arfusion_pass.graph import VIEWS, describe, is_pure, mutated_arguments, tensor_of
 from arfusion_pass.ops.schema import OUTPUT_NAMES
 from arfusion_pass.patterns.chains import auto_functionalized
@@ -63,6 +63,11 @@ class Committer:
             value: index for index in self.calls for value in self.sites[index].values.values()
         }
         self.planning: list[int] = []
+        self.consumers: dict[fx.Node, set[fx.Node]] = {}
+        for index in self.calls:
+            site = self.sites[index]
+            for value in site.inputs.values():
+                self.consumers.setdefault(value, set()).update(site.replaced)
 
     def plan(self) -> list[Plan]:
         """Plan every site; those that cannot be written get a reason. In an order in which each call's inputs exist."""
@@ -80,6 +85,8 @@ class Committer:
             for node in plan.moved:
                 last.append(node)
                 last = node
+            # An input may have been moved, or written behind the same anchor, since this was planned.
+            last = max([last, *(replaced.get(node, node) for node in _origins(plan.call))])
             call, last, values = self._write(plan, last, replaced)
             tail[plan.anchor] = last
             readers = plan.site.outside_readers
@@ -123,7 +130,7 @@ class Committer:
             user
             for role, users in site.outside_readers.items()
             for user in users
-            if not self._reads_as_input(user, site.values[role])
+            if user not in self.consumers.get(site.values[role], ())
         ]
         first = min((self.position[user] for user in readers), default=len(self.order))
         anchor = max([self._defined(node) for node in inputs] + [self.position[site.node]])
@@ -139,6 +146,7 @@ class Committer:
                 )
                 return
             moved, anchor = moved_and_anchor
+            self.position.update(dict.fromkeys(moved, anchor))
         if self.last_placeholder is not None:
             anchor = max(anchor, self.position[self.last_placeholder])
         reason = self._mutation_between(site, inputs, anchor)
@@ -161,14 +169,6 @@ class Committer:
         if writer is not None and writer in self.plans and self.sites[writer].outside_readers:
             return max(self.position[node], self.plans[writer].position)
         return self.position[node]
-
-    def _reads_as_input(self, user: fx.Node, value: fx.Node) -> bool:
-        """Whether ``user`` goes with another fused site that takes ``value`` as an input of its call."""
-        for index in self.calls:
-            other = self.sites[index]
-            if other.reason is None and value in other.inputs.values() and user in other.replaced:
-                return True
-        return False
 
     def _hoist(
         self, inputs: Iterable[fx.Node], site: RaisedSite, own: set[fx.Node], first: int
@@ -225,8 +225,7 @@ class Committer:
             if name in OUTPUT_NAMES:
                 kwargs[name] = buffers.get(name)
             elif isinstance(argument, fx.Node):
-                origin = argument.meta["origin"]
-                kwargs[name] = replaced.get(origin, origin)
+                kwargs[name] = self._input(argument, insert, replaced)
             else:
                 kwargs[name] = argument
         vals = tuple(None if role not in buffers else buffers[role].meta["val"] for role in OUTPUT_NAMES)
@@ -239,6 +238,15 @@ class Committer:
         for role, buffer in plan.buffers.items():
             values[role] = buffer.view(insert, results[role])
         return call, last, values
+
+    def _input(self, node: fx.Node, insert: Insert, replaced: dict[fx.Node, fx.Node]) -> fx.Node:
+        """An input of a fused call in the user's graph: what it stands for, or what it computes from that."""
+        if "origin" in node.meta:
+            origin = node.meta["origin"]
+            return replaced.get(origin, origin)
+        args = fx.map_arg(node.args, lambda inner: self._input(inner, insert, replaced))
+        vals = fx.map_arg(args, lambda inner: inner.meta["val"])
+        return insert(node.target, args, None, node.target(*vals))  # type: ignore[operator]
 
     def _erase(self, site: RaisedSite) -> None:
         """Erase a site's nodes, and what only they read, from the last to the first."""
@@ -255,8 +263,12 @@ class Committer:
 
 
 def _origins(call: fx.Node) -> list[fx.Node]:
-    """The nodes of the user's graph that a fused call of the shadow graph takes."""
-    return [node.meta["origin"] for node in call.all_input_nodes if "origin" in node.meta]
+    """The nodes of the user's graph that a fused call of the shadow graph takes, through what it computes of them."""
+    return [
+        origin
+        for node in call.all_input_nodes
+        for origin in ([node.meta["origin"]] if "origin" in node.meta else _origins(node))
+    ]
 
 
 def _base(node: fx.Node) -> fx.Node:
