@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -107,10 +109,19 @@ def _on_ranks(nproc: int, as_json: bool, dump: str | None, script: str, argument
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def doctor(as_json: bool) -> None:
-    """Say what this machine has (torch, CUDA, links, compiler, kernels) and which backend would be used, and why."""
-    from arfusion_pass.doctor import print_findings
-
-    print_findings(as_json)
+    """Say what this machine has (torch, CUDA, links, compilers, kernels), which backend would be used, and why."""
+    try:
+        from arfusion_pass.backends.doctor import collect
+    except ImportError as error:
+        raise click.ClickException(f"this installation holds no native backend ({error})") from error
+    facts = collect()
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(facts), indent=2))
+        return
+    rows = facts.rows()
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        click.echo(f"{name:<{width}}  {value}")
 
 
 @main.command()

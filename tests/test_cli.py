@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -67,17 +68,14 @@ def test_demo_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_doctor_names_a_backend_and_why() -> None:
+    pytest.importorskip("arfusion_pass.backends.doctor")
     result = CliRunner().invoke(main, ["doctor"])
     assert result.exit_code == 0, result.output
-    last = result.output.splitlines()[-1]
-    assert last.startswith("backend")
-    assert "reference" in last or "native" in last
-
-
-def test_doctor_as_json() -> None:
-    result = CliRunner().invoke(main, ["doctor", "--json"])
-    topics = [finding["topic"] for finding in json.loads(result.output)]
-    assert {"torch", "GPUs" if "GPUs" in topics else "GPU 0", "nvcc", "backend"} <= set(topics)
+    assert re.search(r"^torch +2\.\d+", result.output, re.MULTILINE)
+    assert re.search(r"^backend +(native|reference).*: \w+", result.output, re.MULTILINE)
+    facts = json.loads(CliRunner().invoke(main, ["doctor", "--json"]).output)
+    assert facts["backend"].split(",")[0] in ("native", "reference")
+    assert facts["reason"]
 
 
 def test_build_without_a_compiler_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -103,7 +101,7 @@ def test_build_of_several_architectures_goes_into_a_folder(monkeypatch: pytest.M
 
 
 def test_explain_runs_the_script_as_main_and_reports(tmp_path: Path) -> None:
-    """Its arguments and exit status are the script's own, and the report comes last, as JSON where that is asked for."""
+    """Arguments and exit status are the script's own; the report comes last, as JSON where that is asked for."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     done = subprocess.run(
