@@ -87,4 +87,4 @@ def test_import_registers_the_ops_and_loads_no_tools() -> None:
 def test_ci_runs_the_command_that_the_readme_gives() -> None:
     command = "pip install '.[test]' && pytest"
     assert command in (ROOT / "README.md").read_text()
-    assert f"\n{command}\n" in (ROOT / ".ci" / "run").read_text()
+    assert f'bash -c "{command}"' in (ROOT / ".ci" / "run").read_text()
