@@ -51,3 +51,14 @@ def test_a_failure_inside_still_leaves_what_was_seen(tmp_path: Path) -> None:
         raise KeyError("inside")
     assert json.loads((tmp_path / "rank0" / "report.json").read_text()) == []
     assert not (tmp_path / "rank0" / "depyf").exists()
+
+
+def test_a_lone_process_writes_into_the_folder_itself_and_torchrun_below(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with arf.inspection.debug_dump(tmp_path / "a", depyf=False) as folder:
+        assert folder == tmp_path / "a"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with arf.inspection.debug_dump(tmp_path / "a", depyf=False) as folder:
+        assert folder == tmp_path / "a" / "rank1"
