@@ -63,11 +63,6 @@ class Committer:
             value: index for index in self.calls for value in self.sites[index].values.values()
         }
         self.planning: list[int] = []
-        self.consumers: dict[fx.Node, set[fx.Node]] = {}
-        for index in self.calls:
-            site = self.sites[index]
-            for value in site.inputs.values():
-                self.consumers.setdefault(value, set()).update(site.replaced)
 
     def plan(self) -> list[Plan]:
         """Plan every site; those that cannot be written get a reason. In an order in which each call's inputs exist."""
@@ -126,12 +121,8 @@ class Committer:
         if circular is not None:
             site.reason = f"{describe(circular)} is both an input and a result of the fused call"
             return
-        readers = [
-            user
-            for role, users in site.outside_readers.items()
-            for user in users
-            if user not in self.consumers.get(site.values[role], ())
-        ]
+        # What another site would replace counts as a reader, too: that site may yet be refused.
+        readers = [user for users in site.outside_readers.values() for user in users]
         first = min((self.position[user] for user in readers), default=len(self.order))
         anchor = max([self._defined(node) for node in inputs] + [self.position[site.node]])
         moved: list[fx.Node] = []
