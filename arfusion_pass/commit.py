@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from arfusion_pass.buffers import Buffer, SizeSource, plan_buffer
-from arfusion_pass.graph import VIEWS, describe, is_pure, mutated_arguments, tensor_of
+from arfusion_pass.buffers import Buffer, SizeSource, empty_like, plan_buffer
+from arfusion_pass.graph import VIEWS, describe, is_pure, known_contiguous, mutated_arguments, tensor_of
 from arfusion_pass.ops.schema import OUTPUT_NAMES
 from arfusion_pass.patterns.chains import auto_functionalized
 from arfusion_pass.raising import RaisedSite, Shadow
+
+aten = torch.ops.aten
 
 META_KEYS = ("stack_trace", "nn_module_stack", "source_fn_stack", "seq_nr", "custom", "original_aten", "from_node")
 
@@ -65,21 +67,32 @@ class Committer:
         self.planning: list[int] = []
 
     def plan(self) -> list[Plan]:
-        """Plan every site; those that cannot be written get a reason. In an order in which each call's inputs exist."""
-        for index in self.calls:
-            self._plan(index)
-        return list(self.plans.values())
+        """Plan every site; those that cannot be written get a reason. In an order in which each call's inputs exist.
+
+        A plan relies on its neighbours': a node that goes with another site need not be waited for. So when a site is
+        refused, all are planned again.
+        """
+        while True:
+            before = self._planned()
+            self.plans.clear()
+            for index in self.calls:
+                self._plan(index)
+            if self._planned() == before:
+                return list(self.plans.values())
 
     def apply(self) -> list[tuple[Plan, fx.Node]]:
         """Write the planned calls; gives each with its node in the user's graph."""
         written: list[tuple[Plan, fx.Node]] = []
         tail: dict[fx.Node, fx.Node] = {}
         replaced: dict[fx.Node, fx.Node] = {}
+        moved_to: dict[fx.Node, int] = {}
         for plan in self.plans.values():
             last = tail.get(plan.anchor, plan.anchor)
             for node in plan.moved:
-                last.append(node)
-                last = node
+                if moved_to.get(node, len(self.order)) > plan.position:  # not where another site needs it earlier
+                    last.append(node)
+                    last = node
+                    moved_to[node] = plan.position
             call, last, values = self._write(plan, last, replaced)
             tail[plan.anchor] = last
             readers = plan.site.outside_readers
@@ -92,6 +105,10 @@ class Committer:
         for plan, _ in written:
             self._erase(plan.site)
         return written
+
+    def _planned(self) -> list[int]:
+        """The sites that nothing speaks against so far."""
+        return [index for index in self.calls if self.sites[index].reason is None]
 
     def _plan(self, index: int) -> None:
         if index in self.plans or self.sites[index].reason is not None:
@@ -129,7 +146,9 @@ class Committer:
         anchor = max([self._defined(node) for node in inputs] + [self.position[site.node]])
         moved: list[fx.Node] = []
         if anchor >= first:
-            moved_and_anchor = self._hoist(inputs, site, own, first)
+            moved_and_anchor = self._hoist(inputs, index, own, first)
+            if site.reason is not None:
+                return
             if moved_and_anchor is None:
                 late = max(inputs, key=self._defined)
                 early = self.order[first]
@@ -141,7 +160,7 @@ class Committer:
             moved, anchor = moved_and_anchor
         if self.last_placeholder is not None:
             anchor = max(anchor, self.position[self.last_placeholder])
-        reason = self._mutation_between(site, inputs, anchor)
+        reason = self._mutation_between(site, [*inputs, *(n for node in moved for n in node.all_input_nodes)], anchor)
         if reason is not None:
             site.reason = reason
             return
@@ -171,17 +190,24 @@ class Committer:
         return False
 
     def _hoist(
-        self, inputs: Iterable[fx.Node], site: RaisedSite, own: set[fx.Node], first: int
+        self, inputs: Iterable[fx.Node], index: int, own: set[fx.Node], first: int
     ) -> tuple[list[fx.Node], int] | None:
         """The pure nodes to move up so that every input stands before position ``first``, and the anchor then."""
         moved: set[fx.Node] = set()
-        anchor = self.position[site.node]
+        anchor = self.position[self.sites[index].node]
         stack = list(inputs)
         while stack:
             node = stack.pop()
+            if node in own:
+                self.sites[index].reason = (
+                    f"an input of the fused call is computed from {describe(node)}, which the call itself would produce"
+                )
+                return None
+            if node in self.writer:
+                self._plan(self.writer[node])
             if self._defined(node) < first:
                 anchor = max(anchor, self._defined(node))
-            elif node in own or node in self.writer or not is_pure(node):
+            elif node in self.writer or not is_pure(node):
                 return None
             elif node not in moved:
                 moved.add(node)
@@ -212,10 +238,13 @@ class Committer:
         """Insert buffers, call and results after ``last``; gives the call, the last new node, and role to result."""
         meta = {key: plan.site.node.meta[key] for key in META_KEYS if key in plan.site.node.meta}
 
-        def insert(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, val: Any = None) -> fx.Node:
+        def insert(
+            target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, val: Any = None
+        ) -> fx.Node:
             nonlocal last
+            current = fx.map_arg(args, lambda node: replaced.get(node, node))
             with self.graph.inserting_after(last):
-                last = self.graph.call_function(target, args, kwargs or {})
+                last = self.graph.call_function(target, current, kwargs or {})
             last.meta.update(meta, val=val)
             return last
 
@@ -227,6 +256,10 @@ class Committer:
             elif isinstance(argument, fx.Node):
                 origin = argument.meta["origin"]
                 kwargs[name] = replaced.get(origin, origin)
+                if (fake := tensor_of(origin)) is not None and not known_contiguous(fake):
+                    # Inductor would copy it by itself; another back-end would hand it to the op as it is.
+                    copy = {"memory_format": torch.contiguous_format}
+                    kwargs[name] = insert(aten.clone.default, (origin,), copy, empty_like(fake))
             else:
                 kwargs[name] = argument
         vals = tuple(None if role not in buffers else buffers[role].meta["val"] for role in OUTPUT_NAMES)
@@ -262,13 +295,13 @@ def _origins(call: fx.Node) -> list[fx.Node]:
 def _base(node: fx.Node) -> fx.Node:
     """The node that owns the memory of ``node``: views are followed to what they view."""
     while node.op == "call_function":
-        if node.target in VIEWS:
+        if node.target in VIEWS or node.target is operator.getitem:
             following = node.args[0]
         else:
             schema = getattr(node.target, "_schema", None)
             returned = schema.returns[0].alias_info if schema is not None and schema.returns else None
             following = node.args[0] if returned is not None and node.args else None
-        if not isinstance(following, fx.Node) or tensor_of(following) is None:
+        if not isinstance(following, fx.Node):
             break
         node = following
     return node

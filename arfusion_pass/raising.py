@@ -127,6 +127,9 @@ def find_sites(graph: fx.Graph, config: FusionConfig) -> list[RaisedSite]:
         for site in sites:
             if site.reason is None:
                 _find_quantiser(site)
+    for site in sites:
+        if site.reason is None and not any(site.outside_readers.values()):
+            site.reason = "nobody reads its norm or anything else that the fused call would produce"
     return sites
 
 
