@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from arfusion_pass.buffers import Buffer, Insert, SizeSource, plan_buffer
-from arfusion_pass.graph import VIEWS, describe, is_pure, mutated_arguments, tensor_of
+from arfusion_pass.buffers import Buffer, Insert, SizeSource, empty_like, plan_buffer
+from arfusion_pass.graph import VIEWS, describe, is_pure, known_contiguous, mutated_arguments, tensor_of
 from arfusion_pass.ops.schema import OUTPUT_NAMES
 from arfusion_pass.patterns.chains import auto_functionalized
 from arfusion_pass.raising import RaisedSite, Shadow
+
+aten = torch.ops.aten
 
 META_KEYS = ("stack_trace", "nn_module_stack", "source_fn_stack", "seq_nr", "custom", "original_aten", "from_node")
 
@@ -63,11 +65,6 @@ class Committer:
             value: index for index in self.calls for value in self.sites[index].values.values()
         }
         self.planning: list[int] = []
-        self.consumers: dict[fx.Node, set[fx.Node]] = {}
-        for index in self.calls:
-            site = self.sites[index]
-            for value in site.inputs.values():
-                self.consumers.setdefault(value, set()).update(site.replaced)
 
     def plan(self) -> list[Plan]:
         """Plan every site; those that cannot be written get a reason. In an order in which each call's inputs exist."""
@@ -126,17 +123,15 @@ class Committer:
         if circular is not None:
             site.reason = f"{describe(circular)} is both an input and a result of the fused call"
             return
-        readers = [
-            user
-            for role, users in site.outside_readers.items()
-            for user in users
-            if user not in self.consumers.get(site.values[role], ())
-        ]
+        # What another site would replace counts as a reader, too: that site may yet be refused.
+        readers = [user for users in site.outside_readers.values() for user in users]
         first = min((self.position[user] for user in readers), default=len(self.order))
         anchor = max([self._defined(node) for node in inputs] + [self.position[site.node]])
         moved: list[fx.Node] = []
         if anchor >= first:
-            moved_and_anchor = self._hoist(inputs, site, own, first)
+            moved_and_anchor = self._hoist(inputs, index, own, first)
+            if site.reason is not None:
+                return
             if moved_and_anchor is None:
                 late = max(inputs, key=self._defined)
                 early = self.order[first]
@@ -146,10 +141,9 @@ class Committer:
                 )
                 return
             moved, anchor = moved_and_anchor
-            self.position.update(dict.fromkeys(moved, anchor))
         if self.last_placeholder is not None:
             anchor = max(anchor, self.position[self.last_placeholder])
-        reason = self._mutation_between(site, inputs, anchor)
+        reason = self._mutation_between(site, [*inputs, *(n for node in moved for n in node.all_input_nodes)], anchor)
         if reason is not None:
             site.reason = reason
             return
@@ -161,6 +155,7 @@ class Committer:
                     site.reason = buffer
                     return
                 buffers[role] = buffer
+        self.position.update(dict.fromkeys(moved, anchor))
         self.plans[index] = Plan(site, call, self.order[anchor], anchor, moved, buffers)
 
     def _defined(self, node: fx.Node) -> int:
@@ -171,17 +166,24 @@ class Committer:
         return self.position[node]
 
     def _hoist(
-        self, inputs: Iterable[fx.Node], site: RaisedSite, own: set[fx.Node], first: int
+        self, inputs: Iterable[fx.Node], index: int, own: set[fx.Node], first: int
     ) -> tuple[list[fx.Node], int] | None:
         """The pure nodes to move up so that every input stands before position ``first``, and the anchor then."""
         moved: set[fx.Node] = set()
-        anchor = self.position[site.node]
+        anchor = self.position[self.sites[index].node]
         stack = list(inputs)
         while stack:
             node = stack.pop()
+            if node in own:
+                self.sites[index].reason = (
+                    f"an input of the fused call is computed from {describe(node)}, which the call itself would produce"
+                )
+                return None
+            if node in self.writer:
+                self._plan(self.writer[node])
             if self._defined(node) < first:
                 anchor = max(anchor, self._defined(node))
-            elif node in own or node in self.writer or not is_pure(node):
+            elif node in self.writer or not is_pure(node):
                 return None
             elif node not in moved:
                 moved.add(node)
@@ -212,10 +214,13 @@ class Committer:
         """Insert buffers, call and results after ``last``; gives the call, the last new node, and role to result."""
         meta = {key: plan.site.node.meta[key] for key in META_KEYS if key in plan.site.node.meta}
 
-        def insert(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, val: Any = None) -> fx.Node:
+        def insert(
+            target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, val: Any = None
+        ) -> fx.Node:
             nonlocal last
+            current = fx.map_arg(args, lambda node: replaced.get(node, node))
             with self.graph.inserting_after(last):
-                last = self.graph.call_function(target, args, kwargs or {})
+                last = self.graph.call_function(target, current, kwargs or {})
             last.meta.update(meta, val=val)
             return last
 
@@ -242,8 +247,12 @@ class Committer:
     def _input(self, node: fx.Node, insert: Insert, replaced: dict[fx.Node, fx.Node]) -> fx.Node:
         """An input of a fused call in the user's graph: what it stands for, or what it computes from that."""
         if "origin" in node.meta:
-            origin = node.meta["origin"]
-            return replaced.get(origin, origin)
+            origin = replaced.get(node.meta["origin"], node.meta["origin"])
+            fake = tensor_of(origin)
+            if fake is None or known_contiguous(fake):
+                return origin
+            # Inductor would copy it by itself; another back-end would hand it to the op as it is.
+            return insert(aten.clone.default, (origin,), {"memory_format": torch.contiguous_format}, empty_like(fake))
         args = fx.map_arg(node.args, lambda inner: self._input(inner, insert, replaced))
         vals = fx.map_arg(args, lambda inner: inner.meta["val"])
         return insert(node.target, args, None, node.target(*vals))  # type: ignore[operator]
@@ -274,13 +283,13 @@ def _origins(call: fx.Node) -> list[fx.Node]:
 def _base(node: fx.Node) -> fx.Node:
     """The node that owns the memory of ``node``: views are followed to what they view."""
     while node.op == "call_function":
-        if node.target in VIEWS:
+        if node.target in VIEWS or node.target is operator.getitem:
             following = node.args[0]
         else:
             schema = getattr(node.target, "_schema", None)
             returned = schema.returns[0].alias_info if schema is not None and schema.returns else None
             following = node.args[0] if returned is not None and node.args else None
-        if not isinstance(following, fx.Node) or tensor_of(following) is None:
+        if not isinstance(following, fx.Node):
             break
         node = following
     return node

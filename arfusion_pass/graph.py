@@ -74,6 +74,16 @@ def same_shape(a: Any, b: Any) -> bool:
     return all(map(statically_equal, ta.shape, tb.shape))
 
 
+def known_contiguous(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is contiguous for sure; adds no guard."""
+    expected: Any = 1
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
+        if not statically_known_true(size == 1) and not statically_known_true(stride == expected):
+            return False
+        expected = expected * size
+    return True
+
+
 def is_call(node: Any, *targets: Any) -> bool:
     """Whether ``node`` calls one of ``targets``."""
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets

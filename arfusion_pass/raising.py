@@ -132,6 +132,9 @@ def find_sites(graph: fx.Graph, config: FusionConfig) -> list[RaisedSite]:
             _find_prologue(site)
             if config.quantisers:
                 _find_quantiser(site)
+    for site in sites:
+        if site.reason is None and not any(site.outside_readers.values()):
+            site.reason = "nobody reads its norm or anything else that the fused call would produce"
     return sites
 
 

@@ -18,7 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import fx
 from torch._inductor.decomposition import select_decomp_table
+from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import arfusion_pass as arf
@@ -74,17 +76,15 @@ class Interpreter(fx.Interpreter):
         return super().call_function(target, args, kwargs)
 
 
-def trace(
-    fn: Callable[..., Any], *args: Any, symbolic: bool = False, functional: bool = True
-) -> fx.GraphModule:
+def trace(fn: Callable[..., Any], *args: Any, functional: bool = True) -> fx.GraphModule:
     """``fn`` as a post-grad graph: decomposed as Inductor does, with ``meta["val"]``.
 
-    With ``functional=False`` mutations stay as written; with ``symbolic`` every size but 0 and 1 is a symbol.
+    With ``functional=False`` mutations stay as written.
     """
     traced = make_fx(
         torch.func.functionalize(fn) if functional else fn,
         decomposition_table=select_decomp_table(),
-        tracing_mode="symbolic" if symbolic else "fake",
+        tracing_mode="fake",
     )(*args)
     if functional:  # the C++ composite of rms_norm adds epsilon in place; AOT autograd leaves no such node
         for node in traced.graph.find_nodes(op="call_function", target=aten.add_.Scalar):
@@ -95,6 +95,22 @@ def trace(
 def tensors(*shapes: Sequence[int], dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:
     """Example inputs for :func:`trace`; only their shapes, dtypes and strides matter."""
     return [torch.empty(tuple(shape), dtype=dtype) for shape in shapes]
+
+
+def symbolic(*shapes: Sequence[int | str], dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:
+    """Like :func:`tensors`, but a size that is a string is a symbol of that name: ``("s", 32)``. All in one fake mode.
+
+    A name stands for one symbol by its hint: equal hints give one symbol, as they do in Dynamo.
+    """
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    hints: dict[str, int] = {}
+    made = []
+    for shape in shapes:
+        sizes = [size if isinstance(size, int) else hints.setdefault(size, 5 + 2 * len(hints)) for size in shape]
+        dynamic = [DimDynamic.STATIC if isinstance(size, int) else DimDynamic.DUCK for size in shape]
+        context = StatelessSymbolicContext(dynamic_sizes=dynamic)
+        made.append(mode.from_tensor(torch.empty(sizes, dtype=dtype), symbolic_context=context))
+    return made
 
 
 def copied(module: fx.GraphModule) -> fx.GraphModule:

@@ -114,6 +114,8 @@ def _sums(value: fx.Node) -> Iterator[_Sum]:
             if not isinstance(other, fx.Node) or argument(add, "alpha", 1) != 1:
                 continue
             residual = peel(other)
+            if dtype_of(residual) not in (dtype_of(value), torch.float32):
+                residual = other  # a bf16 residual widened for an fp32 tensor
             if not same_shape(add, value) or not same_shape(residual, add):
                 continue
             casts = () if operand is value else (operand,)
@@ -271,7 +273,9 @@ def _weight(node: Any, hidden: int | None, dtype: torch.dtype | None) -> _Weight
             for base, number in ((first, second), (second, first)):
                 bias = constant(number)
                 base = _vector(peel(base))
-                if bias is not None and math.isfinite(bias) and dtype_of(base) in (dtype, torch.float32) and last_dim(base) == hidden:
+                if bias is None or not math.isfinite(bias):
+                    continue
+                if dtype_of(base) in (dtype, torch.float32) and last_dim(base) == hidden:
                     return _Weight(base, bias)
     base = _vector(peel(node))
     if dtype_of(base) in (dtype, torch.float32) and last_dim(base) == hidden:

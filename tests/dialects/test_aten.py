@@ -114,6 +114,15 @@ def test_fp32_sum_read_through_a_view() -> None:
     check_fused(trace(model, *tensors(rows(4), rows(4), rows())), 1)
 
 
+def test_widened_residual() -> None:
+    """A bf16 residual that is widened for an fp32 tensor is taken as fp32."""
+
+    def model(x: Tensor, r: Tensor, w: Tensor) -> Tensor:
+        return llama(r.float() + reduce(x.float()), w, 1e-6)
+
+    check_fused(trace(model, *tensors(rows(4), rows(4), rows())), 1)
+
+
 def test_fp32_residual() -> None:
     """A residual kept in fp32 beside a bf16 tensor: the sum is fp32, the norm reads it unrounded."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import tempfile
 from typing import Any
 
@@ -59,6 +60,7 @@ def _run(rank: int, world: int, names: tuple[str, ...], folder: str) -> dict[str
     from arfusion_pass.inspection import replay
 
     torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))  # where transformers looks
     results = {}
     for name in names:
         torch._dynamo.reset()
