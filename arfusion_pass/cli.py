@@ -52,6 +52,13 @@ def main() -> None:
     show_default=True,
     help="auto: GPUs where there is one for each rank, else the CPU.",
 )
+@click.option(
+    "--backend",
+    type=click.Choice(["auto", "native", "reference", "flashinfer"]),
+    default="auto",
+    show_default=True,
+    help="What runs the fused calls; auto: our kernels on GPUs, the reference elsewhere.",
+)
 @click.option("--dynamic", is_flag=True, help="Mark token counts dynamic, and try torch.compile(dynamic=True) as well.")
 @click.option("--diff/--no-diff", default=True, show_default=True, help="Print the graph before and after.")
 @click.option("--html", type=click.Path(dir_okay=False, writable=True), help="Also write the diff as a page.")
