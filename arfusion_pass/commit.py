@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from arfusion_pass.buffers import Buffer, SizeSource, plan_buffer
+from arfusion_pass.buffers import Buffer, Insert, SizeSource, plan_buffer
 from arfusion_pass.graph import VIEWS, describe, is_pure, mutated_arguments, tensor_of
 from arfusion_pass.ops.schema import OUTPUT_NAMES
 from arfusion_pass.patterns.chains import auto_functionalized
@@ -60,7 +60,10 @@ class Committer:
         self.sizes = SizeSource(self.order)
         self.plans: dict[int, Plan] = {}
         self.writer: dict[fx.Node, int] = {
-            value: index for index in self.calls for value in self.sites[index].values.values()
+            value: index
+            for index in self.calls
+            for held in self.sites[index].holders.values()
+            for value in held
         }
         self.planning: list[int] = []
 
@@ -83,11 +86,11 @@ class Committer:
             call, last, values = self._write(plan, last, replaced)
             tail[plan.anchor] = last
             readers = plan.site.outside_readers
-            for role, value in values.items():
-                old = plan.site.values[role]
+            for role, old_values in plan.site.holders.items():
                 outside = set(readers[role])
-                old.replace_all_uses_with(value, delete_user_cb=outside.__contains__)
-                replaced[old] = value
+                for old in old_values if role in values else ():
+                    old.replace_all_uses_with(values[role], delete_user_cb=outside.__contains__)
+                    replaced[old] = values[role]
             written.append((plan, call))
         for plan, _ in written:
             self._erase(plan.site)
@@ -158,7 +161,7 @@ class Committer:
     def _defined(self, node: fx.Node) -> int:
         """Where a value exists: a value of a planned site where its call will stand."""
         writer = self.writer.get(node)
-        if writer is not None and writer in self.plans and self.sites[writer].outside_readers:
+        if writer is not None and writer in self.plans:
             return max(self.position[node], self.plans[writer].position)
         return self.position[node]
 
@@ -227,6 +230,8 @@ class Committer:
             elif isinstance(argument, fx.Node):
                 origin = argument.meta["origin"]
                 kwargs[name] = replaced.get(origin, origin)
+                if name == "scale" and plan.site.quant is not None and plan.site.quant.scale_dtype is not None:
+                    kwargs[name] = _cast(insert, kwargs[name], plan.site.quant.scale_dtype)
             else:
                 kwargs[name] = argument
         vals = tuple(None if role not in buffers else buffers[role].meta["val"] for role in OUTPUT_NAMES)
@@ -257,6 +262,13 @@ class Committer:
 def _origins(call: fx.Node) -> list[fx.Node]:
     """The nodes of the user's graph that a fused call of the shadow graph takes."""
     return [node.meta["origin"] for node in call.all_input_nodes if "origin" in node.meta]
+
+
+def _cast(insert: Insert, scale: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """A given scale rounded as the graph rounds it."""
+    tensor = tensor_of(scale)
+    val = None if tensor is None else tensor.new_empty(tensor.shape, dtype=dtype)
+    return insert(torch.ops.prims.convert_element_type.default, (scale, dtype), None, val)
 
 
 def _base(node: fx.Node) -> fx.Node:
