@@ -65,6 +65,10 @@ class Committer:
             for held in self.sites[index].holders.values()
             for value in held
         }
+        self.takers: dict[fx.Node, list[int]] = {}
+        for index in self.calls:
+            for value in self.sites[index].inputs.values():
+                self.takers.setdefault(value, []).append(index)
         self.planning: list[int] = []
 
     def plan(self) -> list[Plan]:
@@ -167,9 +171,9 @@ class Committer:
 
     def _reads_as_input(self, user: fx.Node, value: fx.Node) -> bool:
         """Whether ``user`` goes with another fused site that takes ``value`` as an input of its call."""
-        for index in self.calls:
+        for index in self.takers.get(value, ()):
             other = self.sites[index]
-            if other.reason is None and value in other.inputs.values() and user in other.replaced:
+            if other.reason is None and user in other.replaced:
                 return True
         return False
 

@@ -13,7 +13,11 @@ from arfusion_pass import ir
 from arfusion_pass.config import FusionConfig
 from arfusion_pass.ops.spec import Flags
 from arfusion_pass.patterns.chains import AllReduceRMSNormChain, auto_functionalized
+from arfusion_pass.patterns.indexer import AllReduceRMSNormIndexerChain
 from arfusion_pass.raising import Shadow
+
+Chain = tuple[type[AllReduceRMSNormChain], float, torch.dtype, bool, "ir.Quantiser | None"]
+"""A pattern class and what it is made with."""
 
 
 class FusionPassManager:
@@ -43,21 +47,26 @@ class FusionPassManager:
         """A chain for each combination of (epsilon, dtype, add, quantiser) in the graph, longest chains first."""
         norms = {ir.ops.rms_norm.default: False, ir.ops.fused_add_rms_norm.default: True}
         quantisers = {quantiser.op: quantiser for quantiser in ir.QUANTISERS.values()}
-        held: dict[tuple[float, torch.dtype, bool, str], ir.Quantiser | None] = {}
+        held: dict[Chain, None] = {}  # a set that keeps the graph's order
         for node in graph.nodes:
             if node.target in norms:
-                add = norms[node.target]
-                epsilon, dtype = node.args[3 if add else 2], node.args[4 if add else 3]
-                held[epsilon, dtype, add, ""] = None
+                held[self._chain(node, norms[node.target], None, AllReduceRMSNormChain)] = None
             elif node.target in quantisers:
-                norm = node.args[0]
-                norm = norm if norm.target in norms else norm.args[0]
-                add = norms[norm.target]
-                quantiser = quantisers[node.target]
-                epsilon, dtype = norm.args[3 if add else 2], norm.args[4 if add else 3]
-                held[epsilon, dtype, add, quantiser.name] = quantiser
-        for (epsilon, dtype, add, _), quantiser in sorted(held.items(), key=lambda item: item[1] is None):
-            yield AllReduceRMSNormChain(epsilon, dtype, add, quantiser, launch_flags(self.config))
+                value = node.args[0]
+                norm = value if value.target in norms else value.args[0]
+                kinds: list[type[AllReduceRMSNormChain]] = [AllReduceRMSNormChain]
+                if node.target is ir.ops.quant_fp8_group.default and value.meta["readers"]:
+                    kinds.append(AllReduceRMSNormIndexerChain)
+                held.update(dict.fromkeys(self._chain(norm, norms[norm.target], quantisers[node.target], kind) for kind in kinds))
+        longest_first = sorted(held, key=lambda chain: (chain[-1] is None, chain[0] is AllReduceRMSNormChain))
+        for kind, epsilon, dtype, add, quantiser in longest_first:
+            yield kind(epsilon, dtype, add, quantiser, launch_flags(self.config))
+
+    def _chain(
+        self, norm: fx.Node, add: bool, quantiser: ir.Quantiser | None, kind: type[AllReduceRMSNormChain]
+    ) -> Chain:
+        epsilon, dtype = norm.args[3 if add else 2], norm.args[4 if add else 3]
+        return kind, epsilon, dtype, add, quantiser  # type: ignore[return-value]
 
 
 def launch_flags(config: FusionConfig) -> int:
