@@ -19,7 +19,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._sympy.functions import FloorDiv
 
-from arfusion_pass.graph import describe, tensor_of
+from arfusion_pass.graph import VIEWS, describe, is_call, known_contiguous, tensor_of
 from arfusion_pass.ops.layouts import codes_dtype, codes_shape
 from arfusion_pass.output_views import Layout, Step, codes_layout, scale_layout
 from arfusion_pass.raising import RaisedSite
@@ -154,6 +154,8 @@ def plan_buffer(
             layout = codes_layout(shape, site.quant.spec, like) if origin is not None else _codes(shape, site)
         else:
             layout = scale_layout(shape, site.quant.spec, None if origin is None else like)
+    elif origin is not None and not known_contiguous(like) and (reader := _as_strided_reader(origin)) is not None:
+        return f"{describe(reader)} reads {what} by its strides, and the fused op writes contiguous tensors"
     if layout is None:
         return f"{what} is no view of what the fused call writes"
 
@@ -180,6 +182,21 @@ def _codes(shape: Sequence[Any], site: RaisedSite) -> Layout:
     """The buffer of codes that nobody reads."""
     assert site.quant is not None
     return Layout(codes_shape(shape, site.quant.spec), codes_dtype(site.quant.spec))
+
+
+def _as_strided_reader(node: fx.Node) -> fx.Node | None:
+    """A node that reads ``node``, or a view of it, at explicit strides."""
+    for user in node.users:
+        if is_call(user, aten.as_strided.default, aten.as_strided_scatter.default):
+            return user
+        if is_call(user, *VIEWS) and (reader := _as_strided_reader(user)) is not None:
+            return reader
+    return None
+
+
+def empty_like(like: torch.Tensor) -> torch.Tensor:
+    """A contiguous fake tensor of the same shape and dtype."""
+    return _empty(like, like.shape, like.dtype)
 
 
 def _empty(

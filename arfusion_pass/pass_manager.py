@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Iterator
+from typing import Any
 
-import torch
 from torch import fx
 from torch._inductor.pattern_matcher import PatternMatcherPass
 
 from arfusion_pass import ir
 from arfusion_pass.config import FusionConfig
 from arfusion_pass.ops.spec import Flags
-from arfusion_pass.patterns.chains import AllReduceRMSNormChain, auto_functionalized
+from arfusion_pass.patterns.chains import PROLOGUES, AllReduceRMSNormChain, auto_functionalized
 from arfusion_pass.patterns.indexer import AllReduceRMSNormIndexerChain
 from arfusion_pass.raising import Shadow
-
-Chain = tuple[type[AllReduceRMSNormChain], float, torch.dtype, bool, "ir.Quantiser | None"]
-"""A pattern class and what it is made with."""
 
 
 class FusionPassManager:
@@ -44,29 +41,27 @@ class FusionPassManager:
         return sorted(fused, key=lambda node: node.meta["site"])
 
     def _chains(self, graph: fx.Graph) -> Iterator[AllReduceRMSNormChain]:
-        """A chain for each combination of (epsilon, dtype, add, quantiser) in the graph, longest chains first."""
+        """A chain for each combination of (epsilon, dtype, add, quantiser, prologue) in the graph, longest first."""
         norms = {ir.ops.rms_norm.default: False, ir.ops.fused_add_rms_norm.default: True}
         quantisers = {quantiser.op: quantiser for quantiser in ir.QUANTISERS.values()}
-        held: dict[Chain, None] = {}  # a set that keeps the graph's order
+        prologues = {getattr(ir.ops, name).default: name for name in PROLOGUES}
+        held: dict[tuple[Any, ...], None] = {}
         for node in graph.nodes:
             if node.target in norms:
-                held[self._chain(node, norms[node.target], None, AllReduceRMSNormChain)] = None
-            elif node.target in quantisers:
-                value = node.args[0]
-                norm = value if value.target in norms else value.args[0]
-                kinds: list[type[AllReduceRMSNormChain]] = [AllReduceRMSNormChain]
-                if node.target is ir.ops.quant_fp8_group.default and value.meta["readers"]:
-                    kinds.append(AllReduceRMSNormIndexerChain)
-                held.update(dict.fromkeys(self._chain(norm, norms[norm.target], quantisers[node.target], kind) for kind in kinds))
-        longest_first = sorted(held, key=lambda chain: (chain[-1] is None, chain[0] is AllReduceRMSNormChain))
-        for kind, epsilon, dtype, add, quantiser in longest_first:
-            yield kind(epsilon, dtype, add, quantiser, launch_flags(self.config))
-
-    def _chain(
-        self, norm: fx.Node, add: bool, quantiser: ir.Quantiser | None, kind: type[AllReduceRMSNormChain]
-    ) -> Chain:
-        epsilon, dtype = norm.args[3 if add else 2], norm.args[4 if add else 3]
-        return kind, epsilon, dtype, add, quantiser  # type: ignore[return-value]
+                add = norms[node.target]
+                epsilon, dtype = node.args[3 if add else 2], node.args[4 if add else 3]
+                prologue = prologues.get(getattr(node.args[0].args[0], "target", None))
+                held[AllReduceRMSNormChain, epsilon, dtype, add, None, prologue] = None
+                readers = [*node.users, *(user for value in node.users for user in value.users)]
+                for reader in readers:
+                    if reader.target in quantisers:
+                        quantiser = quantisers[reader.target]
+                        held[AllReduceRMSNormChain, epsilon, dtype, add, quantiser, prologue] = None
+                        if quantiser.name == "quant_fp8_group" and reader.args[0].meta["readers"]:
+                            held[AllReduceRMSNormIndexerChain, epsilon, dtype, add, quantiser, prologue] = None
+        longest = sorted(held, key=lambda key: ((key[4] is None) + (key[5] is None), key[0] is AllReduceRMSNormChain))
+        for chain, epsilon, dtype, add, quantiser, prologue in longest:
+            yield chain(epsilon, dtype, add, quantiser, prologue, launch_flags(self.config))
 
 
 def launch_flags(config: FusionConfig) -> int:
