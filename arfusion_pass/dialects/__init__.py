@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from arfusion_pass.dialects import aten, aten_moe, functional_collectives
+from arfusion_pass.dialects import aten, aten_moe, aten_quant, functional_collectives
 from arfusion_pass.dialects.base import Dialect, Norm, Prologue, Quantised, Reduced, Refused
 
-DIALECTS: tuple[Dialect, ...] = (functional_collectives.DIALECT, aten.DIALECT, aten_moe.DIALECT)
+DIALECTS: tuple[Dialect, ...] = (
+    functional_collectives.DIALECT,
+    aten.DIALECT,
+    aten_moe.DIALECT,
+    aten_quant.DIALECT,
+)
 """Every dialect, in the order they are asked."""
 
 __all__ = ["DIALECTS", "Dialect", "Norm", "Prologue", "Quantised", "Reduced", "Refused"]
