@@ -1,0 +1,74 @@
+"""arfusion_pass: fuse all-reduce, residual add, RMSNorm and quantisation in models compiled with torch.compile.
+
+The public names; everything else is an implementation detail. Importing the package registers the fused ops
+(``torch.ops.arfusion``), because a compiled artefact from a cache names them and imports nothing itself; the rest is
+imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from arfusion_pass import ops as ops
+
+if TYPE_CHECKING:
+    from arfusion_pass import comm as comm
+    from arfusion_pass import inspection as inspection
+    from arfusion_pass.config import FusionConfig as FusionConfig
+    from arfusion_pass.fusion_pass import AllReduceFusionPass as AllReduceFusionPass
+    from arfusion_pass.fusion_pass import enable as enable
+    from arfusion_pass.fusion_pass import fuse as fuse
+    from arfusion_pass.fusion_pass import inductor_options as inductor_options
+    from arfusion_pass.fusion_pass import reports as reports
+    from arfusion_pass.groups import register_group as register_group
+    from arfusion_pass.report import FusionReport as FusionReport
+    from arfusion_pass.report import Reports as Reports
+    from arfusion_pass.report import Site as Site
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AllReduceFusionPass": "arfusion_pass.fusion_pass",
+    "enable": "arfusion_pass.fusion_pass",
+    "fuse": "arfusion_pass.fusion_pass",
+    "inductor_options": "arfusion_pass.fusion_pass",
+    "reports": "arfusion_pass.fusion_pass",
+    "FusionConfig": "arfusion_pass.config",
+    "FusionReport": "arfusion_pass.report",
+    "Reports": "arfusion_pass.report",
+    "Site": "arfusion_pass.report",
+    "register_group": "arfusion_pass.groups",
+}
+_MODULES = ("comm", "inspection")
+
+__all__ = [
+    "AllReduceFusionPass",
+    "FusionConfig",
+    "FusionReport",
+    "Reports",
+    "Site",
+    "comm",
+    "enable",
+    "fuse",
+    "inductor_options",
+    "inspection",
+    "ops",
+    "register_group",
+    "reports",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used."""
+    if name in _MODULES:
+        return importlib.import_module(f"arfusion_pass.{name}")
+    if name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'arfusion_pass' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

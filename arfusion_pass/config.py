@@ -1,0 +1,71 @@
+"""Every setting of the pass, validated when it is made and hashable, so that it can be part of a cache key."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import struct
+from typing import Literal
+
+import torch
+
+Backend = Literal["auto", "native", "reference", "flashinfer"]
+Strategy = Literal["auto", "oneshot", "twoshot"]
+
+BACKENDS: tuple[Backend, ...] = ("auto", "native", "reference", "flashinfer")
+STRATEGIES: tuple[Strategy, ...] = ("auto", "oneshot", "twoshot")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class FusionConfig:
+    """Settings of :class:`arfusion_pass.AllReduceFusionPass`.
+
+    Args:
+        epsilons: fuse only norms with these epsilons (compared as float32); None: whatever a graph holds.
+        dtypes: fuse only all-reduces of these dtypes; None: bf16, fp16 and fp32.
+        quantisers: also fuse the quantiser that follows a norm.
+        backend: what runs a fused call: ``"auto"`` (our kernels on CUDA, the reference elsewhere), ``"native"``,
+            ``"reference"`` or ``"flashinfer"``.
+        strategy: ``"auto"`` (by the measured table), ``"oneshot"`` or ``"twoshot"``. Never changes a result.
+        pdl: launch with programmatic dependent launch where the GPU has it.
+        raise_errors: let an unexpected error inside the pass reach the compiler instead of leaving the graph as it
+            came with a note in the report. For tests.
+
+    Raises:
+        ValueError: on a setting that is not one of these.
+    """
+
+    epsilons: tuple[float, ...] | None = None
+    dtypes: tuple[torch.dtype, ...] | None = None
+    quantisers: bool = True
+    backend: Backend = "auto"
+    strategy: Strategy = "auto"
+    pdl: bool = True
+    raise_errors: bool = False
+
+    def __post_init__(self) -> None:
+        if self.epsilons is not None:
+            epsilons = tuple(self.epsilons)
+            for epsilon in epsilons:
+                if not isinstance(epsilon, (int, float)) or not math.isfinite(epsilon) or epsilon < 0:
+                    raise ValueError(f"FusionConfig.epsilons: expected finite numbers >= 0, got {epsilon!r}")
+            object.__setattr__(self, "epsilons", tuple(canonical_epsilon(epsilon) for epsilon in epsilons))
+        if self.dtypes is not None:
+            dtypes = tuple(self.dtypes)
+            for dtype in dtypes:
+                if dtype not in DTYPES:
+                    raise ValueError(f"FusionConfig.dtypes: expected a subset of {DTYPES}, got {dtype!r}")
+            object.__setattr__(self, "dtypes", dtypes)
+        if self.backend not in BACKENDS:
+            raise ValueError(f"FusionConfig.backend: expected one of {BACKENDS}, got {self.backend!r}")
+        if self.strategy not in STRATEGIES:
+            raise ValueError(f"FusionConfig.strategy: expected one of {STRATEGIES}, got {self.strategy!r}")
+        for name in ("quantisers", "pdl", "raise_errors"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"FusionConfig.{name}: expected a bool, got {getattr(self, name)!r}")
+
+
+def canonical_epsilon(epsilon: float) -> float:
+    """The float32 nearest to ``epsilon``: 1e-6 and 9.999999974752427e-07 are one epsilon."""
+    return float(struct.unpack("<f", struct.pack("<f", epsilon))[0])
