@@ -168,7 +168,9 @@ def find_nvcc() -> str | None:
     """nvcc: ``ARFUSION_NVCC``, ``CUDA_HOME``, ``CUDA_PATH``, the PATH, /usr/local/cuda, NVIDIA's wheels."""
     if explicit := os.environ.get("ARFUSION_NVCC"):
         return explicit if os.access(explicit, os.X_OK) else None
-    candidates = [os.path.join(os.environ[name], "bin", "nvcc") for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
+    candidates = [
+        os.path.join(os.environ[name], "bin", "nvcc") for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ
+    ]
     candidates.append(shutil.which("nvcc") or "")
     candidates.append("/usr/local/cuda/bin/nvcc")
     site = sysconfig.get_paths()["purelib"]
@@ -286,7 +288,9 @@ def _compile(
     """Compile every translation unit of ``folder`` in parallel, link, and rename the result to ``path``."""
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < MINIMUM_TORCH:
-        raise BuildError(f"the op library needs torch 2.11 or later (its stable ABI); this is torch {torch.__version__}.")
+        raise BuildError(
+            f"the op library needs torch 2.11 or later (its stable ABI); this is torch {torch.__version__}."
+        )
     tools = find_toolchain()
     units = sorted(
         (unit for unit in source_files(folder) if unit.suffix in (".cu", ".cpp")),
@@ -343,7 +347,18 @@ def _link_command(tools: Toolchain, objects: list[Path], target: Path) -> list[s
     # nvcc links, because it knows where its own static runtime lies.
     library = Path(torch.__file__).parent / "lib"
     flags = [*LINK_FLAGS, f"-L{library}", "-ltorch_cpu", "-ldl", "-lrt", "-lpthread"]
-    return [tools.nvcc, "-shared", "-cudart", "static", "-ccbin", tools.cxx, "-o", str(target), *map(str, objects), *flags]
+    return [
+        tools.nvcc,
+        "-shared",
+        "-cudart",
+        "static",
+        "-ccbin",
+        tools.cxx,
+        "-o",
+        str(target),
+        *map(str, objects),
+        *flags,
+    ]
 
 
 def _run(command: list[str], stop: threading.Event, verbose: bool) -> float:
@@ -390,7 +405,13 @@ def _default_progress(arch: str, total: int) -> Iterator[Callable[[CompileEvent]
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-            columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[unit]}"))
+            columns = (
+                TextColumn(title),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[unit]}"),
+            )
             bar = Progress(*columns, console=Console(stderr=True), transient=True)
         except ImportError:
             pass

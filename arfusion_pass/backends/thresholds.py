@@ -30,8 +30,8 @@ VERSION = 1
 _KIB, _MIB = 1 << 10, 1 << 20
 
 # Crossovers of the plain prototype on H200s (shared ANCHORS.md, "A plain prototype"): at TP2 one-shot moves as many
-# bytes as two-shot and saves a hop, at TP4 they meet between 0.5 and 1 MiB. Worlds that were not measured follow the bytes:
-# one-shot sends W / 2 times as many.
+# bytes as two-shot and saves a hop, at TP4 they meet between 0.5 and 1 MiB. Worlds that were not measured follow the
+# bytes: one-shot sends W / 2 times as many.
 _BUILT_IN: dict[str, dict[str, dict[str, int]]] = {
     ANY_HIDDEN: {
         "2": {ANY_HIDDEN: 8 * _MIB},
@@ -64,14 +64,14 @@ class ThresholdTable:
     def oneshot_max_bytes(self, arch: str, world_size: int, hidden: int) -> int:
         """The largest message in bytes for which one-shot is used; 0 where it never is.
 
-        The nearest measured hidden size stands in for one that was not measured; an architecture or world size that
-        was not measured takes the built-in figure.
+        The largest measured hidden size that is not above ``hidden`` stands for it, else the smallest (the op library's
+        own rule, ``arf_set_thresholds``); an architecture or world size that was not measured has the built-in one.
         """
         for source in (self.oneshot, _BUILT_IN):
             for name in (arch, ANY_HIDDEN):
                 by_hidden = source.get(name, {}).get(str(world_size))
                 if by_hidden:
-                    return _nearest(by_hidden, hidden)
+                    return _row(by_hidden, hidden)
         return 0
 
     def largest(self, arch: str, world_size: int) -> int:
@@ -141,18 +141,17 @@ def arch_name(capability: tuple[int, int]) -> str:
     return f"sm_{capability[0]}{capability[1]}"
 
 
-def _nearest(by_hidden: Mapping[str, int], hidden: int) -> int:
-    if str(hidden) in by_hidden:
-        return by_hidden[str(hidden)]
-    if ANY_HIDDEN in by_hidden:
-        return by_hidden[ANY_HIDDEN]
-    # Ties go to the smaller size, so that the choice does not hang on the order of a dict.
-    return by_hidden[min(by_hidden, key=lambda key: (abs(int(key) - hidden), int(key)))]
+def _row(by_hidden: Mapping[str, int], hidden: int) -> int:
+    rows = sorted((0 if key == ANY_HIDDEN else int(key), value) for key, value in by_hidden.items())
+    below = [value for key, value in rows if key <= hidden]
+    return below[-1] if below else rows[0][1]
 
 
 def _checked(document: Any, file: Path) -> dict[str, dict[str, dict[str, int]]]:
     if not isinstance(document, dict) or document.get("version") != VERSION:
-        raise ThresholdError(f"{file} is no threshold table of version {VERSION}: write it anew with `arfusion bench --tune`")
+        raise ThresholdError(
+            f"{file} is no threshold table of version {VERSION}: write it anew with `arfusion bench --tune`"
+        )
     table: dict[str, dict[str, dict[str, int]]] = {}
     try:
         for arch, worlds in document["oneshot_max_bytes"].items():

@@ -69,11 +69,14 @@ def test_builds_every_unit_once_and_then_finds_it(fake):
     path = build("90a", progress=events.append)
     assert path.read_text() == "built"
     assert len(fake.calls) == 4, "two .cu files, one .cpp file, one link"
-    assert [event.done for event in events] == [1, 2, 3, 4] and events[-1].name == "link"
+    assert [event.done for event in events] == [1, 2, 3, 4]
+    assert events[-1].name == "link"
     assert any("arch=compute_90a,code=sm_90a" in call for call in fake.calls)
     assert any("-DTORCH_TARGET_VERSION=0x020b000000000000" in call for call in fake.calls if "binding.cpp" in call)
-    assert build("sm_90a") == path and len(fake.calls) == 4
-    assert build("90a", force=True, progress=events.append) == path and len(fake.calls) == 8
+    assert build("sm_90a") == path
+    assert len(fake.calls) == 4
+    assert build("90a", force=True, progress=events.append) == path
+    assert len(fake.calls) == 8
     assert sorted(entry.suffix for entry in path.parent.iterdir()) == [".lock", ".so"], "nothing is left behind"
 
 
@@ -95,7 +98,8 @@ def test_compiler_error_carries_command_and_output(fake):
     (fake.sources / "b.cu").write_text("#error")
     with pytest.raises(BuildError, match=r"b\.cu\(1\): error: this line is wrong") as caught:
         build("90a")
-    assert "-c" in str(caught.value) and "exit status 2" in str(caught.value)
+    assert "-c" in str(caught.value)
+    assert "exit status 2" in str(caught.value)
     assert not build_module.is_built("90a")
     assert not [entry for entry in (fake.root / "cache").iterdir() if entry.is_dir()], "the work folder is removed"
 
@@ -112,10 +116,13 @@ def test_threads_and_processes_build_once(fake):
     )
     root = str(Path(build_module.__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": root}
-    processes = [subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE) for _ in range(3)]
+    processes = [
+        subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE) for _ in range(3)
+    ]
     outputs = {process.communicate(timeout=120)[0] for process in processes}
     assert [process.returncode for process in processes] == [0, 0, 0]
-    assert len(outputs) == 1 and len(fake.calls) == 4
+    assert len(outputs) == 1
+    assert len(fake.calls) == 4
 
 
 def test_lock_is_bounded(tmp_path):
@@ -161,7 +168,8 @@ def test_prebuilt_library(fake, monkeypatch, tmp_path):
     with pytest.raises(BuildError, match="ARFUSION_LIBRARY"):
         build()
     (tmp_path / "none.so").write_text("prebuilt")
-    assert build() == library_path() == tmp_path / "none.so" and fake.calls == []
+    assert build() == library_path() == tmp_path / "none.so"
+    assert fake.calls == []
 
 
 def test_output_copies_the_library(fake, tmp_path):
@@ -176,7 +184,9 @@ def test_unwritable_cache(fake, monkeypatch):
         build("90a")
 
 
-@pytest.mark.parametrize(("given", "want"), [("sm_90a", "90a"), ("9.0", "90a"), ("80", "80"), ("10.0a", "100a"), ("120", "120a")])
+@pytest.mark.parametrize(
+    ("given", "want"), [("sm_90a", "90a"), ("9.0", "90a"), ("80", "80"), ("10.0a", "100a"), ("120", "120a")]
+)
 def test_architecture_spellings(given, want):
     assert normalise_arch(given) == want
 

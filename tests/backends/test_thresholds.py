@@ -22,12 +22,15 @@ def test_built_in_covers_every_supported_world():
     assert BUILT_IN.oneshot_max_bytes("sm_90", 16, 4096) == 0
 
 
-def test_look_up_prefers_exact_then_any_then_nearest():
-    table = ThresholdTable({"sm_90": {"4": {"4096": 100, "8192": 200, "*": 300}, "2": {"4096": 10, "8192": 20}}}, "test")
+def test_look_up_takes_the_largest_size_not_above():
+    table = ThresholdTable(
+        {"sm_90": {"4": {"4096": 100, "8192": 200, "*": 300}, "2": {"4096": 10, "8192": 20}}}, "test"
+    )
     assert table.oneshot_max_bytes("sm_90", 4, 8192) == 200
-    assert table.oneshot_max_bytes("sm_90", 4, 5120) == 300
+    assert table.oneshot_max_bytes("sm_90", 4, 5120) == 100
+    assert table.oneshot_max_bytes("sm_90", 4, 2048) == 300, "any hidden size counts as size 0"
     assert table.oneshot_max_bytes("sm_90", 2, 5120) == 10
-    assert table.oneshot_max_bytes("sm_90", 2, 6144) == 10, "a tie goes to the smaller hidden size"
+    assert table.oneshot_max_bytes("sm_90", 2, 1024) == 10, "below the smallest: the smallest"
     assert table.oneshot_max_bytes("sm_90", 2, 16384) == 20
     assert table.oneshot_max_bytes("sm_100", 2, 4096) == BUILT_IN.oneshot_max_bytes("sm_100", 2, 4096)
     assert table.by_hidden("sm_90", 4) == [(0, 300), (4096, 100), (8192, 200)]
@@ -56,11 +59,11 @@ def test_save_and_load(tmp_path):
 )
 def test_a_bad_file_is_named_in_the_error(document, tmp_path):
     thresholds.tuned_path().write_text(json.dumps(document))
-    with pytest.raises(ThresholdError, match="thresholds.json"):
+    with pytest.raises(ThresholdError, match=r"thresholds\.json"):
         thresholds.load()
 
 
 def test_a_named_file_must_exist(monkeypatch, tmp_path):
     monkeypatch.setenv("ARFUSION_THRESHOLDS", str(tmp_path / "none.json"))
-    with pytest.raises(ThresholdError, match="none.json"):
+    with pytest.raises(ThresholdError, match=r"none\.json"):
         thresholds.load()
