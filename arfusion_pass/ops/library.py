@@ -1,0 +1,138 @@
+"""Defines the fused ops of :mod:`arfusion_pass.ops.schema` in namespace ``arfusion``: schema, fake, reference.
+
+Importing this module is all that a graph or a cached artefact with these ops in it needs. Python defines the schemas;
+the native library only adds CUDA implementations, which take over from the reference the moment they are loaded.
+
+Each op, eagerly::
+
+    reduced = ordered_all_reduce(prologue(inputs), group)
+    result = epilogue(reduced, residual, weight, scale, ...)
+    for every output given: output.copy_(result's field)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from arfusion_pass.groups import resolve_group
+from arfusion_pass.ops import layouts, reference
+from arfusion_pass.ops.checks import FusedCall, check_call
+from arfusion_pass.ops.schema import NAMESPACE, OUTPUT_NAMES, SCHEMAS
+
+
+def native_dispatch(op: str, arguments: dict[str, Any]) -> bool:
+    """The seam to the native library: called with a checked call on CUDA tensors that reached the reference.
+
+    Load the library if there is one (once), call the op again with ``arguments``, now served by its CUDA
+    implementation, and return True; False runs the reference.
+    """
+    return False
+
+
+def fused_op(name: str) -> torch._ops.OpOverload:
+    """The op ``arfusion::name``."""
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def run_reference(op: str, arguments: dict[str, Any]) -> None:
+    """Run ``arfusion::op`` on the reference: check, reduce over the group, epilogue, write the outputs given."""
+    call = FusedCall.bind(op, arguments)
+    check_call(call, eager=True)
+    _run(call)
+
+
+def _run(call: FusedCall) -> None:
+    group = resolve_group(call.group_name) if call.group_name else None
+    outputs = call.outputs
+    hidden = call.x.shape[-1]
+    reduced = reference.ordered_all_reduce(_prologue(call), group)
+    result = reference.epilogue(
+        reduced,
+        None if call.residual is None else call.residual.view(reduced.shape),
+        call.weight,
+        call.scale,
+        epsilon=call.epsilon,
+        weight_bias=call.weight_bias,
+        flags=call.flags,
+        spec=call.spec,
+        scale_value=call.scale_value,
+        with_norm="norm_out" in outputs or "quant_out" in outputs,
+    )
+    fields = {"allreduce_out": result.reduced, "residual_out": result.total, "norm_out": result.norm}
+    for name, value in fields.items():
+        if name in outputs and value is not None:
+            outputs[name].view(value.shape).copy_(value)
+    if result.codes is not None:
+        _bytes(outputs["quant_out"]).copy_(_bytes(result.codes))
+    if result.scales is not None:
+        layouts.write_scales(result.scales, outputs["scale_out"], hidden, call.spec)
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` as a flat run of bytes: copies between 1-byte dtypes never convert."""
+    return tensor.view(torch.uint8).view(-1)
+
+
+def _prologue(call: FusedCall) -> torch.Tensor:
+    """The local ``[T, H]`` tensor that is reduced."""
+    inputs = call.inputs
+    if "token_input" in inputs:
+        token_input = inputs["token_input"]
+        flat = None if token_input is None else token_input.view(call.x.shape[1:])
+        expert_scale = inputs["expert_scale"]
+        assert expert_scale is not None
+        return reference.moe_reduce(call.x, expert_scale, flat, call.flags)
+    if "index" in inputs:
+        index, shared = inputs["index"], inputs["shared"]
+        assert index is not None
+        flat = None if shared is None else shared.view(index.shape[0], call.x.shape[-1])
+        return reference.moe_finalize(
+            call.x, index, inputs["expert_scale"], flat, call.routed_scaling_factor, call.flags
+        )
+    return call.x.view(int(call.tokens), call.x.shape[-1])
+
+
+def _implementations(name: str) -> tuple[Callable[..., None], Callable[..., None]]:
+    """(real, fake) of one op, which bind their arguments by the op's own schema."""
+    schema = fused_op(name)._schema.arguments
+    names = [argument.name for argument in schema]
+
+    def bind(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        arguments = {argument.name: argument.default_value for argument in schema}
+        arguments.update(zip(names, args, strict=False))
+        arguments.update(kwargs)
+        return arguments
+
+    def real(*args: Any, **kwargs: Any) -> None:
+        arguments = bind(args, kwargs)
+        call = FusedCall.bind(name, arguments)
+        check_call(call, eager=True)
+        if not (call.x.is_cuda and native_dispatch(name, arguments)):
+            _run(call)
+
+    def fake(*args: Any, **kwargs: Any) -> None:
+        check_call(FusedCall.bind(name, bind(args, kwargs)), eager=False)
+
+    return real, fake
+
+
+def _define() -> torch.library.Library | None:
+    """Define all ops, once a process: a module imported twice (a reload, two paths) must not define again."""
+    if all(hasattr(getattr(torch.ops, NAMESPACE), name) for name in SCHEMAS):
+        return None
+    library = torch.library.Library(NAMESPACE, "DEF")
+    for name, schema in SCHEMAS.items():
+        # With any other tag Inductor hands the op a transposed producer's strides.
+        library.define(name + schema, tags=(torch.Tag.needs_contiguous_strides,))
+        real, fake = _implementations(name)
+        library.impl(name, real, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
+    return library
+
+
+_library = _define()
+
+__all__ = ["OUTPUT_NAMES", "fused_op", "native_dispatch", "run_reference"]

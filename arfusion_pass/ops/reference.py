@@ -1,0 +1,230 @@
+"""The fused ops' meaning in torch ops, on CPU or GPU: what the kernels are tested against, and what runs without them.
+
+Every function is pure and takes ``[T, H]`` tensors. ``T`` in a docstring's dtypes is the dtype of the tensor that is
+reduced. Arithmetic is fp32 with each rounding written out; nothing is contracted into a fused multiply-add.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.distributed as dist
+
+from arfusion_pass.ops.quantisers import quantise
+from arfusion_pass.ops.spec import NO_QUANT, Flags, QuantFormat, QuantSpec
+
+__all__ = [
+    "EpilogueResult",
+    "epilogue",
+    "fused_add",
+    "gather_ranks",
+    "moe_finalize",
+    "moe_reduce",
+    "ordered_all_reduce",
+    "quantise",
+    "rms_norm",
+    "sum_in_rank_order",
+]
+
+
+def gather_ranks(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """All ranks' ``x``, ``[world, *x.shape]``, on every rank. Travels as bytes, so any dtype works on any back-end."""
+    world = dist.get_world_size(group)
+    if x.numel() == 0:
+        return x.new_empty((world, *x.shape))
+    mine = x.contiguous().view(-1).view(torch.uint8)
+    everyone = torch.empty(world * mine.numel(), dtype=torch.uint8, device=x.device)
+    dist.all_gather_into_tensor(everyone, mine, group=group)
+    return everyone.view(x.dtype).view(world, *x.shape)
+
+
+def sum_in_rank_order(stacked: torch.Tensor) -> torch.Tensor:
+    """Sum over dimension 0, in order, in fp32, rounded once.
+
+    ``stacked`` is ``[world, ...]``::
+
+        total = stacked[0].float()
+        for part in stacked[1:]: total = total + part.float()
+        return total.to(stacked.dtype)
+    """
+    total = stacked[0].float()
+    for part in stacked[1:]:
+        total = total + part.float()
+    return total.to(stacked.dtype)
+
+
+def ordered_all_reduce(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """Sum of ``x`` over the ranks of ``group``, in rank order, in fp32, rounded once to ``x.dtype``.
+
+    The same bits on every rank and in every run. ``None``, or a world of one rank, gives a copy of ``x``.
+    """
+    if group is None or dist.get_world_size(group) == 1:
+        return x.clone()
+    return sum_in_rank_order(gather_ranks(x, group))
+
+
+def fused_add(reduced: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+    """The unrounded fp32 sum ``reduced.float() + residual.float()``, or ``reduced.float()``."""
+    return reduced.float() if residual is None else reduced.float() + residual.float()
+
+
+def rms_norm(
+    value: torch.Tensor,
+    weight: torch.Tensor | None,
+    epsilon: float,
+    weight_bias: float,
+    flags: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """RMSNorm over the last dimension; the result in fp32, for the caller to round once::
+
+        normalised = value * torch.rsqrt(value.pow(2).mean(-1, keepdim=True) + epsilon)
+        normalised * (weight_bias + weight.float())                                   # default
+        normalised.to(dtype) * weight                                                 # ROUND_BEFORE_WEIGHT
+
+    With ``ROUND_BEFORE_WEIGHT`` a weight in ``dtype`` and no bias is multiplied in ``dtype``, that is, the product is
+    rounded to ``dtype`` as well; an fp32 weight, or a bias, makes the product fp32. A bias of 0 is not added (it would
+    turn a weight of -0.0 into +0.0).
+
+    Args:
+        value: fp32 ``[..., H]``.
+        weight: ``[H]`` in ``dtype`` or fp32, or None.
+        epsilon: float, read as fp32.
+        weight_bias: added to the weight in fp32 (Gemma: 1).
+        flags: :class:`~arfusion_pass.ops.spec.Flags`.
+        dtype: ``T``.
+    """
+    variance = value.pow(2).mean(-1, keepdim=True)
+    normalised = value * torch.rsqrt(variance + epsilon)
+    if flags & Flags.ROUND_BEFORE_WEIGHT:
+        low = normalised.to(dtype)
+        if weight is not None and weight.dtype == dtype and weight_bias == 0.0:
+            return (low * weight).float()
+        normalised = low.float()
+    if weight is None:
+        return normalised
+    factor = weight.float()
+    return normalised * (factor + weight_bias if weight_bias != 0.0 else factor)
+
+
+@dataclasses.dataclass(frozen=True)
+class EpilogueResult:
+    """What an epilogue gives, before each output's own rounding: ``output.copy_(field)`` is all that is left to do.
+
+    Args:
+        reduced: ``T`` ``[T, H]``.
+        total: fp32 ``[T, H]``, the sum with the residual.
+        norm: fp32 ``[T, H]``, None where it was not asked for.
+        codes: quantised ``[T, H]`` (NVFP4: uint8 ``[T, H / 2]``), None without a quantiser.
+        scales: logical ``[T, G]``, None where none are written.
+    """
+
+    reduced: torch.Tensor
+    total: torch.Tensor
+    norm: torch.Tensor | None = None
+    codes: torch.Tensor | None = None
+    scales: torch.Tensor | None = None
+
+
+def epilogue(
+    reduced: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    *,
+    epsilon: float = 1e-6,
+    weight_bias: float = 0.0,
+    flags: int = 0,
+    spec: QuantSpec = NO_QUANT,
+    scale_value: float = 1.0,
+    with_norm: bool = True,
+) -> EpilogueResult:
+    """Everything after the all-reduce, shared by the fused ops::
+
+        total = reduced.float() + residual.float()
+        norm = rms_norm(total if UNROUNDED_SUM else total.to(T).float())
+        codes, scales = quantise(norm)
+
+    ``reduced`` and ``residual`` are ``[T, H]``; ``T`` is ``reduced.dtype``.
+    """
+    dtype = reduced.dtype
+    total = fused_add(reduced, residual)
+    if not with_norm:
+        return EpilogueResult(reduced, total)
+    value = total if flags & Flags.UNROUNDED_SUM else total.to(dtype).float()
+    norm = rms_norm(value, weight, epsilon, weight_bias, flags, dtype)
+    if spec.format == QuantFormat.NONE:
+        return EpilogueResult(reduced, total, norm)
+    codes, scales = quantise(norm, spec, scale, scale_value, dtype)
+    return EpilogueResult(reduced, total, norm, codes, scales)
+
+
+def _rounded(value: torch.Tensor, flags: int, flag: Flags, dtype: torch.dtype) -> torch.Tensor:
+    return value.to(dtype).float() if flags & flag else value
+
+
+def moe_reduce(
+    expert_x: torch.Tensor, expert_scale: torch.Tensor, token_input: torch.Tensor | None, flags: int
+) -> torch.Tensor:
+    """Weighted sum over the local experts, in expert order, plus the token's own input; one rounding to ``T``::
+
+        total = zeros
+        for e in range(E): total = total + expert_x[e].float() * expert_scale[e].float()
+        return (total + token_input.float()).to(expert_x.dtype)
+
+    ``MOE_ROUND_PRODUCT``, ``MOE_ROUND_PARTIAL`` and ``MOE_ROUND_SUM`` round each product, each partial sum (the first
+    included) and the sum over experts to ``T``.
+
+    Args:
+        expert_x: ``T`` ``[E, tokens, H]``.
+        expert_scale: fp32 ``[E, tokens]``.
+        token_input: ``T`` ``[tokens, H]`` or None.
+    """
+    dtype = expert_x.dtype
+    total = torch.zeros(expert_x.shape[1:], dtype=torch.float32, device=expert_x.device)
+    for x, weight in zip(expert_x, expert_scale, strict=True):
+        product = _rounded(x.float() * weight.float().unsqueeze(-1), flags, Flags.MOE_ROUND_PRODUCT, dtype)
+        total = _rounded(total + product, flags, Flags.MOE_ROUND_PARTIAL, dtype)
+    total = _rounded(total, flags, Flags.MOE_ROUND_SUM, dtype)
+    return (total if token_input is None else total + token_input.float()).to(dtype)
+
+
+def moe_finalize(
+    permuted_x: torch.Tensor,
+    index: torch.Tensor,
+    expert_scale: torch.Tensor | None,
+    shared: torch.Tensor | None,
+    routed_scaling_factor: float,
+    flags: int,
+) -> torch.Tensor:
+    """Gather each token's expert rows, weight and sum them in ``k`` order, scale, add the shared expert; one rounding::
+
+        total = zeros
+        for k in range(K): total = total + permuted_x[index[:, k]].float() * expert_scale[:, k].float()
+        return (total * routed_scaling_factor + shared.float()).to(permuted_x.dtype)
+
+    A negative index is skipped. A factor of 1 is not multiplied. ``MOE_ROUND_PRODUCT``, ``MOE_ROUND_PARTIAL``,
+    ``MOE_ROUND_SUM`` and ``MOE_ROUND_SCALED`` round each product, partial sum, the sum and the scaled sum to ``T``.
+
+    Args:
+        permuted_x: ``T`` ``[P, H]``.
+        index: int32 ``[tokens, K]``, -1 for none.
+        expert_scale: fp32 or ``T`` ``[tokens, K]``, or None for plain sums.
+        shared: ``T`` ``[tokens, H]`` or None.
+    """
+    dtype = permuted_x.dtype
+    tokens, slots = index.shape
+    total = torch.zeros(tokens, permuted_x.shape[-1], dtype=torch.float32, device=permuted_x.device)
+    for k in range(slots if permuted_x.shape[0] else 0):
+        chosen = index[:, k].long()
+        product = permuted_x[chosen.clamp(min=0)].float()
+        if expert_scale is not None:
+            product = product * expert_scale[:, k].float().unsqueeze(-1)
+        product = _rounded(product, flags, Flags.MOE_ROUND_PRODUCT, dtype)
+        partial = _rounded(total + product, flags, Flags.MOE_ROUND_PARTIAL, dtype)
+        total = torch.where((chosen >= 0).unsqueeze(-1), partial, total)
+    total = _rounded(total, flags, Flags.MOE_ROUND_SUM, dtype)
+    if routed_scaling_factor != 1.0:
+        total = _rounded(total * routed_scaling_factor, flags, Flags.MOE_ROUND_SCALED, dtype)
+    return (total if shared is None else total + shared.float()).to(dtype)
