@@ -63,8 +63,8 @@ ARF_DEVICE uint64_t clock_ns() {
   return t;
 }
 
-/* The slot of sender `from` in the buffer of receiver `to`. */
-ARF_HD int slot_of(int from, int to) { return from - (from > to); }
+
+
 
 /* This CTA's view of the exchange during one launch. */
 struct Link {

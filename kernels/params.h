@@ -24,6 +24,9 @@ struct Control {
   uint32_t poisoned;
 };
 
+/* The slot of sender `from` in the buffer of receiver `to`. */
+ARF_HD int slot_of(int from, int to) { return from - (from > to); }
+
 /* Lengths called "vectors" count 16 bytes of T (8 or 4 elements). Row pointers are at the piece's first token. */
 struct Params {
   /* Exchange. Slot of sender s in receiver r: s - (s > r), so world - 1 slots of `slot_bytes`. */
@@ -41,6 +44,8 @@ struct Params {
   uint32_t tokens;       /* of this piece */
   uint32_t vectors;      /* of a row */
   uint32_t per_thread;   /* vectors a thread holds of a row */
+  uint32_t tiles;        /* of 32 vectors in a row: the leaves of the variance's tree */
+  uint32_t tile_span;    /* least power of two not below `tiles`, at most 32 */
   float hidden;
 
   /* Epilogue */
@@ -96,11 +101,11 @@ struct SimulatedParams {
 /* Quantiser families: one template parameter, so that a norm alone carries no quantiser's registers. */
 enum Family { kPlain = 0, kStatic = 1, kDynamic = 2, kFp4 = 3, kFamilies = 4 };
 
-/* World as a template parameter: 1 is local, 0 any world known at run time. */
-enum World { kLocal = 0, kTwo = 1, kFour = 2, kAny = 3, kSimulated = 4, kWorlds = 5 };
+/* Which set of kernels. Two, four and eight ranks have their own for rows of at most 1024 vectors; any other world, and
+ * wider rows, take kAny. */
+enum World { kLocal = 0, kTwo = 1, kFour = 2, kEight = 3, kAny = 4, kSimulated = 5, kWorlds = 6 };
 
-/* Kernel for (dtype, world, strategy 0 one-shot / 1 two-shot, family); each .cu defines its own getter. */
+/* Kernel for strategy 0 one-shot, 1 two-shot (local: 0 rows of at most 1024 vectors, 1 wider); each .cu has one. */
 using KernelGetter = const void* (*)(int strategy, int family);
-KernelGetter kernel_getter(int dtype, World world);
 
 }  // namespace arf
