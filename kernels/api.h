@@ -20,7 +20,7 @@ extern "C" {
 #define ARF_ABI_VERSION 1
 
 #define ARF_MAX_WORLD 8
-#define ARF_MAX_HIDDEN_BYTES 65536 /* one token: 16384 fp32, 32768 16-bit elements */
+#define ARF_MAX_HIDDEN 16384 /* elements of a token; hidden * itemsize is a multiple of 16 bytes */
 
 typedef enum arf_status {
   ARF_OK = 0,
@@ -122,6 +122,11 @@ typedef struct arf_threshold {
 ARF_API int arf_set_thresholds(const arf_threshold* rows, int count);
 /* Up to `capacity` rows of the table in force; returns how many there are. */
 ARF_API int arf_get_thresholds(arf_threshold* rows, int capacity);
+
+/* Whether the running torch's float32 -> float8_e4m3fn cast on CUDA saturates beyond 448 (1) or gives NaN (0); an
+ * unclamped quantiser does as it does. The binding sets it from torch's version when it is loaded (saturates from 2.13
+ * on, as its headers say); a caller that measures the cast may overrule it. */
+ARF_API void arf_set_cast_saturates(int saturates);
 
 /* ---- Launches --------------------------------------------------------------------------------------------------- */
 
