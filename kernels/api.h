@@ -43,6 +43,10 @@ ARF_API const char* arf_spec_constants(void);
 /* Compute capabilities compiled in, for instance "90a". */
 ARF_API const char* arf_architectures(void);
 
+/* What the CUDA ops hand to Python, both with the op's own schema and arguments, defined by Python:
+ *   arfusion::_fallback_<op>  the group is marked as fallback (below);
+ *   arfusion::_python_<op>    flags has REFERENCE or FLASHINFER. It must not call arfusion::<op> with that flag again. */
+
 /* ---- Workspaces ------------------------------------------------------------------------------------------------- */
 
 /* What a launch writes to host-mapped memory when a wait expires. `state` is written last. */
