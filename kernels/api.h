@@ -110,6 +110,8 @@ ARF_API int64_t arf_workspace_capacity(int world, int64_t bytes, int strategy);
  * there the op raises an error that names arf.prepare. `dtype` is an arf_dtype. */
 typedef void (*arf_prepare_fn)(const char* group, int device, long long tokens, long long hidden, int dtype);
 ARF_API void arf_set_prepare(arf_prepare_fn fn);
+/* ARF_OK or ARF_FALLBACK for a known group; asks the callback about an unknown one, unless `stream` is captured. */
+ARF_API int arf_prepare_group(const char* group, int device, long long tokens, long long hidden, int dtype, void* stream);
 /* From inside the callback: why not. is_value_error: the op raises ValueError (an unknown group), else RuntimeError. */
 ARF_API void arf_prepare_failed(const char* message, int is_value_error);
 

@@ -233,7 +233,8 @@ int expired(const Workspace* w) {
 }
 
 /* The workspace, made by the callback if need be. */
-int resolve(const char* group, int device, const arf_call& call, cudaStream_t stream, Workspace** out) {
+int resolve(const char* group, int device, long long tokens, long long hidden, int dtype, cudaStream_t stream,
+            Workspace** out) {
   Workspace* w = find(group, device);
   if (!w || w->state.load(std::memory_order_acquire) == 0) {
     const arf_prepare_fn make = prepare.load();
@@ -246,7 +247,7 @@ int resolve(const char* group, int device, const arf_call& call, cudaStream_t st
     }
     if (!make) return fail(ARF_NO_WORKSPACE, "group '%s' has no workspace: call arfusion_pass.prepare(...)", group);
     prepare_problem.clear();
-    make(group, device, call.tokens, call.hidden, call.dtype);
+    make(group, device, tokens, hidden, dtype);
     if (!prepare_problem.empty()) return fail(prepare_is_value_error ? ARF_INVALID : ARF_NO_WORKSPACE, "%s", prepare_problem.c_str());
     w = find(group, device);
     if (!w || w->state.load(std::memory_order_acquire) == 0) {
@@ -355,11 +356,16 @@ int arf_mark_fallback(const char* group, int device) {
 }
 
 int arf_group_state(const char* group, int device) {
-  const std::lock_guard<std::mutex> lock(registry_mutex);
-  const Workspace* w = find_locked(group, device);
+  const Workspace* w = find(group, device);
   if (!w) return 0;
-  const int state = w->state;
-  return state == 1 && static_cast<volatile arf_error_record*>(w->error)->state ? 3 : state;
+  const int state = w->state.load(std::memory_order_acquire);
+  const volatile arf_error_record* error = w->error;
+  return state == 1 && error && error->state ? 3 : state;
+}
+
+int arf_prepare_group(const char* group, int device, long long tokens, long long hidden, int dtype, void* stream) {
+  Workspace* w;
+  return resolve(group, device, tokens, hidden, dtype, static_cast<cudaStream_t>(stream), &w);
 }
 
 int arf_read_error(const char* group, int device, arf_error_record* out) {
@@ -411,7 +417,7 @@ int arf_launch(const char* group, int device, const arf_call* call, void* stream
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_handle);
   if (!*group) return launch_pieces(nullptr, device, *call, stream);
   Workspace* w;
-  int status = resolve(group, device, *call, stream, &w);
+  int status = resolve(group, device, call->tokens, call->hidden, call->dtype, stream, &w);
   if (status != ARF_OK) return status;
   const std::lock_guard<std::mutex> lock(w->launches);
   if (w->state.load(std::memory_order_acquire) != 1) return fail(ARF_NO_WORKSPACE, "the workspace of group '%s' was destroyed", group);
