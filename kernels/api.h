@@ -43,6 +43,10 @@ ARF_API const char* arf_spec_constants(void);
 /* Compute capabilities compiled in, for instance "90a". */
 ARF_API const char* arf_architectures(void);
 
+/* What the CUDA ops hand to Python, both with the op's own schema and arguments, defined by Python:
+ *   arfusion::_fallback_<op>  the group is marked as fallback (below);
+ *   arfusion::_python_<op>    flags has REFERENCE or FLASHINFER. It must not call arfusion::<op> with that flag again. */
+
 /* ---- Workspaces ------------------------------------------------------------------------------------------------- */
 
 /* What a launch writes to host-mapped memory when a wait expires. `state` is written last. */
@@ -106,6 +110,8 @@ ARF_API int64_t arf_workspace_capacity(int world, int64_t bytes, int strategy);
  * there the op raises an error that names arf.prepare. `dtype` is an arf_dtype. */
 typedef void (*arf_prepare_fn)(const char* group, int device, long long tokens, long long hidden, int dtype);
 ARF_API void arf_set_prepare(arf_prepare_fn fn);
+/* ARF_OK or ARF_FALLBACK for a known group; asks the callback about an unknown one, unless `stream` is captured. */
+ARF_API int arf_prepare_group(const char* group, int device, long long tokens, long long hidden, int dtype, void* stream);
 /* From inside the callback: why not. is_value_error: the op raises ValueError (an unknown group), else RuntimeError. */
 ARF_API void arf_prepare_failed(const char* message, int is_value_error);
 

@@ -122,51 +122,8 @@ ARF_DEVICE bool give_up(const Params& p, unsigned cta, const Link& link, uint64_
   return true;
 }
 
-/* All peers' vectors at `at` + slot * slot_bytes, in `in[rank]`; empties them behind itself. in[p.rank] is not touched.
- * World: number of ranks, or 0 for p.world. Gives NaNs, and sets link.dead, if the wait expires. */
-template <int World>
-ARF_DEVICE void receive(const Params& p, Link& link, unsigned cta, char* at, uint32_t token,
-                        uint4 (&in)[World ? World : kMaxWorld]) {
-  constexpr int kRanks = World ? World : kMaxWorld;
-  const int world = World ? World : p.world;
-  const int rank = p.rank;
-  uint64_t since = 0;
-  unsigned misses = 0;
-  while (!link.dead) {
-    uint32_t largest = 0;
-#pragma unroll
-    for (int r = 0; r < kRanks; ++r) {
-      if (r < world && r != rank) in[r] = load_volatile(at + static_cast<uint64_t>(slot_of(r, rank)) * p.slot_bytes);
-    }
-#pragma unroll
-    for (int r = 0; r < kRanks; ++r) {
-      if (r < world && r != rank) largest = max(largest, largest_word(in[r]));
-    }
-    if (largest != kEmpty) break;
-    if (++misses == kPollsPerCheck) {
-      misses = 0;
-      int peer = 0;
-#pragma unroll
-      for (int r = kRanks - 1; r >= 0; --r) {
-        if (r < world && r != rank && largest_word(in[r]) == kEmpty) peer = r;
-      }
-      link.dead = give_up(p, cta, link, since, ARF_ONESHOT, token, peer);
-    }
-  }
-#pragma unroll
-  for (int r = 0; r < kRanks; ++r) {
-    if (r < world && r != rank) {
-      if (link.dead) {
-        in[r] = filled(kEmpty);
-      } else {
-        *reinterpret_cast<uint4*>(at + static_cast<uint64_t>(slot_of(r, rank)) * p.slot_bytes) = filled(kEmpty);
-      }
-    }
-  }
-}
-
-/* One owner's sum, two-shot's second hop. */
-ARF_DEVICE uint4 receive_sum(const Params& p, Link& link, unsigned cta, char* at, uint32_t token, int owner) {
+/* One peer's vector at `at`, emptied behind the read; all NaN, and link.dead set, if the wait expires. */
+ARF_DEVICE uint4 receive_one(const Params& p, Link& link, unsigned cta, char* at, uint32_t strategy, uint32_t token, int peer) {
   uint64_t since = 0;
   unsigned misses = 0;
   while (!link.dead) {
@@ -177,10 +134,95 @@ ARF_DEVICE uint4 receive_sum(const Params& p, Link& link, unsigned cta, char* at
     }
     if (++misses == kPollsPerCheck) {
       misses = 0;
-      link.dead = give_up(p, cta, link, since, ARF_TWOSHOT_GATHER, token, owner);
+      link.dead = give_up(p, cta, link, since, strategy, token, peer);
     }
   }
   return filled(kEmpty);
+}
+
+/* All peers' vectors at `at` + slot * slot_bytes, in in[rank], polled together; in[p.rank] is not touched. */
+template <int World>
+ARF_DEVICE void receive_all(const Params& p, Link& link, unsigned cta, char* at, uint32_t token, uint4 (&in)[World]) {
+  const int rank = p.rank;
+  uint64_t since = 0;
+  unsigned misses = 0;
+  while (!link.dead) {
+    uint32_t largest = 0;
+#pragma unroll
+    for (int r = 0; r < World; ++r) {
+      if (r != rank) in[r] = load_volatile(at + static_cast<uint64_t>(slot_of(r, rank)) * p.slot_bytes);
+    }
+#pragma unroll
+    for (int r = 0; r < World; ++r) {
+      if (r != rank) largest = max(largest, largest_word(in[r]));
+    }
+    if (largest != kEmpty) break;
+    if (++misses == kPollsPerCheck) {
+      misses = 0;
+      int peer = 0;
+#pragma unroll
+      for (int r = World - 1; r >= 0; --r) {
+        if (r != rank && largest_word(in[r]) == kEmpty) peer = r;
+      }
+      link.dead = give_up(p, cta, link, since, ARF_ONESHOT, token, peer);
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < World; ++r) {
+    if (r == rank) continue;
+    if (link.dead) {
+      in[r] = filled(kEmpty);
+    } else {
+      *reinterpret_cast<uint4*>(at + static_cast<uint64_t>(slot_of(r, rank)) * p.slot_bytes) = filled(kEmpty);
+    }
+  }
+}
+
+/* The fp32 sum over ranks in rank order, from the first rank's value on (-0.0 stays -0.0). `at`: the vector in slot 0.
+ * A world known at compile time is polled all at once; any other one rank after the other, which costs an L2 round trip
+ * (0.3 us) a peer but no registers: unrolled for 8 it spilled 8 KB. */
+template <int D, int World>
+ARF_DEVICE void receive_sum(const Params& p, Link& link, unsigned cta, char* at, uint32_t token, const uint4& mine,
+                            float (&sum)[kElements<D>]) {
+  constexpr int N = kElements<D>;
+  if constexpr (World != 0) {
+    uint4 in[World];
+    receive_all<World>(p, link, cta, at, token, in);
+    unpack<D>(p.rank == 0 ? mine : in[0], sum);
+#pragma unroll
+    for (int r = 1; r < World; ++r) {
+      float f[N];
+      unpack<D>(p.rank == r ? mine : in[r], f);
+#pragma unroll
+      for (int i = 0; i < N; ++i) sum[i] = __fadd_rn(sum[i], f[i]);
+    }
+  } else {
+#pragma unroll 1
+    for (int r = 0; r < p.world; ++r) {
+      uint4 v = mine;
+      if (r != p.rank) {
+        v = receive_one(p, link, cta, at + static_cast<uint64_t>(slot_of(r, p.rank)) * p.slot_bytes, ARF_ONESHOT, token, r);
+      }
+      float f[N];
+      unpack<D>(v, f);
+#pragma unroll
+      for (int i = 0; i < N; ++i) sum[i] = r == 0 ? f[i] : __fadd_rn(sum[i], f[i]);
+    }
+  }
+}
+
+/* A vector to every peer, at `offset` from the address of our slot. */
+template <int World>
+ARF_DEVICE void push_all(const Params& p, const Link& link, uint64_t offset, const uint4& v) {
+  if (link.dead) return;
+  const uint4 x = pushable(v);
+  if constexpr (World != 0) {
+#pragma unroll
+    for (int i = 0; i < World - 1; ++i) store_volatile(p.push[i] + offset, x);
+  } else {
+#pragma unroll 1
+    for (int i = 0; i < p.world - 1; ++i) store_volatile(p.push[i] + offset, x);
+  }
 }
 
 }  // namespace arf

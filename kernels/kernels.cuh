@@ -14,7 +14,6 @@ template <int D, int W, int F, int K>
 struct Kernel {
   using E = Epilogue<D, F, K>;
   static constexpr int N = E::N;
-  static constexpr int kRanks = W ? W : kMaxWorld;
 
   struct Own {
     uint4 x[K];
@@ -28,36 +27,22 @@ struct Kernel {
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       own.x[k] = make_uint4(0, 0, 0, 0);
-      if ((k == 0 || k < p.per_thread) && vector_of(k) < p.vectors) own.x[k] = contribution<D>(p, t, vector_of(k));
+      if (holds(p, k)) own.x[k] = contribution<D>(p, t, vector_of(k));
     }
     return own;
   }
 
-  /* To every peer's slot of ours, at row `row` of the slot. */
-  ARF_DEVICE static void push_all(const Params& p, const Link& link, uint32_t row, const Own& own) {
-    if (link.dead) return;
-#pragma unroll
-    for (int k = 0; k < K; ++k) {
-      if (!((k == 0 || k < p.per_thread) && vector_of(k) < p.vectors)) continue;
-      const uint64_t at = link.offset + (static_cast<uint64_t>(row) * p.vectors + vector_of(k)) * kVectorBytes;
-      const uint4 x = pushable(own.x[k]);
-#pragma unroll
-      for (int i = 0; i < kRanks - 1; ++i) {
-        if (i < world(p) - 1) store_volatile(p.push[i] + at, x);
-      }
-    }
+  ARF_DEVICE static bool holds(const Params& p, int k) { return (k == 0 || k < p.per_thread) && vector_of(k) < p.vectors; }
+
+  /* Of vector k in row `row` of a slot. */
+  ARF_DEVICE static uint64_t offset_of(const Params& p, const Link& link, uint32_t row, int k) {
+    return link.offset + (static_cast<uint64_t>(row) * p.vectors + vector_of(k)) * kVectorBytes;
   }
 
-  /* Sum in rank order, from the first rank's value on: -0.0 stays -0.0. */
-  ARF_DEVICE static void sum_ranks(const Params& p, const uint4& mine, const uint4 (&in)[kRanks], float (&sum)[N]) {
-    unpack<D>(p.rank == 0 ? mine : in[0], sum);
+  ARF_DEVICE static void push_row(const Params& p, const Link& link, uint32_t row, const Own& own) {
 #pragma unroll
-    for (int r = 1; r < kRanks; ++r) {
-      if (r >= world(p)) break;
-      float f[N];
-      unpack<D>(p.rank == r ? mine : in[r], f);
-#pragma unroll
-      for (int i = 0; i < N; ++i) sum[i] = __fadd_rn(sum[i], f[i]);
+    for (int k = 0; k < K; ++k) {
+      if (holds(p, k)) push_all<W>(p, link, offset_of(p, link, row, k), own.x[k]);
     }
   }
 
@@ -82,7 +67,7 @@ struct Kernel {
       for (int k = 0; k < K; ++k) {
 #pragma unroll
         for (int i = 0; i < N; ++i) row[k][i] = 0.0f;
-        if (!((k == 0 || k < p.per_thread) && vector_of(k) < p.vectors)) continue;
+        if (!holds(p, k)) continue;
         float sum[N];
         unpack<D>(own.x[k], sum);
         E::finish_sum(p, t, vector_of(k), sum, E::load_residual(p, t, vector_of(k)), row[k]);
@@ -100,7 +85,7 @@ struct Kernel {
     if (p.flags & kTriggerEarly) let_next_kernel_start();
     Own own = load_own(p, cta);
     Link link = open_link(p, cta);
-    push_all(p, link, cta, own);
+    push_row(p, link, cta, own);
     float given = 0.0f;
     start(p, cta, ctas, given);
     uint32_t parity = 0;
@@ -109,25 +94,22 @@ struct Kernel {
 #pragma unroll
       for (int k = 0; k < K; ++k) {
         residual[k] = {};
-        if ((k == 0 || k < p.per_thread) && vector_of(k) < p.vectors) residual[k] = E::load_residual(p, t, vector_of(k));
+        if (holds(p, k)) residual[k] = E::load_residual(p, t, vector_of(k));
       }
       /* The next row travels while this one is awaited. */
       Own next = {};
       if (t + ctas < p.tokens) {
         next = load_own(p, t + ctas);
-        push_all(p, link, t + ctas, next);
+        push_row(p, link, t + ctas, next);
       }
       float row[K][N];
 #pragma unroll
       for (int k = 0; k < K; ++k) {
 #pragma unroll
         for (int i = 0; i < N; ++i) row[k][i] = 0.0f;
-        if (!((k == 0 || k < p.per_thread) && vector_of(k) < p.vectors)) continue;
-        uint4 in[kRanks];
-        receive<W>(p, link, cta, p.own + link.offset + (static_cast<uint64_t>(t) * p.vectors + vector_of(k)) * kVectorBytes, t,
-                   in);
+        if (!holds(p, k)) continue;
         float sum[N];
-        sum_ranks(p, own.x[k], in, sum);
+        receive_sum<D, W>(p, link, cta, p.own + offset_of(p, link, t, k), t, own.x[k], sum);
         E::finish_sum(p, t, vector_of(k), sum, residual[k], row[k]);
       }
       own = next;
@@ -159,20 +141,12 @@ struct Kernel {
       for (int k = 0; k < K; ++k) {
 #pragma unroll
         for (int i = 0; i < N; ++i) row[k][i] = 0.0f;
-        if (!((k == 0 || k < p.per_thread) && vector_of(k) < p.vectors)) continue;
-        const uint64_t at = link.offset + (static_cast<uint64_t>(q) * p.vectors + vector_of(k)) * kVectorBytes;
+        if (!holds(p, k)) continue;
+        const uint64_t at = offset_of(p, link, q, k);
         const typename E::Residual residual = E::load_residual(p, t, vector_of(k));
-        uint4 in[kRanks];
-        receive<W>(p, link, cta, p.own + at, t, in);
         float sum[N];
-        sum_ranks(p, own.x[k], in, sum);
-        const uint4 reduced = pushable(pack<D>(sum));
-        if (!link.dead) {
-#pragma unroll
-          for (int i = 0; i < kRanks - 1; ++i) {
-            if (i < world(p) - 1) store_volatile(p.push[i] + gather + at, reduced);
-          }
-        }
+        receive_sum<D, W>(p, link, cta, p.own + at, t, own.x[k], sum);
+        push_all<W>(p, link, gather + at, pack<D>(sum));
         E::finish_sum(p, t, vector_of(k), sum, residual, row[k]);
       }
       if (!fetched) await_fetches();
@@ -191,12 +165,12 @@ struct Kernel {
         for (int k = 0; k < K; ++k) {
 #pragma unroll
           for (int j = 0; j < N; ++j) row[k][j] = 0.0f;
-          if (!((k == 0 || k < p.per_thread) && vector_of(k) < p.vectors)) continue;
-          const uint64_t at = link.offset + gather + static_cast<uint64_t>(slot_of(owner, p.rank)) * p.slot_bytes +
-                              (static_cast<uint64_t>(q) * p.vectors + vector_of(k)) * kVectorBytes;
+          if (!holds(p, k)) continue;
+          const uint64_t at =
+              gather + static_cast<uint64_t>(slot_of(owner, p.rank)) * p.slot_bytes + offset_of(p, link, q, k);
           const typename E::Residual residual = E::load_residual(p, t, vector_of(k));
           float sum[N];
-          unpack<D>(receive_sum(p, link, cta, p.own + at, t, owner), sum);
+          unpack<D>(receive_one(p, link, cta, p.own + at, ARF_TWOSHOT_GATHER, t, owner), sum);
           E::finish_sum(p, t, vector_of(k), sum, residual, row[k]);
         }
         E::finish_row(p, scratch, parity, t, row, given);
@@ -209,22 +183,27 @@ struct Kernel {
   /* Our contribution to row q of every peer's tokens. */
   ARF_DEVICE static void scatter(const Params& p, const Link& link, uint32_t q) {
     if (link.dead) return;
-#pragma unroll
+#pragma unroll 1
     for (int k = 0; k < K; ++k) {
-      if (!((k == 0 || k < p.per_thread) && vector_of(k) < p.vectors)) continue;
-      const uint64_t at = link.offset + (static_cast<uint64_t>(q) * p.vectors + vector_of(k)) * kVectorBytes;
-      uint4 x[kRanks - 1 ? kRanks - 1 : 1];
+      if (!holds(p, k)) continue;
+      const uint64_t at = offset_of(p, link, q, k);
+      if constexpr (W > 1) { /* all loads in flight before the first store */
+        uint4 x[W - 1];
 #pragma unroll
-      for (int i = 0; i < kRanks - 1; ++i) {
-        if (i >= world(p) - 1) break;
-        const uint32_t t = q * world(p) + peer(p, i);
-        if (t < p.tokens) x[i] = contribution<D>(p, t, vector_of(k));
-      }
+        for (int i = 0; i < W - 1; ++i) {
+          const uint32_t t = q * W + peer(p, i);
+          if (t < p.tokens) x[i] = contribution<D>(p, t, vector_of(k));
+        }
 #pragma unroll
-      for (int i = 0; i < kRanks - 1; ++i) {
-        if (i >= world(p) - 1) break;
-        const uint32_t t = q * world(p) + peer(p, i);
-        if (t < p.tokens) store_volatile(p.push[i] + at, pushable(x[i]));
+        for (int i = 0; i < W - 1; ++i) {
+          if (q * W + peer(p, i) < p.tokens) store_volatile(p.push[i] + at, pushable(x[i]));
+        }
+      } else {
+#pragma unroll 1
+        for (int i = 0; i < p.world - 1; ++i) {
+          const uint32_t t = q * p.world + peer(p, i);
+          if (t < p.tokens) store_volatile(p.push[i] + at, pushable(contribution<D>(p, t, vector_of(k))));
+        }
       }
     }
   }

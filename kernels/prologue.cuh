@@ -21,8 +21,10 @@ ARF_DEVICE void accumulate(const Params& p, float (&sum)[kElements<D>], const ui
   }
 }
 
+/* Out of line: inlined at every load it doubled the compile time of the kernels, and a decode step waits for the gather's
+ * loads anyway. */
 template <int D>
-ARF_DEVICE uint4 moe_contribution(const Params& p, uint32_t t, uint32_t v) {
+__device__ __noinline__ uint4 moe_contribution(const Params& p, uint32_t t, uint32_t v) {
   constexpr int N = kElements<D>;
   const uint4* x = static_cast<const uint4*>(p.x);
   float sum[N] = {};
