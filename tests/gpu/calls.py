@@ -192,9 +192,43 @@ def verify_epilogue(
     if "residual_out" in outputs:
         assert_bits("residual_out", outputs["residual_out"], want.total.to(outputs["residual_out"].dtype))
     if "norm_out" in outputs:
-        assert_norm("norm_out", outputs["norm_out"], want.norm.to(outputs["norm_out"].dtype))
+        verify_norm(config, outputs["norm_out"], want.norm, reduced, shared)
     if "quant_out" in outputs:
         verify_quantiser(config, outputs, want.norm, shared, exact="norm_out" in outputs)
+
+
+def verify_norm(config: Config, got: torch.Tensor, want: torch.Tensor, reduced: torch.Tensor, shared: Shared) -> None:
+    """The norm's part. Where T is rounded to before the weight, one step there can become two after it.
+
+    fp32 norms compare with the CPU reference in the rows where the GPU's is too far off: CUDA's own ``rsqrt`` and mean
+    are up to 3 ulp from the exact value, which would take most of the 4 that the contract allows.
+    """
+    want = want.to(got.dtype)
+    if got.dtype == torch.float32 and want.is_cuda and len(rows := far_rows(got, want)):
+        rows = rows[:256]
+        part = Shared(
+            None if shared.residual is None else shared.residual[rows].cpu(),
+            None if shared.weight is None else shared.weight.cpu(),
+            None,
+            1.0,
+        )
+        exact = reference.epilogue(
+            reduced[rows].cpu(),
+            part.residual,
+            part.weight,
+            None,
+            epsilon=config.epsilon,
+            weight_bias=config.weight_bias,
+            flags=int(config.flags) & 3,
+        ).norm
+        assert exact is not None
+        want = want.index_copy(0, rows, exact.to(want.device))
+    # Rounded before the weight, an fp32 norm has the low dtype's steps times the weight: count them in that dtype.
+    if config.flags & Flags.ROUND_BEFORE_WEIGHT and config.dtype != torch.float32:
+        got, want = got.to(config.dtype), want.to(config.dtype)
+        assert_norm("norm_out", got, want, limit=2)
+    else:
+        assert_norm("norm_out", got, want)
 
 
 def verify_quantiser(
