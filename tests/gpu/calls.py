@@ -16,7 +16,7 @@ import torch
 from arfusion_pass.ops import layouts, reference
 from arfusion_pass.ops.quantisers import quantise
 from arfusion_pass.ops.spec import NO_QUANT, Flags, QuantFormat, QuantSpec
-from tests.gpu.compare import POISON, GuardedBuffer, assert_bits, assert_norm
+from tests.gpu.compare import POISON, GuardedBuffer, assert_bits, assert_norm, far_rows
 from tests.gpu.harness import Env
 
 OUTPUTS = ("allreduce_out", "residual_out", "norm_out", "quant_out", "scale_out")
