@@ -189,7 +189,7 @@ struct Epilogue {
   ARF_DEVICE static void finish_row(const Params& p, Scratch& scratch, uint32_t parity, uint32_t t, Row& row, float given) {
     if (!p.need_norm) return;
     const float mean = __fdiv_rn(sum_of_squares(p, scratch, parity, row), p.hidden);
-    const float rstd = rsqrtf(__fadd_rn(mean, p.epsilon));
+    const float rstd = __frsqrt_rn(__fadd_rn(mean, p.epsilon)); /* rsqrtf: 2 ulp, half of what an fp32 norm may be off */
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       if (k && k >= p.per_thread) break;

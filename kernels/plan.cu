@@ -129,6 +129,8 @@ std::string check_call(const arf_call& c) {
     return "hidden size must be at most " + number(ARF_MAX_HIDDEN) + " elements and a multiple of 16 bytes (" +
            number(kVectorBytes / item) + " elements), got " + number(c.hidden);
   }
+  if (static_cast<uint32_t>(c.flags) & ~kAllFlags) return "flags has bits that mean nothing: " + number(c.flags);
+  if (c.tokens == 0) return ""; /* an empty tensor has no address, so a missing output cannot be told from a given one */
   if (!c.allreduce_out && !c.residual_out && !c.norm_out && !c.quant_out) return "at least one output must be given";
   if (!c.quant && (c.quant_out || c.scale_out)) return "quant_out and scale_out need a quantiser, got quant=0";
   if (c.residual && c.residual_fp32 && c.dtype != ARF_FP32 && !(c.flags & kUnroundedSum)) {
@@ -141,7 +143,6 @@ std::string check_call(const arf_call& c) {
     const std::string problem = check_quant(c);
     if (!problem.empty()) return problem;
   }
-  if (c.tokens == 0) return "";
   const bool nothing_to_read = (c.op == ARF_OP_MOE_FINALIZE && c.permuted_rows == 0) || (c.op != ARF_OP_ALLREDUCE && c.experts == 0);
   if (!c.x && !nothing_to_read) return "x is missing";
   if (c.op == ARF_OP_MOE_REDUCE && (c.experts < 0 || (c.experts > 0 && !c.expert_scale))) return "expert_scale is missing";

@@ -18,6 +18,7 @@ enum Flags : uint32_t {
   kMoeRoundPartial = 1u << 17,
   kMoeRoundSum = 1u << 18,
   kMoeRoundScaled = 1u << 19,
+  kAllFlags = 0x000f3f03u,
 };
 
 enum class Format : uint32_t { kNone = 0, kFp8 = 1, kInt8 = 2, kNvfp4 = 3, kMxfp8 = 4 };

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.gpu.harness import ENVIRONMENT, ROOT, Outcome, _free_port
+from tests.gpu.harness import ENVIRONMENT, ROOT, SHARE_GPU, Outcome, _free_port, device_index, share_gpu
 
 TIMEOUT = 3.0  # seconds, of a wait inside a kernel
 LIMIT = 60.0
@@ -60,9 +60,11 @@ def _rank_main(world: int, port: int, folder: Path, rank: int) -> None:
     import torch
     import torch.distributed as dist
 
-    torch.cuda.set_device(rank)
+    torch.cuda.set_device(device_index(rank))
+    if SHARE_GPU:
+        share_gpu(rank)
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl",
+        "cpu:gloo,cuda:gloo" if SHARE_GPU else "cpu:gloo,cuda:nccl",
         init_method=f"tcp://127.0.0.1:{port}",
         rank=rank,
         world_size=world,
