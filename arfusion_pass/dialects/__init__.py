@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from arfusion_pass.dialects import aten, functional_collectives
+from arfusion_pass.dialects import aten, functional_collectives, vllm
 from arfusion_pass.dialects.base import Dialect, Norm, Quantised, Reduced, Refused
 
-DIALECTS: tuple[Dialect, ...] = (functional_collectives.DIALECT, aten.DIALECT)
+DIALECTS: tuple[Dialect, ...] = (functional_collectives.DIALECT, aten.DIALECT, vllm.DIALECT)
 """Every dialect, in the order they are asked."""
 
 __all__ = ["DIALECTS", "Dialect", "Norm", "Quantised", "Reduced", "Refused"]

@@ -182,12 +182,12 @@ def _extract(plan: Plan) -> ReplaySite:
 
     # The norm first: the quantiser is checked on the norm that the fused op produced.
     outputs = {role: copy(site.values[role]) for role in plan.buffers}
-    if site.norm is not None and "norm_out" not in outputs:
+    if site.norm is not None and site.norm.norm is not None and "norm_out" not in outputs:
         outputs["norm_out"] = copy(site.norm.norm)
     graph.output(outputs)
     module = fx.GraphModule(torch.nn.Module(), graph)
     module.meta["site"] = site.node.name
-    module.meta["norm"] = env[site.norm.norm].name if site.norm is not None else None
+    module.meta["norm"] = env[site.norm.norm].name if site.norm is not None and site.norm.norm is not None else None
     reason = f"its subgraph reads {', '.join(unknown)}, which the fused call does not take" if unknown else None
     return ReplaySite(module, names, site.group, unsupported=reason)
 

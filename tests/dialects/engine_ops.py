@@ -1,0 +1,237 @@
+"""Engines' ops under their own schemas, with CPU implementations of what their kernels compute.
+
+Registered in a test's process only where the engine itself is not there. The formulas are written out here once more
+from the engines' sources, independent of the specs that the dialects make of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+FP8_MAX = 448.0
+
+_libraries: dict[str, torch.library.Library] = {}
+
+
+def define(name: str, schema: str, meaning: Callable[..., object], fake: Callable[..., object] | None = None) -> None:
+    """Register ``namespace::op`` once a process; an op that only writes to its arguments needs no fake."""
+    namespace, op = name.split("::")
+    library = _libraries.setdefault(namespace, torch.library.Library(namespace, "FRAGMENT"))
+    base, _, overload = op.partition(".")
+    if overload in getattr(torch.ops, namespace).__getattr__(base).overloads() if _has(namespace, base) else False:
+        return
+    if not overload and _has(namespace, base) and "default" in getattr(getattr(torch.ops, namespace), base).overloads():
+        return
+    library.define(op + schema)
+    library.impl(op, meaning, "CompositeExplicitAutograd")
+    torch.library.register_fake(name, fake or (lambda *args, **kwargs: None), lib=library)
+
+
+def _has(namespace: str, base: str) -> bool:
+    return hasattr(getattr(torch.ops, namespace), base)
+
+
+def all_reduce(x: torch.Tensor) -> torch.Tensor:
+    """The sum over all ranks."""
+    result = x.clone()
+    dist.all_reduce(result)
+    return result
+
+
+def rms(x: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """``x / RMS(x)`` in fp32."""
+    x = x.float()
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon)
+
+
+def to_fp8(x: torch.Tensor) -> torch.Tensor:
+    return x.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+
+
+def divide(x: torch.Tensor, y: float) -> torch.Tensor:
+    return x / torch.full((), y)
+
+
+def groups(x: torch.Tensor, size: int) -> torch.Tensor:
+    return x.float().reshape(-1, x.shape[-1] // size, size)
+
+
+def like(x: torch.Tensor, *_: object) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+# vLLM ----------------------------------------------------------------------------------------------------------------
+
+
+def _ir_rms_norm(x, weight, epsilon, variance_size=None):  # type: ignore[no-untyped-def]
+    y = rms(x if variance_size is None else x[..., :variance_size], epsilon)
+    return (y if weight is None else y.to(weight.dtype) * weight).to(x.dtype)
+
+
+def _ir_fused_add_rms_norm(x, x_residual, weight, epsilon, variance_size=None):  # type: ignore[no-untyped-def]
+    total = x.float() + x_residual.float()
+    y = rms(total, epsilon)
+    return (y if weight is None else y.to(weight.dtype) * weight).to(x.dtype), total.to(x.dtype)
+
+
+def _c_rms_norm(result, input, weight, epsilon):  # type: ignore[no-untyped-def]
+    y = rms(input, epsilon)
+    result.copy_(y if weight is None else y * weight.float())
+
+
+def _c_fused_add_rms_norm(input, residual, weight, epsilon):  # type: ignore[no-untyped-def]
+    residual.copy_(input + residual)
+    y = rms(residual, epsilon)
+    input.copy_(y if weight is None else y * weight.float())
+
+
+def _c_static_fp8(result, input, scale, group_shape=None):  # type: ignore[no-untyped-def]
+    result.copy_(to_fp8(input.float() * (1.0 / scale.float())))
+
+
+def _token_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    scale = divide(x.float().abs().amax(-1, keepdim=True), FP8_MAX).clamp(min=1 / (FP8_MAX * 512))
+    return to_fp8(x.float() / scale), scale
+
+
+def _c_token_fp8(result, input, scale, scale_ub):  # type: ignore[no-untyped-def]
+    codes, scales = _token_fp8(input)
+    result.copy_(codes)
+    scale.copy_(scales)
+
+
+def _c_group_fp8(  # type: ignore[no-untyped-def]
+    input, output_q, output_s, group_size, eps, fp8_min, fp8_max, scale_ue8m0, transposed, tma
+):
+    grouped = groups(input, group_size)
+    scale = divide(grouped.abs().amax(-1).clamp(min=eps), fp8_max)
+    if scale_ue8m0:
+        scale = torch.exp2(torch.ceil(torch.log2(scale.clamp(min=1e-10))))
+    output_q.copy_(to_fp8(grouped / scale.unsqueeze(-1)).reshape(input.shape))
+    output_s.copy_(scale.reshape(output_s.shape))
+
+
+def _c_group_packed(input, output_q, output_s_packed, group_size, eps, fp8_min, fp8_max):  # type: ignore[no-untyped-def]
+    grouped = groups(input, group_size)
+    scale = divide(grouped.abs().amax(-1).clamp(min=eps), fp8_max).clamp(min=1e-10)
+    bits = scale.contiguous().view(torch.int32)
+    exponent = (bits >> 23 & 0xFF) + ((bits & 0x7FFFFF) != 0).to(torch.int32)
+    scale = (exponent << 23).view(torch.float32)
+    output_q.copy_(to_fp8(grouped / scale.unsqueeze(-1)).reshape(input.shape))
+    columns = output_s_packed.shape[1]
+    words = torch.zeros(grouped.shape[0], 4 * columns, dtype=torch.uint8)
+    words[:, : grouped.shape[1]] = exponent.to(torch.uint8)
+    output_s_packed.copy_(words.view(torch.int32))
+
+
+def _c_norm_static(result, input, weight, scale, epsilon):  # type: ignore[no-untyped-def]
+    _c_static_fp8(result, (rms(input, epsilon) * weight.float()).to(input.dtype), scale)
+
+
+def _c_add_norm_static(result, input, residual, weight, scale, epsilon):  # type: ignore[no-untyped-def]
+    residual.copy_(input + residual)
+    _c_norm_static(result, residual, weight, scale, epsilon)
+
+
+def _round_first(input, residual, weight, epsilon):  # type: ignore[no-untyped-def]
+    total = input.float() if residual is None else input.float() + residual.float()
+    if residual is not None:
+        residual.copy_(total)
+    return rms(total, epsilon).to(input.dtype) * weight
+
+
+def _c_norm_token(result, input, weight, scale, epsilon, scale_ub, residual):  # type: ignore[no-untyped-def]
+    norm = _round_first(input, residual, weight, epsilon)
+    if result.dtype == torch.int8:
+        scales = divide(norm.float().abs().amax(-1, keepdim=True), 127.0).clamp(min=2.0**-23)
+        codes = torch.round(norm.float() * (1.0 / scales)).clamp(-128, 127).to(torch.int8)
+    else:
+        codes, scales = _token_fp8(norm)
+    result.copy_(codes)
+    scale.copy_(scales)
+
+
+def _c_norm_block(  # type: ignore[no-untyped-def]
+    result, input, weight, scale, epsilon, scale_ub, residual, group_size, is_scale_transposed
+):
+    grouped = groups(_round_first(input, residual, weight, epsilon), group_size)
+    scales = divide(grouped.abs().amax(-1), FP8_MAX).clamp(min=1 / (FP8_MAX * 512))
+    result.copy_(to_fp8(grouped / scales.unsqueeze(-1)).reshape(input.shape))
+    scale.copy_(scales)
+
+
+def register_vllm(optional_weight: bool = True) -> None:
+    """vLLM 0.32's ops; ``optional_weight=False`` gives ``_C``'s norms the schema of vLLM 0.19 and before."""
+    weight = "Tensor? weight" if optional_weight else "Tensor weight"
+    define(
+        "vllm::all_reduce", "(Tensor tensor, str group_name) -> Tensor", lambda tensor, group_name: all_reduce(tensor), like
+    )
+    define(
+        "vllm_ir::rms_norm",
+        "(Tensor x, Tensor? weight, float epsilon, SymInt? variance_size=None) -> Tensor",
+        _ir_rms_norm,
+        like,
+    )
+    define(
+        "vllm_ir::fused_add_rms_norm",
+        "(Tensor x, Tensor x_residual, Tensor? weight, float epsilon, SymInt? variance_size=None) -> (Tensor, Tensor)",
+        _ir_fused_add_rms_norm,
+        lambda x, *_: (torch.empty_like(x), torch.empty_like(x)),
+    )
+    define("_C::rms_norm", f"(Tensor! result, Tensor input, {weight}, float epsilon) -> ()", _c_rms_norm)
+    define(
+        "_C::fused_add_rms_norm", f"(Tensor! input, Tensor! residual, {weight}, float epsilon) -> ()", _c_fused_add_rms_norm
+    )
+    define(
+        "_C::static_scaled_fp8_quant",
+        "(Tensor! result, Tensor input, Tensor scale, int[]? group_shape=None) -> ()",
+        _c_static_fp8,
+    )
+    define(
+        "_C::dynamic_per_token_scaled_fp8_quant",
+        "(Tensor! result, Tensor input, Tensor! scale, Tensor? scale_ub) -> ()",
+        _c_token_fp8,
+    )
+    define(
+        "_C::per_token_group_fp8_quant",
+        "(Tensor input, Tensor! output_q, Tensor! output_s, int group_size, float eps, float fp8_min, float fp8_max, "
+        "bool scale_ue8m0, bool dummy_is_scale_transposed, bool dummy_is_tma_aligned) -> ()",
+        _c_group_fp8,
+    )
+    define(
+        "_C::per_token_group_fp8_quant_packed",
+        "(Tensor input, Tensor! output_q, Tensor! output_s_packed, int group_size, float eps, float fp8_min, "
+        "float fp8_max) -> ()",
+        _c_group_packed,
+    )
+    define(
+        "_C::rms_norm_static_fp8_quant",
+        "(Tensor! result, Tensor input, Tensor weight, Tensor scale, float epsilon) -> ()",
+        _c_norm_static,
+    )
+    define(
+        "_C::fused_add_rms_norm_static_fp8_quant",
+        "(Tensor! result, Tensor input, Tensor! residual, Tensor weight, Tensor scale, float epsilon) -> ()",
+        _c_add_norm_static,
+    )
+    define(
+        "_C::rms_norm_dynamic_per_token_quant",
+        "(Tensor! result, Tensor input, Tensor weight, Tensor! scale, float epsilon, Tensor? scale_ub, "
+        "Tensor!? residual) -> ()",
+        _c_norm_token,
+    )
+    define(
+        "_C::rms_norm_per_block_quant",
+        "(Tensor! result, Tensor input, Tensor weight, Tensor! scale, float epsilon, Tensor? scale_ub, "
+        "Tensor!? residual, int group_size, bool is_scale_transposed) -> ()",
+        _c_norm_block,
+    )
+    define(
+        "vllm::rocm_unquantized_gemm",
+        "(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor",
+        lambda x, weight, bias=None: x @ weight.t(),
+        lambda x, weight, bias=None: x.new_empty((*x.shape[:-1], weight.shape[0])),
+    )
