@@ -67,7 +67,9 @@ def like(x: torch.Tensor, *_: object) -> torch.Tensor:
 
 
 def _ir_rms_norm(x, weight, epsilon, variance_size=None):  # type: ignore[no-untyped-def]
-    y = rms(x if variance_size is None else x[..., :variance_size], epsilon)
+    wide = x.float()
+    part = wide if variance_size is None else wide[..., :variance_size]
+    y = wide * torch.rsqrt(part.pow(2).mean(-1, keepdim=True) + epsilon)
     return (y if weight is None else y.to(weight.dtype) * weight).to(x.dtype)
 
 
