@@ -253,6 +253,7 @@ class NormOp:
         residual: the second operand of the add, where the op adds. It may be None at a call.
         total: the result that is the sum.
         weight_bias: what the op adds to its weight (Gemma: 1).
+        default_epsilon: what an epsilon of None means, or None.
         weight_in_x_dtype: the op takes only a weight (and a residual) of ``x``'s dtype.
         refuse: a reason against one call, or None.
         quant: the quantiser that the op ends in.
@@ -266,6 +267,7 @@ class NormOp:
     residual: str | None = None
     total: Output | None = None
     weight_bias: float = 0.0
+    default_epsilon: float | None = None
     weight_in_x_dtype: bool = True
     refuse: Callable[[OpCall], str | None] = lambda call: None
     quant: QuantOp | None = None
@@ -287,7 +289,7 @@ class NormOp:
         reason = self.refuse(call) or self._misfit(call, start, value, residual)
         if reason is not None:
             return Refused(reason, call.node)
-        epsilon = constant(call[self.epsilon])
+        epsilon = self.default_epsilon if call[self.epsilon] is None else constant(call[self.epsilon])
         if epsilon is None:
             return Refused(EPSILON_ADVICE.format(node=call[self.epsilon]), call.node)
         dtype = dtype_of(value)
@@ -371,14 +373,17 @@ class QuantOp:
             return Refused(f"{describe(codes)} holds {dtype_of(codes)}, no codes of {spec.format.name}", codes)
         if not _has_rows(codes, norm):
             return Refused(f"{describe(codes)} has another number of rows than {describe(norm)}", codes)
-        scale = None if self.scale is None else call.operand(self.scale)
-        if self.scale is not None and (scale is None or not scale.whole or not same(_product(scale.size), 1)):
-            return Refused(f"the scale of {describe(call.node)} has more than one element", call.node)
-        if scale is not None and scale.dtype != torch.float32:
+        quantised = Quantised(op=op, spec=spec, codes=codes, nodes=call.nodes, scales=scales)
+        if self.scale is None:
+            return quantised
+        number, scale = constant(call[self.scale]), call.operand(self.scale)
+        if number is not None and scale is None:
+            return dataclasses.replace(quantised, scale_value=number)
+        if scale is None or not scale.whole or not same(_product(scale.size), 1):
+            return Refused(f"{describe(call.node)} has no scale of one element", call.node)
+        if scale.dtype != torch.float32:
             return Refused(f"the scale of {describe(call.node)} is {scale.dtype}, expected float32", call.node)
-        return Quantised(
-            op=op, spec=spec, codes=codes, nodes=call.nodes, scales=scales, scale=None if scale is None else scale.node
-        )
+        return dataclasses.replace(quantised, scale=scale.node)
 
 
 def _has_rows(codes: fx.Node, norm: fx.Node) -> bool:

@@ -169,7 +169,10 @@ def register_vllm(optional_weight: bool = True) -> None:
     """vLLM 0.32's ops; ``optional_weight=False`` gives ``_C``'s norms the schema of vLLM 0.19 and before."""
     weight = "Tensor? weight" if optional_weight else "Tensor weight"
     define(
-        "vllm::all_reduce", "(Tensor tensor, str group_name) -> Tensor", lambda tensor, group_name: all_reduce(tensor), like
+        "vllm::all_reduce",
+        "(Tensor tensor, str group_name) -> Tensor",
+        lambda tensor, group_name: all_reduce(tensor),
+        like,
     )
     define(
         "vllm_ir::rms_norm",
@@ -185,7 +188,9 @@ def register_vllm(optional_weight: bool = True) -> None:
     )
     define("_C::rms_norm", f"(Tensor! result, Tensor input, {weight}, float epsilon) -> ()", _c_rms_norm)
     define(
-        "_C::fused_add_rms_norm", f"(Tensor! input, Tensor! residual, {weight}, float epsilon) -> ()", _c_fused_add_rms_norm
+        "_C::fused_add_rms_norm",
+        f"(Tensor! input, Tensor! residual, {weight}, float epsilon) -> ()",
+        _c_fused_add_rms_norm,
     )
     define(
         "_C::static_scaled_fp8_quant",
@@ -237,3 +242,149 @@ def register_vllm(optional_weight: bool = True) -> None:
         lambda x, weight, bias=None: x @ weight.t(),
         lambda x, weight, bias=None: x.new_empty((*x.shape[:-1], weight.shape[0])),
     )
+
+
+# FlashInfer's norms, under the names of those who register them ----------------------------------------------------------
+
+
+def _fi_norm(weight_bias: float):  # type: ignore[no-untyped-def]
+    def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return (rms(x, eps) * (weight_bias + weight.float())).to(x.dtype)
+
+    return norm
+
+
+def _fi_write(weight_bias: float):  # type: ignore[no-untyped-def]
+    def write(output, input, weight, eps, enable_pdl=None):  # type: ignore[no-untyped-def]
+        output.copy_(_fi_norm(weight_bias)(input, weight, eps))
+
+    return write
+
+
+def _fi_add(weight_bias: float):  # type: ignore[no-untyped-def]
+    def add(input, residual, weight, eps, enable_pdl=None):  # type: ignore[no-untyped-def]
+        total = input.float() + residual.float()
+        residual.copy_(total)
+        input.copy_(rms(total, eps) * (weight_bias + weight.float()))
+
+    return add
+
+
+def _fi_add_quant(out, input, residual, weight, scale, eps=1e-6, enable_pdl=None):  # type: ignore[no-untyped-def]
+    total = input.float() + residual.float()
+    residual.copy_(total)
+    out.copy_(to_fp8(rms(total, eps) * weight.float() * (1.0 / scale)))
+
+
+def _sgl_token(input, output_q, output_s):  # type: ignore[no-untyped-def]
+    scale = divide(input.float().abs().amax(-1, keepdim=True), FP8_MAX)
+    output_q.copy_(to_fp8(input.float() * (1.0 / scale)))
+    output_s.copy_(scale)
+
+
+def _sgl_group(  # type: ignore[no-untyped-def]
+    input, output_q, output_s, group_size, eps, fp8_min, fp8_max, scale_ue8m0, fuse_silu_and_mul=False, masked_m=None
+):
+    if output_s.dtype == torch.int32:
+        _c_group_packed(input, output_q, output_s, group_size, eps, fp8_min, fp8_max)
+    else:
+        _c_group_fp8(input, output_q, output_s, group_size, eps, fp8_min, fp8_max, False, False, False)
+
+
+def register_sglang() -> None:
+    """SGLang's all-reduces and sgl-kernel 0.3.21's norms and FP8 quantisers."""
+    define(
+        "sglang::outplace_all_reduce",
+        "(Tensor tensor, str group_name, str outplace_all_reduce_method) -> Tensor",
+        lambda tensor, group_name, outplace_all_reduce_method: all_reduce(tensor),
+        like,
+    )
+    define(
+        "sglang::inplace_all_reduce",
+        "(Tensor! tensor, str group_name) -> ()",
+        lambda tensor, group_name: tensor.copy_(all_reduce(tensor)) and None,
+    )
+    for prefix, bias in (("", 0.0), ("gemma_", 1.0)):
+        define(
+            f"sgl_kernel::{prefix}rmsnorm",
+            "(Tensor! output, Tensor input, Tensor weight, float eps, bool enable_pdl) -> ()",
+            _fi_write(bias),
+        )
+        define(
+            f"sgl_kernel::{prefix}fused_add_rmsnorm",
+            "(Tensor! input, Tensor! residual, Tensor weight, float eps, bool enable_pdl) -> ()",
+            _fi_add(bias),
+        )
+    define(
+        "sgl_kernel::sgl_per_tensor_quant_fp8",
+        "(Tensor input, Tensor! output_q, Tensor! output_s, bool is_static) -> ()",
+        lambda input, output_q, output_s, is_static: _c_static_fp8(output_q, input, output_s),
+    )
+    define(
+        "sgl_kernel::sgl_per_token_quant_fp8", "(Tensor input, Tensor! output_q, Tensor! output_s) -> ()", _sgl_token
+    )
+    group = (
+        "(Tensor input, Tensor! output_q, Tensor! output_s, int group_size, float eps, float fp8_min, float fp8_max, "
+        "bool scale_ue8m0"
+    )
+    define("sgl_kernel::sgl_per_token_group_quant_8bit", group + ") -> ()", _sgl_group)
+    define(
+        "sgl_kernel::sgl_per_token_group_quant_8bit_v2",
+        group + ", bool fuse_silu_and_mul, Tensor? masked_m) -> ()",
+        _sgl_group,
+    )
+
+
+def register_flashinfer() -> None:
+    """FlashInfer's norms, were they registered."""
+    for prefix, bias in (("", 0.0), ("gemma_", 1.0)):
+        define(
+            f"flashinfer::{prefix}rmsnorm",
+            "(Tensor! out, Tensor input, Tensor weight, float eps, bool? enable_pdl) -> ()",
+            _fi_write(bias),
+        )
+        define(
+            f"flashinfer::{prefix}fused_add_rmsnorm",
+            "(Tensor! input, Tensor! residual, Tensor weight, float eps=1e-6, bool? enable_pdl=None) -> ()",
+            _fi_add(bias),
+        )
+    define(
+        "flashinfer::fused_add_rmsnorm_quant",
+        "(Tensor! out, Tensor input, Tensor! residual, Tensor weight, Tensor scale, float eps=1e-6, "
+        "bool? enable_pdl=None) -> ()",
+        _fi_add_quant,
+    )
+
+
+def register_tensorrt_llm() -> None:
+    """TensorRT-LLM's all-reduce (its ``op`` NONE), and FlashInfer's norms under its names."""
+    define(
+        "trtllm::allreduce",
+        "(Tensor input, Tensor? residual, Tensor? norm_weight, Tensor? scale, Tensor? bias, Tensor? workspace, "
+        "int[] group, int strategy, int op, float eps, bool trigger_completion_at_end) -> Tensor[]",
+        lambda input, *rest: [all_reduce(input)],
+        lambda input, *rest: [torch.empty_like(input)],
+    )
+    define(
+        "trtllm::flashinfer_rmsnorm",
+        "(Tensor input, Tensor weight, float eps) -> Tensor",
+        _fi_norm(0.0),
+        like,
+    )
+    define(
+        "trtllm::flashinfer_fused_add_rmsnorm",
+        "(Tensor! input, Tensor! residual, Tensor weight, float eps) -> ()",
+        _fi_add(0.0),
+    )
+    define(
+        "tensorrt_llm::static_quantize_e4m3_per_tensor",
+        "(Tensor input, Tensor scales) -> (Tensor, Tensor)",
+        lambda input, scales: (to_fp8(input.float() / scales), scales.clone()),
+        lambda input, scales: (torch.empty_like(input, dtype=torch.float8_e4m3fn), torch.empty_like(scales)),
+    )
+
+
+def register_symm_mem() -> None:
+    """torch's own op, of which a CPU build has no implementation."""
+    library = _libraries.setdefault("symm_mem", torch.library.Library("symm_mem", "IMPL"))
+    library.impl("one_shot_all_reduce", lambda input, reduce_op, group_name: all_reduce(input), "CPU")
