@@ -141,7 +141,7 @@ class OpCall:
             return None
         returns = len(self.op._schema.returns)
         if isinstance(which, int):
-            if returns == 1 and not self.functionalized:
+            if returns == 1 and not self.functionalized and tensor_of(self.node) is not None:
                 return self.node
             index = which
         elif which not in self._written or not self.functionalized:

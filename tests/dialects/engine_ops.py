@@ -244,7 +244,7 @@ def register_vllm(optional_weight: bool = True) -> None:
     )
 
 
-# FlashInfer's norms, under the names of those who register them ----------------------------------------------------------
+# FlashInfer's norms, under the names of those who register them ------------------------------------------------------
 
 
 def _fi_norm(weight_bias: float):  # type: ignore[no-untyped-def]
@@ -262,7 +262,7 @@ def _fi_write(weight_bias: float):  # type: ignore[no-untyped-def]
 
 
 def _fi_add(weight_bias: float):  # type: ignore[no-untyped-def]
-    def add(input, residual, weight, eps, enable_pdl=None):  # type: ignore[no-untyped-def]
+    def add(input, residual, weight, eps=1e-6, enable_pdl=None):  # type: ignore[no-untyped-def]
         total = input.float() + residual.float()
         residual.copy_(total)
         input.copy_(rms(total, eps) * (weight_bias + weight.float()))
@@ -291,6 +291,10 @@ def _sgl_group(  # type: ignore[no-untyped-def]
         _c_group_fp8(input, output_q, output_s, group_size, eps, fp8_min, fp8_max, False, False, False)
 
 
+def _inplace_all_reduce(tensor: torch.Tensor, group_name: str) -> None:
+    tensor.copy_(all_reduce(tensor))
+
+
 def register_sglang() -> None:
     """SGLang's all-reduces and sgl-kernel 0.3.21's norms and FP8 quantisers."""
     define(
@@ -302,7 +306,7 @@ def register_sglang() -> None:
     define(
         "sglang::inplace_all_reduce",
         "(Tensor! tensor, str group_name) -> ()",
-        lambda tensor, group_name: tensor.copy_(all_reduce(tensor)) and None,
+        _inplace_all_reduce,
     )
     for prefix, bias in (("", 0.0), ("gemma_", 1.0)):
         define(

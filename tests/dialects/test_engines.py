@@ -139,11 +139,6 @@ def f_symm(x, r, w):  # type: ignore[no-untyped-def]
     return torch.ops.vllm_ir.rms_norm(y + r, w, EPSILON)
 
 
-def f_symm_avg(x, r, w):  # type: ignore[no-untyped-def]
-    y = torch.ops.symm_mem.one_shot_all_reduce(x, "avg", "0")
-    return torch.ops.vllm_ir.rms_norm(y, w, EPSILON)
-
-
 def with_scale() -> tuple[torch.Tensor, ...]:
     return (*standard(), torch.tensor([0.02]))
 
@@ -166,7 +161,6 @@ CASES = {
     "trt_static": Case(f_trt_static, with_scale, (PLAIN + "StaticQuantFP8",)),
     "trt_fused": Case(f_trt_fused, standard, missed=("RESIDUAL_RMS_NORM",)),
     "symm": Case(f_symm, standard, (ADD,)),
-    "symm_avg": Case(f_symm_avg, standard, missed=("only 'sum' is fused",)),
 }
 
 

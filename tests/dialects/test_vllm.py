@@ -1,4 +1,4 @@
-"""vLLM's ops, registered here under vLLM's schemas with what its kernels compute, through torch.compile on two ranks."""
+"""vLLM's ops, registered here under its schemas with what its kernels compute, through torch.compile on two ranks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.dialects import engine_ops
-from tests.dialects.cases import EPSILON, HIDDEN, TOKENS, Case, bf16, run, standard, verify
+from tests.dialects.cases import EPSILON, HIDDEN, TOKENS, Case, run, standard, verify
 
 ADD, PLAIN = "AllReduceFusedAddRMSNorm", "AllReduceRMSNorm"
 fp8 = torch.float8_e4m3fn
