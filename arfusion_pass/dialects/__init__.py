@@ -5,6 +5,7 @@ from __future__ import annotations
 from arfusion_pass.dialects import (
     aten,
     aten_fused,
+    aten_moe,
     flashinfer,
     functional_collectives,
     sglang,
@@ -12,11 +13,12 @@ from arfusion_pass.dialects import (
     tensorrt_llm,
     vllm,
 )
-from arfusion_pass.dialects.base import Dialect, Norm, Quantised, Reduced, Refused
+from arfusion_pass.dialects.base import Dialect, Norm, Prologue, Quantised, Reduced, Refused
 
 DIALECTS: tuple[Dialect, ...] = (
     functional_collectives.DIALECT,
     aten.DIALECT,
+    aten_moe.DIALECT,
     aten_fused.DIALECT,
     vllm.DIALECT,
     sglang.DIALECT,
@@ -26,4 +28,4 @@ DIALECTS: tuple[Dialect, ...] = (
 )
 """Every dialect, in the order they are asked."""
 
-__all__ = ["DIALECTS", "Dialect", "Norm", "Quantised", "Reduced", "Refused"]
+__all__ = ["DIALECTS", "Dialect", "Norm", "Prologue", "Quantised", "Reduced", "Refused"]

@@ -21,14 +21,17 @@ may stand between the stages, and the sum may be taken in fp32 and read unrounde
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import fx
 
 from arfusion_pass.dialects.base import Dialect, Norm, Refused
-from arfusion_pass.dialects.operands import EPSILON_ADVICE, Sum, path, readable_total, sums, weight_of
+from arfusion_pass.dialects.operands import EPSILON_ADVICE, Sum, readable_total, sums, weight_of
 from arfusion_pass.graph import (
+    VIEWS,
     argument,
     constant,
     describe,
@@ -38,8 +41,10 @@ from arfusion_pass.graph import (
     last_dim,
     only_user,
     other_operand,
+    path,
     peel,
     row_views,
+    same_shape,
     tensor_of,
     users_of,
     widens,
@@ -63,13 +68,15 @@ class Aten(Dialect):
                         yield chain
                         continue
                     views = path(candidate.start, start)
+                    nodes = (*candidate.nodes, *views, *chain.nodes)
+                    total = readable_total(candidate, nodes)
                     yield dataclasses.replace(
                         chain,
                         operand=value,
                         residual=candidate.residual,
-                        total=readable_total(candidate, chain),
+                        total=total,
                         flags=chain.flags | candidate.flags,
-                        nodes=(*candidate.nodes, *views, *chain.nodes),
+                        nodes=nodes if total is None or total in nodes else (*nodes, total),
                     )
 
 
@@ -129,6 +136,8 @@ def _after_mean(
     """From ``mean`` over epsilon and the reciprocal root to the product with the root, and on to the weight."""
     for plus in users_of(mean, aten.add.Tensor, aten.add.Scalar):
         other = other_operand(plus, mean)
+        if argument(plus, "alpha", 1) != 1:
+            continue
         epsilon = constant(other)
         if epsilon is None:
             if isinstance(other, fx.Node):
@@ -174,6 +183,9 @@ def _with_weight(
         last = only_user(norm)
         if dtype_of(norm) == torch.float32 and is_cast(last, dtype) and not widens(last):
             norm, nodes = last, (*nodes, last)  # type: ignore[assignment]
+        elif flags and dtype != torch.float32 == dtype_of(norm) and weight.bias == 0.0 and weight.wide is not None:
+            # A weight in the tensor's dtype means a product in it; this product is fp32 because the weight was widened.
+            weight = dataclasses.replace(weight, node=weight.wide)
     return Norm(
         operand=start,
         norm=norm,

@@ -31,8 +31,8 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from arfusion_pass.dialects.base import Dialect, Norm, Quantised, Reduced, Refused
-from arfusion_pass.dialects.operands import EPSILON_ADVICE, Sum, path, sums, weight_of
-from arfusion_pass.graph import constant, describe, dtype_of, last_dim, row_views, tensor_of, value_of
+from arfusion_pass.dialects.operands import EPSILON_ADVICE, Sum, sums, weight_of
+from arfusion_pass.graph import constant, describe, dtype_of, last_dim, path, row_views, tensor_of, value_of
 from arfusion_pass.ops.layouts import CODE_DTYPES, token_count
 from arfusion_pass.ops.spec import Flags
 

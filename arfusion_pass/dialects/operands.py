@@ -9,13 +9,13 @@ Every dialect of norms uses these, so that aten's add may be followed by an engi
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import fx
 
-from arfusion_pass.dialects.base import Norm
 from arfusion_pass.graph import (
     VIEWS,
     argument,
@@ -52,6 +52,7 @@ class Sum:
         residual: the other operand, without lossless casts.
         total: the node that stands for the sum.
         flags: ``UNROUNDED_SUM`` where ``start`` is the fp32 sum.
+        dtype: of the value, where ``start`` is the fp32 sum.
     """
 
     start: fx.Node
@@ -59,14 +60,16 @@ class Sum:
     residual: fx.Node | None = None
     total: fx.Node | None = None
     flags: Flags = Flags.NONE
+    dtype: torch.dtype | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """A norm's ``[H]`` weight and what is added to it in fp32."""
+    """A norm's ``[H]`` weight and what is added to it in fp32; ``wide`` is the fp32 ``[H]`` node that the multiplication reads where ``node`` is in a lower dtype."""
 
     node: fx.Node
     bias: float = 0.0
+    wide: fx.Node | None = None
 
 
 def sums(value: fx.Node) -> Iterator[Sum]:
@@ -78,6 +81,8 @@ def sums(value: fx.Node) -> Iterator[Sum]:
             if not isinstance(other, fx.Node) or argument(add, "alpha", 1) != 1:
                 continue
             residual = peel(other)
+            if dtype_of(residual) not in (dtype_of(value), torch.float32):
+                residual = other  # a bf16 residual widened for an fp32 tensor
             if not same_shape(add, value) or not same_shape(residual, add):
                 continue
             casts = () if operand is value else (operand,)
@@ -86,41 +91,28 @@ def sums(value: fx.Node) -> Iterator[Sum]:
             if dtype_of(add) == dtype_of(value):
                 yield Sum(add, (*casts, add), residual, add)
             elif dtype_of(add) == torch.float32:
-                yield Sum(add, (*casts, add), residual, add, Flags.UNROUNDED_SUM)
+                yield Sum(add, (*casts, add), residual, add, Flags.UNROUNDED_SUM, dtype_of(value))
                 for rounded in users_of(add, torch.ops.prims.convert_element_type.default):
                     # An fp32 residual whose sum is rounded before the norm is no form that the kernels have.
                     if dtype_of(rounded) == dtype_of(value) == dtype_of(residual):
                         yield Sum(rounded, (*casts, add, rounded), residual, rounded)
 
 
-def readable_total(candidate: Sum, chain: Norm) -> fx.Node | None:
+def readable_total(candidate: Sum, nodes: tuple[fx.Node, ...]) -> fx.Node | None:
     """The node that stands for the sum: an fp32 sum that others read only rounded is written rounded."""
     total = candidate.total
     if total is None or not candidate.flags & Flags.UNROUNDED_SUM:
         return total
-    outside = [user for user in total.users if user not in chain.nodes and user not in _path_views(total, chain)]
-    narrow = [user for user in outside if is_cast(user) and not widens(user)]
-    if len(outside) == 1 and narrow:
-        return narrow[0]
+    readers = {
+        user for view in row_views(total) if view is total or view in nodes for user in view.users if user not in nodes
+    }
+    if len(readers) == 1 and is_cast(reader := readers.pop(), candidate.dtype) and reader.args[0] is total:
+        return reader
     return total
 
 
-def _path_views(start: fx.Node, chain: Norm) -> set[fx.Node]:
-    return {view for view in row_views(start) if any(user in chain.nodes for user in view.users)}
-
-
-def path(start: fx.Node, end: fx.Node) -> tuple[fx.Node, ...]:
-    """The views between ``start`` and ``end``, ``end`` included."""
-    nodes: list[fx.Node] = []
-    node = end
-    while node is not start:
-        nodes.append(node)
-        node = node.args[0]  # type: ignore[assignment]
-    return tuple(reversed(nodes))
-
-
 def weight_of(node: Any, hidden: int | None, dtype: torch.dtype | None) -> Weight | None:
-    """The ``[H]`` weight that stands in a multiplication, Gemma's ``weight + 1`` in fp32 taken apart.
+    """The ``[H]`` weight that a multiplication holds, Gemma's ``weight + 1`` in fp32 taken apart.
 
     Args:
         node: the operand; an fp32 one is given back without lossless casts.
@@ -137,11 +129,13 @@ def weight_of(node: Any, hidden: int | None, dtype: torch.dtype | None) -> Weigh
             for base, number in ((first, second), (second, first)):
                 bias = constant(number)
                 base = _vector(peel(base))
-                if bias is not None and dtype_of(base) in (dtype, torch.float32) and last_dim(base) == hidden:
+                if bias is None or not math.isfinite(bias):
+                    continue
+                if dtype_of(base) in (dtype, torch.float32) and last_dim(base) == hidden:
                     return Weight(base, bias)
     base = _vector(peel(node))
     if dtype_of(base) in (dtype, torch.float32) and last_dim(base) == hidden:
-        return Weight(base)
+        return Weight(base, wide=node if base is not node else None)
     return Weight(node) if dtype_of(node) == torch.float32 else None
 
 
