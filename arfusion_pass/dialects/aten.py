@@ -21,9 +21,7 @@ may stand between the stages, and the sum may be taken in fp32 and read unrounde
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
 from torch import fx
@@ -31,7 +29,6 @@ from torch import fx
 from arfusion_pass.dialects.base import Dialect, Norm, Refused
 from arfusion_pass.dialects.operands import EPSILON_ADVICE, Sum, readable_total, sums, weight_of
 from arfusion_pass.graph import (
-    VIEWS,
     argument,
     constant,
     describe,
@@ -44,7 +41,6 @@ from arfusion_pass.graph import (
     path,
     peel,
     row_views,
-    same_shape,
     tensor_of,
     users_of,
     widens,

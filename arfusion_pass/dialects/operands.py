@@ -65,7 +65,8 @@ class Sum:
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """A norm's ``[H]`` weight and what is added to it in fp32; ``wide`` is the fp32 ``[H]`` node that the multiplication reads where ``node`` is in a lower dtype."""
+    """A norm's ``[H]`` weight and what is added to it in fp32; ``wide`` is the fp32 ``[H]`` node that the
+    multiplication reads where ``node`` is in a lower dtype."""
 
     node: fx.Node
     bias: float = 0.0
