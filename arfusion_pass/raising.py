@@ -245,9 +245,11 @@ def _norms(site: RaisedSite, config: FusionConfig) -> list[tuple[Norm, str]]:
 
 def _check_norm(reduced: Reduced, norm: Norm, config: FusionConfig) -> str | None:
     dtype, hidden = dtype_of(reduced.x), last_dim(reduced.x)
-    if dtype_of(norm.norm) not in (dtype, torch.float32):
+    if norm.quant is not None and not config.quantisers:
+        return f"{describe(norm.result)} is quantised by the norm's own op, and FusionConfig has quantisers=False"
+    if norm.norm is not None and dtype_of(norm.norm) not in (dtype, torch.float32):
         return f"{describe(norm.norm)} is {dtype_of(norm.norm)}; a norm of {dtype} may be {dtype} or float32"
-    if last_dim(norm.norm) != hidden:
+    if norm.norm is not None and last_dim(norm.norm) != hidden:
         return f"{describe(norm.norm)} normalises rows of {last_dim(norm.norm)}, the all-reduce has rows of {hidden}"
     for role, node in (("residual", norm.residual), ("weight", norm.weight)):
         if node is not None and dtype_of(node) not in (dtype, torch.float32):
@@ -263,7 +265,10 @@ def _check_norm(reduced: Reduced, norm: Norm, config: FusionConfig) -> str | Non
         return f"epsilon {norm.epsilon} is no finite float32 >= 0"
     if config.epsilons is not None and canonical_epsilon(norm.epsilon) not in config.epsilons:
         return f"epsilon {norm.epsilon} is not among the epsilons of FusionConfig ({config.epsilons})"
-    return _read_inside(norm.nodes, {reduced.value, norm.norm, norm.total}, "RMSNorm")
+    values = {reduced.value, norm.norm, norm.total}
+    if norm.quant is not None:
+        values |= {norm.quant.codes, norm.quant.scales}
+    return _read_inside(norm.nodes, values, "RMSNorm")
 
 
 def _read_inside(nodes: tuple[fx.Node, ...], values: set[fx.Node | None], what: str) -> str | None:
@@ -297,17 +302,17 @@ def _assign(sites: list[RaisedSite], candidates: dict[fx.Node, list[tuple[Norm, 
     with fewer choices goes first, and among a site's norms the one that is read first, without an add before with."""
     taken: dict[fx.Node, fx.Node] = {}
     waiting = [site for site in sites if site.reason is None]
-    for site in sorted(waiting, key=lambda site: len({norm.norm for norm, _ in candidates[site.node]})):
-        choices = sorted(candidates[site.node], key=lambda choice: (choice[0].residual is not None, choice[0].norm))
+    for site in sorted(waiting, key=lambda site: len({norm.result for norm, _ in candidates[site.node]})):
+        choices = sorted(candidates[site.node], key=lambda choice: (choice[0].residual is not None, choice[0].result))
         for norm, dialect in choices:
-            if not any(node in taken for node in (norm.norm, *norm.nodes)):
+            if not any(node in taken for node in (norm.result, *norm.nodes)):
                 site.norm = norm
                 site.dialects += (dialect,)
                 taken.update(dict.fromkeys(norm.nodes, site.node))
                 break
         else:
             owner = next(taken[node] for node in choices[0][0].nodes if node in taken)
-            site.reason = f"the norm behind it, {describe(choices[0][0].norm)}, is fused with {owner.name}"
+            site.reason = f"the norm behind it, {describe(choices[0][0].result)}, is fused with {owner.name}"
 
 
 def _find_prologue(site: RaisedSite) -> None:
@@ -331,6 +336,9 @@ def _find_quantiser(site: RaisedSite) -> None:
     reading the norm."""
     assert site.norm is not None
     assert site.reduced is not None
+    if site.norm.norm is None:
+        site.quant = site.norm.quant
+        return
     dtype = dtype_of(site.reduced.x)
     alike: dict[Hashable, list[tuple[Quantised, str]]] = {}
     codes: set[fx.Node] = set()
@@ -409,7 +417,7 @@ def _raise_site(
         node.meta["site"] = index
         return node
 
-    dtype, epsilon = dtype_of(norm.norm), canonical_epsilon(norm.epsilon)
+    dtype, epsilon = dtype_of(norm.norm or site.reduced.x), canonical_epsilon(norm.epsilon)
     weight = None if norm.weight is None else origins[norm.weight]
     if site.prologue is not None:
         x = call(getattr(ir.ops, site.prologue.op).default, *_prologue_arguments(graph, site.prologue, origins))

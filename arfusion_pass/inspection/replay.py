@@ -156,9 +156,11 @@ def _extract(plan: Plan) -> ReplaySite:
     given = {"reduced": site.reduced.value}
     given.update({role: node for role, node in site.inputs.items() if role in ("residual", "weight", "scale")})
     wanted = {role: site.values[role] for role in plan.buffers if role in site.values}
-    wanted.setdefault("norm_out", site.norm.norm)
+    norm = site.norm.norm  # None where the norm's own op quantises it: no node holds the norm
+    if norm is not None:
+        wanted.setdefault("norm_out", norm)
     module, names, env, unknown = _subgraph(given, wanted)
-    module.meta.update(site=site.node.name, norm=env[site.norm.norm].name)
+    module.meta.update(site=site.node.name, norm=None if norm is None else env[norm].name)
     prologue = None
     if site.prologue is not None:
         prologue, prologue_names, _, more = _subgraph(site.prologue.inputs, {"x": site.prologue.x})
