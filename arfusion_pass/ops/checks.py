@@ -20,7 +20,7 @@ from arfusion_pass.ops.spec import Apply, Bound, Flags, QuantFormat, QuantSpec, 
 
 INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MOE_FLAGS = Flags.MOE_ROUND_PRODUCT | Flags.MOE_ROUND_PARTIAL | Flags.MOE_ROUND_SUM | Flags.MOE_ROUND_SCALED
-ALL_FLAGS = Flags(sum(Flags))
+ALL_FLAGS = int(sum(Flags))  # an int: ~ of an IntFlag drops the bits that it does not know
 _ONE_BYTE_LAYOUTS = (*layouts.SWIZZLED, ScaleLayout.LINEAR)
 
 

@@ -1,0 +1,1 @@
+"""Tests of the canonical one-stage ops."""

@@ -1,0 +1,1 @@
+"""Tests of the fused ops: schema, checks, reference, quantisers, layouts."""
