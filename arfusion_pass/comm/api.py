@@ -15,21 +15,11 @@ from typing import Any
 import torch
 
 from arfusion_pass.comm import moe
+from arfusion_pass.comm.conventions import FP8, STATIC_FP8, TOKEN_FP8, nvfp4, packed_group_fp8
 from arfusion_pass.comm.enums import AllReduceFusionPattern as Pattern
 from arfusion_pass.comm.enums import as_pattern
 from arfusion_pass.comm.fusion_workspace import AllReduceFusionWorkspace
-from arfusion_pass.comm.request import (
-    FP8,
-    STATIC_FP8,
-    TOKEN_FP8,
-    Quantised,
-    Request,
-    input_shape,
-    launch_flags,
-    nvfp4,
-    open_workspace,
-    packed_group_fp8,
-)
+from arfusion_pass.comm.request import Quantised, Request, input_shape, launch_flags, open_workspace
 from arfusion_pass.ops.spec import QuantFormat
 
 _STATIC = (Pattern.kARResidualRMSNormFP8Quant, Pattern.kARResidualRMSNormOutFP8Quant)
@@ -110,8 +100,8 @@ def allreduce_fusion(
         rms_gamma: the norm's weight ``[hidden_dim]``, ``T`` or fp32. Needed by every pattern but 0.
         rms_eps: the norm's epsilon.
         scale_factor: a float or a tensor of one element. Static FP8: the dequantisation scale
-            (``e4m3(norm * (1 / scale_factor))``). NVFP4: the global encode scale ``448 * 6 / amax``, which is multiplied.
-            A float is a kernel argument: legal in a captured graph, and constant there.
+            (``e4m3(norm * (1 / scale_factor))``). NVFP4: the global encode scale ``448 * 6 / amax``, which is
+            multiplied. A float is a kernel argument: legal in a captured graph, and constant there.
         layout_code: NVFP4's scale layout, :class:`QuantizationSFLayout`; None is ``SWIZZLED_128x4``. All three work.
         use_oneshot: True or False forces a strategy; None takes the measured table's. The bits are the same.
         fp32_acc: accepted. The sum is always taken in fp32, in rank order, and rounded once: FlashInfer's default of

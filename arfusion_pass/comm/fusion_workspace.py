@@ -1,6 +1,6 @@
 """The eager API's workspace: whose group a call runs in, on which backend, in which symmetric memory.
 
-    with create_allreduce_fusion_workspace(group=group, max_token_num=2048, hidden_dim=7168, dtype=torch.bfloat16) as ws:
+    with create_allreduce_fusion_workspace(group=group, max_token_num=2048, hidden_dim=7168, dtype=dtype) as ws:
         allreduce_fusion(input=x, workspace=ws, pattern=AllReduceFusionPattern.kAllReduce)
 
 A workspace has symmetric memory of its own (under a group name of its own), so that destroying it, or making a larger
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from arfusion_pass.comm.enums import MNNVLAllreduceFusionStrategy
 from arfusion_pass.groups import forget_private, register_private
 from arfusion_pass.ops.checks import INPUT_DTYPES
 from arfusion_pass.ops.spec import Flags
@@ -68,8 +69,8 @@ class AllReduceFusionWorkspace:
             raise ValueError(f"{api}: dtype must be torch.bfloat16, torch.float16 or torch.float32, got {dtype!r}")
         if backend == "mnnvl-cutedsl":
             raise ValueError(
-                f"{api}: backend='mnnvl-cutedsl' compiles kernels for fixed settings and needs NVLink multicast; it has "
-                "no counterpart here. Use backend='auto'."
+                f"{api}: backend='mnnvl-cutedsl' compiles kernels for fixed settings and needs NVLink multicast; it "
+                "has no counterpart here. Use backend='auto'."
             )
         if backend not in OUR_BACKENDS + FLASHINFER_BACKENDS:
             raise ValueError(f"{api}: backend must be one of {', '.join(OUR_BACKENDS)}, got {backend!r}")
@@ -219,7 +220,7 @@ class MNNVLAllReduceFusionWorkspace(AllReduceFusionWorkspace):
     """The same workspace under FlashInfer's name and constructor. It needs no NVLink multicast.
 
     Args:
-        mapping: anything with ``tp_size`` and ``tp_rank`` (or ``world_size`` and ``rank``), as FlashInfer's ``Mapping``.
+        mapping: anything with ``tp_size`` and ``tp_rank`` (or ``world_size`` and ``rank``): FlashInfer's ``Mapping``.
         max_num_tokens, hidden_dim, dtype: the largest call to come.
         buffer_size_in_bytes: instead of them: a message of that many bytes.
         comm_backend, group: as in :func:`create_allreduce_fusion_workspace`.
@@ -258,9 +259,24 @@ class MNNVLAllReduceFusionWorkspace(AllReduceFusionWorkspace):
         found = find_process_group(name, size, rank, comm_backend, group)
         super().__init__(found, max_num_tokens, hidden_dim, dtype, backend, device)
 
+    def is_buffer_size_sufficient(  # FlashInfer calls the last parameter so here
+        self,
+        tp_size: int,
+        num_tokens: int,
+        hidden_dim: int,
+        dtype: torch.dtype,
+        strategy: Any = MNNVLAllreduceFusionStrategy.AUTO,
+    ) -> bool:
+        """As in the base class; ``strategy`` makes no difference."""
+        return super().is_buffer_size_sufficient(tp_size, num_tokens, hidden_dim, dtype)
+
     @staticmethod
     def get_required_buffer_size_bytes(
-        tp_size: int, num_tokens: int, hidden_dim: int, dtype: torch.dtype, strategy: Any = None
+        tp_size: int,
+        num_tokens: int,
+        hidden_dim: int,
+        dtype: torch.dtype,
+        strategy: Any = MNNVLAllreduceFusionStrategy.AUTO,
     ) -> int:
         """Bytes of a message of this size: what ``buffer_size_in_bytes`` takes here, for every strategy."""
         return num_tokens * hidden_dim * dtype.itemsize
@@ -275,8 +291,8 @@ def find_process_group(
 ) -> dist.ProcessGroup | None:
     """The process group that these arguments mean; None only for a world of one rank without torch.distributed.
 
-    ``group`` first, then the group of a ``comm_backend`` (FlashInfer's ``TorchDistBackend`` keeps one), then the default
-    group. ``ValueError`` where ``world_size`` or ``rank`` say otherwise.
+    ``group`` first, then the group of a ``comm_backend`` (FlashInfer's ``TorchDistBackend`` keeps one), then the
+    default group. ``ValueError`` where ``world_size`` or ``rank`` say otherwise.
     """
     if group is not None and not isinstance(group, dist.ProcessGroup):
         raise ValueError(f"{api}: group must be a torch.distributed.ProcessGroup of this rank, got {group!r}")

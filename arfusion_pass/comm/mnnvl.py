@@ -14,20 +14,11 @@ from typing import Any
 
 import torch
 
+from arfusion_pass.comm.conventions import FP8, STATIC_FP8, TOKEN_FP8, nvfp4
 from arfusion_pass.comm.enums import MNNVLAllreduceFusionStrategy as Strategy
 from arfusion_pass.comm.enums import MNNVLQuantType, QuantizationSFLayout, as_quant_type, as_strategy
 from arfusion_pass.comm.fusion_workspace import AllReduceFusionWorkspace
-from arfusion_pass.comm.request import (
-    FP8,
-    STATIC_FP8,
-    TOKEN_FP8,
-    Quantised,
-    Request,
-    input_shape,
-    launch_flags,
-    nvfp4,
-    open_workspace,
-)
+from arfusion_pass.comm.request import Quantised, Request, input_shape, launch_flags, open_workspace
 from arfusion_pass.ops import layouts
 from arfusion_pass.ops.spec import QuantSpec, ScaleLayout
 
@@ -116,19 +107,20 @@ def trtllm_mnnvl_fused_allreduce_add_rmsnorm_quant(
         epsilon: None: ``torch.finfo(input.dtype).eps``.
         output: where to write the norm; not computed into memory where it is None.
         residual_out: where to write the sum; made where it is None.
-        quant_out: FP8: e4m3 ``[num_tokens, hidden_dim]``; NVFP4: ``num_tokens * hidden_dim / 2`` bytes; made where None.
-        scale_out: NVFP4: bytes in the layout of ``layout_code``; dynamic FP8: fp32 ``[num_tokens, 1]``; made where None.
-            Static FP8 ignores it.
-        output_scale: float, or a tensor of one element, 1.0 where None: FP8's dequantisation scale, NVFP4's global encode
-            scale. Dynamic FP8 ignores it.
+        quant_out: FP8: e4m3 ``[num_tokens, hidden_dim]``; NVFP4: ``num_tokens * hidden_dim / 2`` bytes. Made where it
+            is None.
+        scale_out: NVFP4: bytes in the layout of ``layout_code``; dynamic FP8: fp32 ``[num_tokens, 1]``. Made where it
+            is None. Static FP8 ignores it.
+        output_scale: float, or a tensor of one element, 1.0 where None: FP8's dequantisation scale, NVFP4's global
+            encode scale. Dynamic FP8 ignores it.
         layout_code: NVFP4's scale layout; all three work.
         quant_type: ``MNNVLQuantType.FP8``, ``NVFP4`` or ``DYNAMIC_FP8``; ``NONE`` is refused.
         launch_with_pdl, strategy: as in :func:`trtllm_mnnvl_allreduce`.
         weight_bias: added to ``gamma``; 1.0 for Gemma's norm.
 
     Returns:
-        ``(quant_out, scale_out, residual_out, output)``; ``scale_out`` is None for static FP8, ``output`` is None unless
-        it was given.
+        ``(quant_out, scale_out, residual_out, output)``; ``scale_out`` is None for static FP8, ``output`` is None
+        unless it was given.
 
     Raises:
         ValueError: naming the argument, what it is and what is needed.

@@ -9,13 +9,13 @@ Pattern 7, ``trtllm_moe_finalize_allreduce_fusion``::
     x[t] = routed_scaling_factor * sum over k of input[index[t, k]] * expert_scale_factor[t, k], plus shared[t]
 
 Both in fp32 throughout and rounded once before the exchange (FlashInfer rounds at every step). Every output is
-optional, at least one is needed. ``quant_out`` decides the quantiser: e4m3 is static FP8 (with ``scale_factor``) or, with
-an fp32 ``scale_out`` and no ``scale_factor``, dynamic FP8 per token; anything else holds NVFP4 codes.
+optional, at least one is needed. ``quant_out`` decides the quantiser: e4m3 is static FP8 (with ``scale_factor``) or,
+with an fp32 ``scale_out`` and no ``scale_factor``, dynamic FP8 per token; anything else holds NVFP4 codes.
 
 How the expert tensors of pattern 6 lie in memory: FlashInfer documents ``[token_num, num_experts]`` scales, its kernel
 and its tests read ``[num_experts, token_num]``. Here the shape of the scales decides (flat: expert-major), and with it
-the order of the experts' rows. Where the two counts are equal the shapes say nothing and expert-major is read, what code
-written for FlashInfer's kernel has; ``moe_reduction_expert_major`` settles it.
+the order of the experts' rows. Where the two counts are equal the shapes say nothing and expert-major is read, what
+code written for FlashInfer's kernel has; ``moe_reduction_expert_major`` settles it.
 """
 
 from __future__ import annotations
@@ -27,17 +27,9 @@ from typing import Any
 
 import torch
 
+from arfusion_pass.comm.conventions import FP8, STATIC_FP8, TOKEN_FP8, nvfp4
 from arfusion_pass.comm.fusion_workspace import AllReduceFusionWorkspace
-from arfusion_pass.comm.request import (
-    FP8,
-    STATIC_FP8,
-    TOKEN_FP8,
-    Quantised,
-    Request,
-    launch_flags,
-    nvfp4,
-    open_workspace,
-)
+from arfusion_pass.comm.request import Quantised, Request, launch_flags, open_workspace
 
 log = logging.getLogger("arfusion_pass")
 _told: set[str] = set()
@@ -48,7 +40,7 @@ BACKENDS = ("trtllm", "cake")
 
 @dataclasses.dataclass
 class Epilogue:
-    """Everything after the sum over experts, as the caller gave it; ``names`` translates a field to the caller's word."""
+    """Everything after the sum over experts, as given; ``names`` translates a field to the caller's word."""
 
     residual_in: torch.Tensor | None
     gamma: torch.Tensor | None
@@ -362,9 +354,9 @@ def _expert_major(shape: tuple[int, ...], experts: int, tokens: int) -> bool:
     if "token-major" not in _told:
         _told.add("token-major")
         log.warning(
-            "arfusion: moe_reduction_scale_input [%d, %d] is read as FlashInfer documents it, [token_num, num_experts], "
-            "and the experts' rows in the same order. With as many tokens as experts the shapes are the same and "
-            "[num_experts, token_num] is read: pass moe_reduction_expert_major=False to be sure.",
+            "arfusion: moe_reduction_scale_input [%d, %d] is read as FlashInfer documents it, [token_num, "
+            "num_experts], and the experts' rows in the same order. With as many tokens as experts the shapes are the "
+            "same and [num_experts, token_num] is read: pass moe_reduction_expert_major=False to be sure.",
             tokens,
             experts,
         )

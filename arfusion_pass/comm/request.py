@@ -14,40 +14,15 @@ from typing import Any, NoReturn
 
 import torch
 
-from arfusion_pass.comm.enums import as_layout
+from arfusion_pass.comm.conventions import FP8
 from arfusion_pass.comm.fusion_workspace import AllReduceFusionWorkspace
 from arfusion_pass.ops import layouts
 from arfusion_pass.ops.checks import INPUT_DTYPES
 from arfusion_pass.ops.library import fused_op
 from arfusion_pass.ops.schema import SCHEMAS
-from arfusion_pass.ops.spec import NO_QUANT, Apply, Bound, Flags, QuantFormat, QuantSpec, ScaleLayout, ScaleRound
-
-FP8 = torch.float8_e4m3fn
-
-STATIC_FP8 = QuantSpec(QuantFormat.FP8, apply=Apply.RECIPROCAL)
-"""FlashInfer's static FP8: ``e4m3_satfinite(float(norm) * (1 / scale_factor))``."""
-
-TOKEN_FP8 = QuantSpec(QuantFormat.FP8, group=-1, bound_on=Bound.SCALE, bound=1.0 / (448 * 512))
-"""FlashInfer's dynamic FP8: ``scale = max(amax / 448, 1 / (448 * 512))``, ``e4m3(norm / scale)``; vLLM's too."""
+from arfusion_pass.ops.spec import NO_QUANT, Flags, QuantFormat, QuantSpec, ScaleLayout
 
 _OPS = {name: fused_op(name) for name in SCHEMAS}
-
-
-def packed_group_fp8(group: int) -> QuantSpec:
-    """FlashInfer's per-token-group FP8: ``max(amax / 448, 1e-10)`` rounded up to a power of two, exponents packed."""
-    return QuantSpec(
-        QuantFormat.FP8,
-        group=group,
-        layout=ScaleLayout.PACKED_UE8M0,
-        bound_on=Bound.SCALE,
-        scale_round=ScaleRound.POW2,
-        bound=1e-10,
-    )
-
-
-def nvfp4(layout_code: Any, api: str) -> QuantSpec:
-    """FlashInfer's NVFP4: groups of 16, e4m3 scales times the global encode scale, in one of three layouts."""
-    return QuantSpec(QuantFormat.NVFP4, group=16, layout=as_layout(api, layout_code))
 
 
 @dataclasses.dataclass
@@ -93,7 +68,7 @@ class Request:
         raise ValueError(f"{self.api}: {message}")
 
     def tensor(self, name: str, value: Any, dtypes: Sequence[torch.dtype] | None, needed: str) -> torch.Tensor:
-        """``value`` is a contiguous tensor on the call's device, of one of ``dtypes``; ``needed`` says of what shape."""
+        """``value`` is a contiguous tensor on the call's device, of one of ``dtypes``; ``needed`` is its shape."""
         if not isinstance(value, torch.Tensor):
             wanted = needed if dtypes is None else f"{' or '.join(map(_name, dtypes))} {needed}"
             self.fail(f"{name} is needed, a tensor {wanted}, got {value!r}")
@@ -111,7 +86,7 @@ class Request:
         tensor = self.tensor(name, value, dtypes or (self.dtype,), needed)
         if tensor.numel() != self.tokens * self.hidden or (tensor.dim() > 1 and tensor.shape[-1] != self.hidden):
             self.fail(f"{name} must be [token_num, hidden_dim] = {needed}, got {list(tensor.shape)}")
-        return tensor.view(self.tokens, self.hidden)
+        return tensor if tensor.dim() == 2 else tensor.view(self.tokens, self.hidden)
 
     def optional_rows(self, name: str, value: Any, *dtypes: torch.dtype) -> torch.Tensor | None:
         """:meth:`rows`, or None for None."""
@@ -134,7 +109,7 @@ class Request:
         tensor = self.tensor(name, value, (self.dtype, torch.float32), f"[{self.hidden}]")
         if tensor.numel() != self.hidden:
             self.fail(f"{name} must be [hidden_dim] = [{self.hidden}], got {list(tensor.shape)}")
-        return tensor.view(self.hidden)
+        return tensor if tensor.dim() == 1 else tensor.view(self.hidden)
 
     def quantised(
         self,
