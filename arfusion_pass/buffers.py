@@ -14,7 +14,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from arfusion_pass.graph import describe, tensor_of
+from arfusion_pass.graph import VIEWS, describe, is_call, known_contiguous, tensor_of
 from arfusion_pass.raising import RaisedSite
 
 aten = torch.ops.aten
@@ -103,11 +103,29 @@ def plan_buffer(
     like = tensor_of(origin)
     if like is None:
         return f"{describe(origin)} has no meta['val']"
+    reader = None if known_contiguous(like) else _as_strided_reader(origin)
+    if reader is not None:
+        return f"{describe(reader)} reads {describe(origin)} by its strides, and the fused op writes contiguous tensors"
     sizes = [source.find(size, position, anchor, inputs) for size in like.shape]
     if any(size is None for size in sizes):
         missing = next(value for value, size in zip(like.shape, sizes, strict=True) if size is None)
         return f"the size {missing} of {describe(origin)} is not computed before the fused call would run"
     return Buffer(tuple(size for size in sizes if size is not None), _empty(like, [*like.shape], like.dtype))
+
+
+def _as_strided_reader(node: fx.Node) -> fx.Node | None:
+    """A node that reads ``node``, or a view of it, at explicit strides."""
+    for user in node.users:
+        if is_call(user, aten.as_strided.default, aten.as_strided_scatter.default):
+            return user
+        if is_call(user, *VIEWS) and (reader := _as_strided_reader(user)) is not None:
+            return reader
+    return None
+
+
+def empty_like(like: torch.Tensor) -> torch.Tensor:
+    """A contiguous fake tensor of the same shape and dtype."""
+    return _empty(like, [*like.shape], like.dtype)
 
 
 def _empty(like: torch.Tensor, shape: list[Any], dtype: torch.dtype) -> torch.Tensor:

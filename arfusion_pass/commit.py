@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from arfusion_pass.buffers import Buffer, SizeSource, plan_buffer
-from arfusion_pass.graph import VIEWS, describe, is_pure, mutated_arguments, tensor_of
+from arfusion_pass.buffers import Buffer, Insert, SizeSource, empty_like, plan_buffer
+from arfusion_pass.graph import VIEWS, describe, is_pure, known_contiguous, mutated_arguments, tensor_of
 from arfusion_pass.ops.schema import OUTPUT_NAMES
 from arfusion_pass.patterns.chains import auto_functionalized
 from arfusion_pass.raising import RaisedSite, Shadow
+
+aten = torch.ops.aten
 
 META_KEYS = ("stack_trace", "nn_module_stack", "source_fn_stack", "seq_nr", "custom", "original_aten", "from_node")
 
@@ -80,6 +82,8 @@ class Committer:
             for node in plan.moved:
                 last.append(node)
                 last = node
+            # An input may have been moved, or written behind the same anchor, since this was planned.
+            last = max([last, *(replaced.get(node, node) for node in _origins(plan.call))])
             call, last, values = self._write(plan, last, replaced)
             tail[plan.anchor] = last
             readers = plan.site.outside_readers
@@ -119,17 +123,15 @@ class Committer:
         if circular is not None:
             site.reason = f"{describe(circular)} is both an input and a result of the fused call"
             return
-        readers = [
-            user
-            for role, users in site.outside_readers.items()
-            for user in users
-            if not self._reads_as_input(user, site.values[role])
-        ]
+        # What another site would replace counts as a reader, too: that site may yet be refused.
+        readers = [user for users in site.outside_readers.values() for user in users]
         first = min((self.position[user] for user in readers), default=len(self.order))
         anchor = max([self._defined(node) for node in inputs] + [self.position[site.node]])
         moved: list[fx.Node] = []
         if anchor >= first:
-            moved_and_anchor = self._hoist(inputs, site, own, first)
+            moved_and_anchor = self._hoist(inputs, index, own, first)
+            if site.reason is not None:
+                return
             if moved_and_anchor is None:
                 late = max(inputs, key=self._defined)
                 early = self.order[first]
@@ -141,7 +143,7 @@ class Committer:
             moved, anchor = moved_and_anchor
         if self.last_placeholder is not None:
             anchor = max(anchor, self.position[self.last_placeholder])
-        reason = self._mutation_between(site, inputs, anchor)
+        reason = self._mutation_between(site, [*inputs, *(n for node in moved for n in node.all_input_nodes)], anchor)
         if reason is not None:
             site.reason = reason
             return
@@ -153,6 +155,7 @@ class Committer:
                     site.reason = buffer
                     return
                 buffers[role] = buffer
+        self.position.update(dict.fromkeys(moved, anchor))
         self.plans[index] = Plan(site, call, self.order[anchor], anchor, moved, buffers)
 
     def _defined(self, node: fx.Node) -> int:
@@ -162,26 +165,25 @@ class Committer:
             return max(self.position[node], self.plans[writer].position)
         return self.position[node]
 
-    def _reads_as_input(self, user: fx.Node, value: fx.Node) -> bool:
-        """Whether ``user`` goes with another fused site that takes ``value`` as an input of its call."""
-        for index in self.calls:
-            other = self.sites[index]
-            if other.reason is None and value in other.inputs.values() and user in other.replaced:
-                return True
-        return False
-
     def _hoist(
-        self, inputs: Iterable[fx.Node], site: RaisedSite, own: set[fx.Node], first: int
+        self, inputs: Iterable[fx.Node], index: int, own: set[fx.Node], first: int
     ) -> tuple[list[fx.Node], int] | None:
         """The pure nodes to move up so that every input stands before position ``first``, and the anchor then."""
         moved: set[fx.Node] = set()
-        anchor = self.position[site.node]
+        anchor = self.position[self.sites[index].node]
         stack = list(inputs)
         while stack:
             node = stack.pop()
+            if node in own:
+                self.sites[index].reason = (
+                    f"an input of the fused call is computed from {describe(node)}, which the call itself would produce"
+                )
+                return None
+            if node in self.writer:
+                self._plan(self.writer[node])
             if self._defined(node) < first:
                 anchor = max(anchor, self._defined(node))
-            elif node in own or node in self.writer or not is_pure(node):
+            elif node in self.writer or not is_pure(node):
                 return None
             elif node not in moved:
                 moved.add(node)
@@ -212,10 +214,13 @@ class Committer:
         """Insert buffers, call and results after ``last``; gives the call, the last new node, and role to result."""
         meta = {key: plan.site.node.meta[key] for key in META_KEYS if key in plan.site.node.meta}
 
-        def insert(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, val: Any = None) -> fx.Node:
+        def insert(
+            target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, val: Any = None
+        ) -> fx.Node:
             nonlocal last
+            current = fx.map_arg(args, lambda node: replaced.get(node, node))
             with self.graph.inserting_after(last):
-                last = self.graph.call_function(target, args, kwargs or {})
+                last = self.graph.call_function(target, current, kwargs or {})
             last.meta.update(meta, val=val)
             return last
 
@@ -225,8 +230,7 @@ class Committer:
             if name in OUTPUT_NAMES:
                 kwargs[name] = buffers.get(name)
             elif isinstance(argument, fx.Node):
-                origin = argument.meta["origin"]
-                kwargs[name] = replaced.get(origin, origin)
+                kwargs[name] = self._input(argument, insert, replaced)
             else:
                 kwargs[name] = argument
         vals = tuple(None if role not in buffers else buffers[role].meta["val"] for role in OUTPUT_NAMES)
@@ -239,6 +243,19 @@ class Committer:
         for role, buffer in plan.buffers.items():
             values[role] = buffer.view(insert, results[role])
         return call, last, values
+
+    def _input(self, node: fx.Node, insert: Insert, replaced: dict[fx.Node, fx.Node]) -> fx.Node:
+        """An input of a fused call in the user's graph: what it stands for, or what it computes from that."""
+        if "origin" in node.meta:
+            origin = replaced.get(node.meta["origin"], node.meta["origin"])
+            fake = tensor_of(origin)
+            if fake is None or known_contiguous(fake):
+                return origin
+            # Inductor would copy it by itself; another back-end would hand it to the op as it is.
+            return insert(aten.clone.default, (origin,), {"memory_format": torch.contiguous_format}, empty_like(fake))
+        args = fx.map_arg(node.args, lambda inner: self._input(inner, insert, replaced))
+        vals = fx.map_arg(args, lambda inner: inner.meta["val"])
+        return insert(node.target, args, None, node.target(*vals))  # type: ignore[operator]
 
     def _erase(self, site: RaisedSite) -> None:
         """Erase a site's nodes, and what only they read, from the last to the first."""
@@ -255,20 +272,24 @@ class Committer:
 
 
 def _origins(call: fx.Node) -> list[fx.Node]:
-    """The nodes of the user's graph that a fused call of the shadow graph takes."""
-    return [node.meta["origin"] for node in call.all_input_nodes if "origin" in node.meta]
+    """The nodes of the user's graph that a fused call of the shadow graph takes, through what it computes of them."""
+    return [
+        origin
+        for node in call.all_input_nodes
+        for origin in ([node.meta["origin"]] if "origin" in node.meta else _origins(node))
+    ]
 
 
 def _base(node: fx.Node) -> fx.Node:
     """The node that owns the memory of ``node``: views are followed to what they view."""
     while node.op == "call_function":
-        if node.target in VIEWS:
+        if node.target in VIEWS or node.target is operator.getitem:
             following = node.args[0]
         else:
             schema = getattr(node.target, "_schema", None)
             returned = schema.returns[0].alias_info if schema is not None and schema.returns else None
             following = node.args[0] if returned is not None and node.args else None
-        if not isinstance(following, fx.Node) or tensor_of(following) is None:
+        if not isinstance(following, fx.Node):
             break
         node = following
     return node

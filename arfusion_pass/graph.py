@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 aten = torch.ops.aten
@@ -60,12 +61,27 @@ def last_dim(node: Any) -> int | None:
     return size if isinstance(size, int) else None
 
 
+def statically_equal(a: Any, b: Any) -> bool:
+    """Whether two sizes are equal for sure; adds no guard."""
+    return statically_known_true(a == b)
+
+
 def same_shape(a: Any, b: Any) -> bool:
     """Whether two nodes' tensors have the same shape for sure; adds no guard."""
     ta, tb = tensor_of(a), tensor_of(b)
     if ta is None or tb is None or ta.dim() != tb.dim():
         return False
-    return all(statically_known_true(x == y) for x, y in zip(ta.shape, tb.shape, strict=True))
+    return all(map(statically_equal, ta.shape, tb.shape))
+
+
+def known_contiguous(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is contiguous for sure; adds no guard."""
+    expected: Any = 1
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
+        if not statically_known_true(size == 1) and not statically_known_true(stride == expected):
+            return False
+        expected = expected * size
+    return True
 
 
 def is_call(node: Any, *targets: Any) -> bool:
@@ -137,6 +153,15 @@ def row_views(node: fx.Node) -> Iterator[fx.Node]:
         stack.extend(user for user in current.users if keeps_rows(user) and user.args[0] is current)
 
 
+def path(start: fx.Node, end: fx.Node) -> tuple[fx.Node, ...]:
+    """The views between ``start`` and ``end`` (one of its :func:`row_views`), ``end`` included."""
+    views: list[fx.Node] = []
+    while end is not start:
+        views.append(end)
+        end = end.args[0]  # type: ignore[assignment]
+    return tuple(reversed(views))
+
+
 def users_of(node: fx.Node, *targets: Any) -> list[fx.Node]:
     """The users of ``node`` that call one of ``targets``, in graph order."""
     return [user for user in node.users if is_call(user, *targets)]
@@ -190,9 +215,16 @@ def constant(node: Any) -> float | None:
     """The number that an argument is: a Python number, or a node that holds a constant; else None."""
     if isinstance(node, (int, float)) and not isinstance(node, bool):
         return float(node)
-    if is_call(node, aten.full.default) and not node.args[0] and isinstance(node.args[1], (int, float)):
-        return float(node.args[1])
-    if is_call(node, aten.scalar_tensor.default) and isinstance(node.args[0], (int, float)):
-        return float(node.args[0])
-    return None
+    value = None
+    if is_call(node, aten.full.default) and not node.args[0]:
+        value = node.args[1]
+    elif is_call(node, aten.scalar_tensor.default):
+        value = node.args[0]
+    dtype = dtype_of(node)
+    if not isinstance(value, (int, float)) or dtype is None:
+        return None
+    if dtype.is_floating_point and dtype.itemsize < 4:
+        with unset_fake_temporarily():
+            return torch.tensor(value, dtype=dtype, device="cpu").item()
+    return float(value) if dtype.is_floating_point else float(int(value))
 

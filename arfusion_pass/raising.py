@@ -15,6 +15,7 @@ the site reads::
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 from collections.abc import Iterable
 
@@ -23,8 +24,8 @@ from torch import fx
 
 from arfusion_pass import ir
 from arfusion_pass.config import DTYPES, FusionConfig, canonical_epsilon
-from arfusion_pass.dialects import DIALECTS, Norm, Quantised, Reduced, Refused
-from arfusion_pass.graph import describe, dtype_of, is_cast, keeps_rows, last_dim, row_views, tensor_of
+from arfusion_pass.dialects import DIALECTS, Norm, Prologue, Quantised, Reduced, Refused
+from arfusion_pass.graph import describe, dtype_of, is_cast, keeps_rows, last_dim, path, row_views, tensor_of
 from arfusion_pass.groups import find_group
 
 
@@ -35,17 +36,19 @@ class RaisedSite:
     Attributes:
         reduced: the all-reduce; None where it was refused at once.
         node: the node that names the site.
-        norm, quant: the stages, or None.
+        prologue, norm, quant: the stages, or None.
         reason: why nothing can be fused, or None so far.
         dialects: the names of the dialects that spelled the stages.
         values: role (``allreduce_out``, ``residual_out``, ``norm_out``, ``quant_out``, ``scale_out``) to the node of
             the user's graph that holds it.
-        inputs: role (``x``, ``residual``, ``weight``, ``scale``) to the node of the user's graph.
+        inputs: role (``x`` or the prologue's argument names, ``residual``, ``weight``, ``scale``) to the node of the
+            user's graph.
     """
 
     node: fx.Node
     group: str = ""
     reduced: Reduced | None = None
+    prologue: Prologue | None = None
     norm: Norm | None = None
     quant: Quantised | None = None
     reason: str | None = None
@@ -67,7 +70,9 @@ class RaisedSite:
     @property
     def inputs(self) -> dict[str, fx.Node]:
         inputs: dict[str, fx.Node | None] = {}
-        if self.reduced is not None:
+        if self.prologue is not None:
+            inputs.update(self.prologue.inputs)
+        elif self.reduced is not None:
             inputs["x"] = self.reduced.x
         if self.norm is not None:
             inputs["residual"] = self.norm.residual
@@ -79,7 +84,7 @@ class RaisedSite:
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
         """Every node that the fused call would stand for, in graph order."""
-        stages = (self.reduced, self.norm, self.quant)
+        stages = (self.prologue, self.reduced, self.norm, self.quant)
         return tuple(sorted({node for stage in stages if stage is not None for node in stage.nodes}))
 
     @property
@@ -122,10 +127,14 @@ def find_sites(graph: fx.Graph, config: FusionConfig) -> list[RaisedSite]:
         if site.reason is None:
             candidates[site.node] = _norms(site, config)
     _assign(sites, candidates)
-    if config.quantisers:
-        for site in sites:
-            if site.reason is None:
+    for site in sites:
+        if site.reason is None:
+            _find_prologue(site)
+            if config.quantisers:
                 _find_quantiser(site)
+    for site in sites:
+        if site.reason is None and not any(site.outside_readers.values()):
+            site.reason = "nobody reads its norm or anything else that the fused call would produce"
     return sites
 
 
@@ -199,6 +208,8 @@ def _norms(site: RaisedSite, config: FusionConfig) -> list[tuple[Norm, str]]:
                     reasons.append(reason)
                 else:
                     assert isinstance(norm, Norm)
+                    views = path(site.reduced.value, value)
+                    norm = dataclasses.replace(norm, nodes=(*views, *norm.nodes))
                     usable.append((norm, dialect.name))
     if not usable:
         site.reason = reasons[0] if reasons else _why_no_norm(site.reduced.value)
@@ -221,6 +232,8 @@ def _check_norm(reduced: Reduced, norm: Norm, config: FusionConfig) -> str | Non
         return f"the residual sum {describe(norm.total)} is {dtype_of(norm.total)}; expected {dtype} or float32"
     if config.dtypes is not None and dtype not in config.dtypes:
         return f"{dtype} is not among the dtypes of FusionConfig ({', '.join(map(str, config.dtypes))})"
+    if not math.isfinite(canonical_epsilon(norm.epsilon)) or norm.epsilon < 0:
+        return f"epsilon {norm.epsilon} is no finite float32 >= 0"
     if config.epsilons is not None and canonical_epsilon(norm.epsilon) not in config.epsilons:
         return f"epsilon {norm.epsilon} is not among the epsilons of FusionConfig ({config.epsilons})"
     return _read_inside(norm.nodes, {reduced.value, norm.norm, norm.total}, "RMSNorm")
@@ -270,6 +283,22 @@ def _assign(sites: list[RaisedSite], candidates: dict[fx.Node, list[tuple[Norm, 
             site.reason = f"the norm behind it, {describe(choices[0][0].norm)}, is fused with {owner.name}"
 
 
+def _find_prologue(site: RaisedSite) -> None:
+    """The MoE combination in front of a site, where nobody else reads its result."""
+    assert site.reduced is not None
+    for dialect in DIALECTS:
+        for prologue in dialect.prologues(site.reduced.x):
+            if isinstance(prologue, Refused) or _read_inside((*prologue.nodes, site.node), {site.node}, "") is not None:
+                continue
+            rows = tensor_of(prologue.inputs.get("permuted_x"))
+            if prologue.wraps and not isinstance(None if rows is None else rows.shape[0], int):
+                continue  # a negative index would have to be wrapped by a symbolic number of rows
+            if len(prologue.x.users) == 1:
+                site.prologue = prologue
+                site.dialects = (dialect.name, *site.dialects)
+                return
+
+
 def _find_quantiser(site: RaisedSite) -> None:
     """The first quantiser of a site's norm that can be fused; the others go on reading the norm."""
     assert site.norm is not None and site.reduced is not None
@@ -299,7 +328,11 @@ def _raise_site(
 
     dtype, epsilon = dtype_of(norm.norm), canonical_epsilon(norm.epsilon)
     weight = None if norm.weight is None else origins[norm.weight]
-    reduced = call(ir.ops.all_reduce.default, origins[site.reduced.x], site.reduced.group)
+    if site.prologue is not None:
+        x = call(getattr(ir.ops, site.prologue.op).default, *_prologue_arguments(graph, site.prologue, origins))
+    else:
+        x = origins[site.reduced.x]
+    reduced = call(ir.ops.all_reduce.default, x, site.reduced.group)
     values["allreduce_out"] = reduced
     if norm.residual is None:
         norm_value = call(
@@ -330,3 +363,26 @@ def _raise_site(
             live.append(node)
     return live
 
+
+def _prologue_arguments(graph: fx.Graph, prologue: Prologue, origins: dict[fx.Node, fx.Node]) -> tuple[object, ...]:
+    """The canonical MoE op's arguments; an index as int32 without torch's wrap-around, an expert scale as the op's."""
+
+    def given(role: str) -> fx.Node | None:
+        node = prologue.inputs.get(role)
+        return None if node is None else origins[node]
+
+    def as_dtype(role: str, dtype: torch.dtype) -> fx.Node | None:
+        node = given(role)
+        if node is None or dtype_of(prologue.inputs[role]) == dtype:
+            return node
+        return graph.call_function(torch.ops.prims.convert_element_type.default, (node, dtype))
+
+    if prologue.op == "moe_reduce":
+        scale = as_dtype("expert_scale", torch.float32)
+        return (given("expert_x"), scale, given("token_input"), int(prologue.flags))
+    index = as_dtype("index", torch.int32)
+    if prologue.wraps:
+        rows = tensor_of(prologue.inputs["permuted_x"]).shape[0]  # type: ignore[union-attr]
+        index = graph.call_function(torch.ops.aten.remainder.Scalar, (index, rows))
+    scale, shared = given("expert_scale"), given("shared")
+    return (given("permuted_x"), index, scale, shared, prologue.routed_scaling_factor, int(prologue.flags))

@@ -20,7 +20,7 @@ extern "C" {
 #define ARF_ABI_VERSION 1
 
 #define ARF_MAX_WORLD 8
-#define ARF_MAX_HIDDEN_BYTES 65536 /* one token: 16384 fp32, 32768 16-bit elements */
+#define ARF_MAX_HIDDEN 16384 /* elements of a token; hidden * itemsize is a multiple of 16 bytes */
 
 typedef enum arf_status {
   ARF_OK = 0,
@@ -42,6 +42,10 @@ ARF_API const char* arf_schemas(void);
 ARF_API const char* arf_spec_constants(void);
 /* Compute capabilities compiled in, for instance "90a". */
 ARF_API const char* arf_architectures(void);
+
+/* What the CUDA ops hand to Python, both with the op's own schema and arguments, defined by Python:
+ *   arfusion::_fallback_<op>  the group is marked as fallback (below);
+ *   arfusion::_python_<op>    flags has REFERENCE or FLASHINFER. It must not call arfusion::<op> with that flag again. */
 
 /* ---- Workspaces ------------------------------------------------------------------------------------------------- */
 
@@ -106,6 +110,8 @@ ARF_API int64_t arf_workspace_capacity(int world, int64_t bytes, int strategy);
  * there the op raises an error that names arf.prepare. `dtype` is an arf_dtype. */
 typedef void (*arf_prepare_fn)(const char* group, int device, long long tokens, long long hidden, int dtype);
 ARF_API void arf_set_prepare(arf_prepare_fn fn);
+/* ARF_OK or ARF_FALLBACK for a known group; asks the callback about an unknown one, unless `stream` is captured. */
+ARF_API int arf_prepare_group(const char* group, int device, long long tokens, long long hidden, int dtype, void* stream);
 /* From inside the callback: why not. is_value_error: the op raises ValueError (an unknown group), else RuntimeError. */
 ARF_API void arf_prepare_failed(const char* message, int is_value_error);
 
@@ -122,6 +128,11 @@ typedef struct arf_threshold {
 ARF_API int arf_set_thresholds(const arf_threshold* rows, int count);
 /* Up to `capacity` rows of the table in force; returns how many there are. */
 ARF_API int arf_get_thresholds(arf_threshold* rows, int capacity);
+
+/* Whether the running torch's float32 -> float8_e4m3fn cast on CUDA saturates beyond 448 (1) or gives NaN (0); an
+ * unclamped quantiser does as it does. The binding sets it from torch's version when it is loaded (saturates from 2.13
+ * on, as its headers say); a caller that measures the cast may overrule it. */
+ARF_API void arf_set_cast_saturates(int saturates);
 
 /* ---- Launches --------------------------------------------------------------------------------------------------- */
 

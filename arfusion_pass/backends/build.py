@@ -26,6 +26,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -369,7 +370,9 @@ def _run(command: list[str], stop: threading.Event, verbose: bool) -> float:
         print("+", " ".join(command), file=sys.stderr)
     start = time.monotonic()
     with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
+        )
         try:
             while (code := process.poll()) is None:
                 if stop.is_set() or time.monotonic() - start > _COMPILER_TIMEOUT:
@@ -377,7 +380,7 @@ def _run(command: list[str], stop: threading.Event, verbose: bool) -> float:
                 time.sleep(0.02)
         finally:
             if process.poll() is None:
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)  # nvcc's own children too
                 process.wait()
         seconds = time.monotonic() - start
         if code == 0:

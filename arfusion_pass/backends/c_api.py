@@ -157,6 +157,7 @@ _PROTOTYPES: dict[str, tuple[object, tuple[object, ...]]] = {
     "arf_prepare_failed": (None, (c_char_p, c_int)),
     "arf_set_thresholds": (c_int, (POINTER(Threshold), c_int)),
     "arf_get_thresholds": (c_int, (POINTER(Threshold), c_int)),
+    "arf_set_cast_saturates": (None, (c_int,)),
     "arf_launch": (c_int, (c_char_p, c_int, POINTER(Call), c_void_p)),
     "arf_launch_simulated": (
         c_int,

@@ -1,4 +1,4 @@
-"""The fused ops for groups that have no workspace: NCCL, then one local fused kernel.
+"""What the op library hands back to Python: groups without a workspace, and calls that name another backend.
 
 ``arfusion::_fallback_<op>`` has the schema of ``arfusion::<op>``; the op library redispatches to it where a group
 cannot use the exchange kernels (no P2P, several hosts, more than 8 ranks), decided once a group and the same on all
@@ -9,17 +9,24 @@ ranks (:mod:`arfusion_pass.comm.workspace`). Each is::
     arfusion.<allreduce_rms_norm>(x, ..., group_name="")    # a world of one rank: add, norm and quantiser in one kernel
 
 Here the summation order, and so the last bit of a sum, is the process group's, not ours.
+
+``arfusion::_python_<op>`` runs a call whose flags say ``REFERENCE`` or ``FLASHINFER``.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from arfusion_pass.groups import resolve_group
+from arfusion_pass.ops.library import run_reference
 from arfusion_pass.ops.schema import NAMESPACE, SCHEMAS
+from arfusion_pass.ops.spec import Flags
 
 _LIBRARY: torch.library.Library | None = None
 
@@ -31,8 +38,13 @@ def fallback_name(op: str) -> str:
     return f"_fallback_{op}"
 
 
+def python_name(op: str) -> str:
+    """``allreduce_rms_norm`` to ``_python_allreduce_rms_norm``."""
+    return f"_python_{op}"
+
+
 def register() -> None:
-    """Define the fallback ops. Safe to call again."""
+    """Define both families of ops. Safe to call again."""
     global _LIBRARY
     if _LIBRARY is not None:
         return
@@ -45,7 +57,27 @@ def register() -> None:
     for op, schema in SCHEMAS.items():
         library.define(fallback_name(op) + schema)
         library.impl(fallback_name(op), implementations[op], "CompositeExplicitAutograd")
+        library.define(python_name(op) + schema)
+        library.impl(python_name(op), _python_op(op), "CompositeExplicitAutograd")
     _LIBRARY = library
+
+
+def _python_op(op: str) -> Callable[..., None]:
+    """``op`` on the backend that its flags name."""
+    schema = getattr(torch.ops.arfusion, op).default._schema.arguments
+
+    def run(*args: Any, **kwargs: Any) -> None:
+        arguments = {argument.name: argument.default_value for argument in schema}
+        arguments.update(zip(arguments, args, strict=False))
+        arguments.update(kwargs)
+        if int(arguments["flags"]) & Flags.FLASHINFER:
+            if importlib.util.find_spec("arfusion_pass.backends.flashinfer") is None:
+                raise ValueError(f"arfusion::{op}: flags FLASHINFER, but this version has no flashinfer backend")
+            importlib.import_module("arfusion_pass.backends.flashinfer").run(op, arguments)
+            return
+        run_reference(op, arguments)
+
+    return run
 
 
 def allreduce_rms_norm(

@@ -21,6 +21,7 @@ may stand between the stages, and the sum may be taken in fp32 and read unrounde
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -39,6 +40,7 @@ from arfusion_pass.graph import (
     last_dim,
     only_user,
     other_operand,
+    path,
     peel,
     row_views,
     same_shape,
@@ -65,12 +67,16 @@ class _Sum:
     residual: fx.Node | None = None
     total: fx.Node | None = None
     flags: Flags = Flags.NONE
+    dtype: torch.dtype | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class _Weight:
+    """``wide`` is the fp32 ``[H]`` node that the multiplication reads where ``node`` is in a lower dtype."""
+
     node: fx.Node
     bias: float = 0.0
+    wide: fx.Node | None = None
 
 
 class Aten(Dialect):
@@ -86,14 +92,16 @@ class Aten(Dialect):
                     if isinstance(chain, Refused):
                         yield chain
                         continue
-                    views = _path(candidate.start, start)
+                    views = path(candidate.start, start)
+                    nodes = (*candidate.nodes, *views, *chain.nodes)
+                    total = _readable_total(candidate, nodes)
                     yield dataclasses.replace(
                         chain,
                         operand=value,
                         residual=candidate.residual,
-                        total=_readable_total(candidate, chain),
+                        total=total,
                         flags=chain.flags | candidate.flags,
-                        nodes=(*candidate.nodes, *views, *chain.nodes),
+                        nodes=nodes if total is None or total in nodes else (*nodes, total),
                     )
 
 
@@ -106,6 +114,8 @@ def _sums(value: fx.Node) -> Iterator[_Sum]:
             if not isinstance(other, fx.Node) or argument(add, "alpha", 1) != 1:
                 continue
             residual = peel(other)
+            if dtype_of(residual) not in (dtype_of(value), torch.float32):
+                residual = other  # a bf16 residual widened for an fp32 tensor
             if not same_shape(add, value) or not same_shape(residual, add):
                 continue
             casts = () if operand is value else (operand,)
@@ -114,37 +124,24 @@ def _sums(value: fx.Node) -> Iterator[_Sum]:
             if dtype_of(add) == dtype_of(value):
                 yield _Sum(add, (*casts, add), residual, add)
             elif dtype_of(add) == torch.float32:
-                yield _Sum(add, (*casts, add), residual, add, Flags.UNROUNDED_SUM)
+                yield _Sum(add, (*casts, add), residual, add, Flags.UNROUNDED_SUM, dtype_of(value))
                 for rounded in users_of(add, torch.ops.prims.convert_element_type.default):
                     # An fp32 residual whose sum is rounded before the norm is no form that the kernels have.
                     if dtype_of(rounded) == dtype_of(value) == dtype_of(residual):
                         yield _Sum(rounded, (*casts, add, rounded), residual, rounded)
 
 
-def _readable_total(candidate: _Sum, chain: Norm) -> fx.Node | None:
+def _readable_total(candidate: _Sum, nodes: tuple[fx.Node, ...]) -> fx.Node | None:
     """The node that stands for the sum: an fp32 sum that others read only rounded is written rounded."""
     total = candidate.total
     if total is None or not candidate.flags & Flags.UNROUNDED_SUM:
         return total
-    outside = [user for user in total.users if user not in chain.nodes and user not in _path_views(total, chain)]
-    narrow = [user for user in outside if is_cast(user) and not widens(user)]
-    if len(outside) == 1 and narrow:
-        return narrow[0]
+    readers = {
+        user for view in row_views(total) if view is total or view in nodes for user in view.users if user not in nodes
+    }
+    if len(readers) == 1 and is_cast(reader := readers.pop(), candidate.dtype) and reader.args[0] is total:
+        return reader
     return total
-
-
-def _path_views(start: fx.Node, chain: Norm) -> set[fx.Node]:
-    return {view for view in row_views(start) if any(user in chain.nodes for user in view.users)}
-
-
-def _path(start: fx.Node, end: fx.Node) -> tuple[fx.Node, ...]:
-    """The views between ``start`` and ``end``, ``end`` included."""
-    path: list[fx.Node] = []
-    node = end
-    while node is not start:
-        path.append(node)
-        node = node.args[0]  # type: ignore[assignment]
-    return tuple(reversed(path))
 
 
 def _chains(start: fx.Node, dtype: torch.dtype | None) -> Iterator[Norm | Refused]:
@@ -203,6 +200,8 @@ def _after_mean(
     """From ``mean`` over epsilon and the reciprocal root to the product with the root, and on to the weight."""
     for plus in users_of(mean, aten.add.Tensor, aten.add.Scalar):
         other = other_operand(plus, mean)
+        if argument(plus, "alpha", 1) != 1:
+            continue
         epsilon = constant(other)
         if epsilon is None:
             if isinstance(other, fx.Node):
@@ -248,6 +247,9 @@ def _with_weight(
         last = only_user(norm)
         if dtype_of(norm) == torch.float32 and is_cast(last, dtype) and not widens(last):
             norm, nodes = last, (*nodes, last)  # type: ignore[assignment]
+        elif flags and dtype != torch.float32 == dtype_of(norm) and weight.bias == 0.0 and weight.wide is not None:
+            # A weight in the tensor's dtype means a product in it; this product is fp32 because the weight was widened.
+            weight = dataclasses.replace(weight, node=weight.wide)
     return Norm(
         operand=start,
         norm=norm,
@@ -271,11 +273,13 @@ def _weight(node: Any, hidden: int | None, dtype: torch.dtype | None) -> _Weight
             for base, number in ((first, second), (second, first)):
                 bias = constant(number)
                 base = _vector(peel(base))
-                if bias is not None and dtype_of(base) in (dtype, torch.float32) and last_dim(base) == hidden:
+                if bias is None or not math.isfinite(bias):
+                    continue
+                if dtype_of(base) in (dtype, torch.float32) and last_dim(base) == hidden:
                     return _Weight(base, bias)
     base = _vector(peel(node))
     if dtype_of(base) in (dtype, torch.float32) and last_dim(base) == hidden:
-        return _Weight(base)
+        return _Weight(base, wide=node if base is not node else None)
     return _Weight(node) if dtype_of(node) == torch.float32 else None
 
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any
-
 from torch import fx
 
 from arfusion_pass.ops.spec import Flags, QuantSpec
@@ -73,6 +71,29 @@ class Norm:
 
 
 @dataclasses.dataclass(frozen=True)
+class Prologue:
+    """An MoE combination whose result is what an all-reduce reduces.
+
+    Attributes:
+        op: ``moe_reduce`` or ``moe_finalize``, the canonical op's name.
+        x: the node whose value is reduced.
+        inputs: the canonical op's tensor argument names to nodes; optional ones may be missing.
+        nodes: the nodes from inputs to ``x``, ``x`` included.
+        flags: its ``MOE_ROUND_*`` flags.
+        routed_scaling_factor: of ``moe_finalize``.
+        wraps: whether a negative index means a row counted from the end, as in torch's indexing, and not "none".
+    """
+
+    op: str
+    x: fx.Node
+    inputs: dict[str, fx.Node]
+    nodes: tuple[fx.Node, ...]
+    flags: Flags = Flags.NONE
+    routed_scaling_factor: float = 1.0
+    wraps: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Quantised:
     """A quantiser that reads a norm.
 
@@ -112,11 +133,11 @@ class Dialect:
         """The norms, with or without an add, whose operand is ``value`` (a reduced value or a view of it)."""
         return ()
 
+    def prologues(self, x: fx.Node) -> Iterable[Prologue | Refused]:
+        """The MoE combinations whose result is ``x``, what an all-reduce reduces."""
+        return ()
+
     def quantisers(self, norm: fx.Node) -> Iterable[Quantised | Refused]:
         """The quantisers that read ``norm`` (a norm's value or a view of it)."""
         return ()
 
-
-def found(stages: Iterable[Any], kind: type) -> list[Any]:
-    """The stages of one kind, in order."""
-    return [stage for stage in stages if isinstance(stage, kind)]

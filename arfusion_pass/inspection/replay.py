@@ -67,6 +67,7 @@ class ReplaySite:
     subgraph: fx.GraphModule
     inputs: dict[str, str]
     group: str
+    prologue: fx.GraphModule | None = None
     calls: list[tuple[dict[str, Any], dict[str, torch.Tensor]]] = dataclasses.field(default_factory=list)
     unsupported: str | None = None
     site: Site | None = None
@@ -140,9 +141,29 @@ def active() -> Recorder | None:
 
 
 def _extract(plan: Plan) -> ReplaySite:
-    """The subgraph from a site's inputs to its written values, the all-reduce replaced by a placeholder."""
+    """The subgraphs of a site: from a prologue's inputs to what is reduced, and from there to the written values."""
     site = plan.site
-    assert site.reduced is not None
+    assert site.reduced is not None and site.norm is not None
+    given = {"reduced": site.reduced.value}
+    given.update({role: node for role, node in site.inputs.items() if role in ("residual", "weight", "scale")})
+    wanted = {role: site.values[role] for role in plan.buffers}
+    wanted.setdefault("norm_out", site.norm.norm)
+    module, names, env, unknown = _subgraph(given, wanted)
+    module.meta.update(site=site.node.name, norm=env[site.norm.norm].name)
+    prologue = None
+    if site.prologue is not None:
+        prologue, prologue_names, _, more = _subgraph(site.prologue.inputs, {"x": site.prologue.x})
+        prologue.meta["inputs"] = prologue_names
+        unknown += more
+    reason = f"its subgraph reads {', '.join(unknown)}, which the fused call does not take" if unknown else None
+    return ReplaySite(module, names, site.group, prologue, unsupported=reason)
+
+
+def _subgraph(
+    given: dict[str, fx.Node], wanted: dict[str, fx.Node]
+) -> tuple[fx.GraphModule, dict[str, str], dict[fx.Node, fx.Node], list[str]]:
+    """What computes ``wanted`` from ``given``: a module that returns a dict, its placeholders' names by role, the
+    copies of nodes, and the names of values that neither role nor symbolic size gives."""
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     names: dict[str, str] = {}
@@ -154,10 +175,8 @@ def _extract(plan: Plan) -> ReplaySite:
             env[node].meta["val"] = node.meta.get("val")
         names[role] = env[node].name
 
-    placeholder(site.reduced.value, "reduced")
-    for role, node in site.inputs.items():
-        if role != "x":
-            placeholder(node, role)
+    for role, node in given.items():
+        placeholder(node, role)
 
     def copy(node: fx.Node) -> fx.Node:
         stack = [node]
@@ -180,16 +199,8 @@ def _extract(plan: Plan) -> ReplaySite:
                 stack.pop()
         return env[node]
 
-    # The norm first: the quantiser is checked on the norm that the fused op produced.
-    outputs = {role: copy(site.values[role]) for role in plan.buffers}
-    if site.norm is not None and "norm_out" not in outputs:
-        outputs["norm_out"] = copy(site.norm.norm)
-    graph.output(outputs)
-    module = fx.GraphModule(torch.nn.Module(), graph)
-    module.meta["site"] = site.node.name
-    module.meta["norm"] = env[site.norm.norm].name if site.norm is not None else None
-    reason = f"its subgraph reads {', '.join(unknown)}, which the fused call does not take" if unknown else None
-    return ReplaySite(module, names, site.group, unsupported=reason)
+    graph.output({role: copy(node) for role, node in wanted.items()})
+    return fx.GraphModule(torch.nn.Module(), graph), names, env, unknown
 
 
 class _WithNorm(fx.Interpreter):
@@ -209,7 +220,7 @@ def _check(
     replay: ReplaySite, arguments: dict[str, Any], produced: dict[str, torch.Tensor]
 ) -> SiteCheck:
     assert replay.site is not None
-    x = arguments["x"]
+    x = arguments["x"] if replay.prologue is None else _prologue(replay.prologue, arguments)
     reduced = ordered_all_reduce(x, resolve_group(replay.group) if replay.group else None)
     wanted = _interpret(replay, arguments, reduced, None)
     norm = produced.get("norm_out")
@@ -252,20 +263,29 @@ def _interpret(
     replay: ReplaySite, arguments: dict[str, Any], reduced: torch.Tensor, norm: torch.Tensor | None
 ) -> dict[str, torch.Tensor]:
     """The subgraph's values for one call's inputs; with ``norm`` given, the norm's node takes that value."""
-    placeholders = list(replay.subgraph.graph.find_nodes(op="placeholder"))
     real: dict[str, Any] = {"reduced": reduced}
     real.update({role: arguments[role] for role in ("residual", "weight", "scale") if arguments[role] is not None})
-    by_name = {name: real[role] for role, name in replay.inputs.items() if role in real}
+    values = _placeholder_values(replay.subgraph, replay.inputs, real)
+    return _WithNorm(replay.subgraph, replay.subgraph.meta["norm"], norm).run(*values)
+
+
+def _prologue(module: fx.GraphModule, arguments: dict[str, Any]) -> torch.Tensor:
+    """What a MoE prologue's subgraph computes from a call's inputs."""
+    values = _placeholder_values(module, module.meta["inputs"], arguments)
+    return fx.Interpreter(module).run(*values)["x"]
+
+
+def _placeholder_values(module: fx.GraphModule, names: dict[str, str], real: dict[str, Any]) -> list[Any]:
+    """A value for each placeholder of a subgraph, in the shape that the graph gave it."""
+    placeholders = list(module.graph.find_nodes(op="placeholder"))
+    by_name = {name: real[role] for role, name in names.items() if role in real}
     bindings: dict[Any, int] = {}
     for node in placeholders:
         fake = node.meta.get("val")
         if isinstance(fake, torch.Tensor) and node.name in by_name:
-            by_name[node.name] = by_name[node.name].reshape(_concrete(fake, by_name[node.name], bindings))
-    values = [
-        by_name[node.name] if node.name in by_name else _size(node.meta["val"], bindings) for node in placeholders
-    ]
-    interpreter = _WithNorm(replay.subgraph, replay.subgraph.meta["norm"], norm)
-    return interpreter.run(*values)
+            value = by_name[node.name]
+            by_name[node.name] = value.reshape(_concrete(fake, value, bindings)).to(fake.dtype)
+    return [by_name[node.name] if node.name in by_name else _size(node.meta["val"], bindings) for node in placeholders]
 
 
 def _concrete(fake: torch.Tensor, real: torch.Tensor, bindings: dict[Any, int]) -> list[int]:
