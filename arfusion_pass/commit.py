@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from arfusion_pass.buffers import Buffer, SizeSource, empty_like, plan_buffer
+from arfusion_pass.buffers import Buffer, Insert, SizeSource, empty_like, plan_buffer
 from arfusion_pass.graph import VIEWS, describe, is_pure, known_contiguous, mutated_arguments, tensor_of
 from arfusion_pass.ops.schema import OUTPUT_NAMES
 from arfusion_pass.patterns.chains import auto_functionalized
@@ -62,53 +62,43 @@ class Committer:
         self.sizes = SizeSource(self.order)
         self.plans: dict[int, Plan] = {}
         self.writer: dict[fx.Node, int] = {
-            value: index for index in self.calls for value in self.sites[index].values.values()
+            value: index
+            for index in self.calls
+            for held in self.sites[index].holders.values()
+            for value in held
         }
         self.planning: list[int] = []
 
     def plan(self) -> list[Plan]:
-        """Plan every site; those that cannot be written get a reason. In an order in which each call's inputs exist.
-
-        A plan relies on its neighbours': a node that goes with another site need not be waited for. So when a site is
-        refused, all are planned again.
-        """
-        while True:
-            before = self._planned()
-            self.plans.clear()
-            for index in self.calls:
-                self._plan(index)
-            if self._planned() == before:
-                return list(self.plans.values())
+        """Plan every site; those that cannot be written get a reason. In an order in which each call's inputs exist."""
+        for index in self.calls:
+            self._plan(index)
+        return list(self.plans.values())
 
     def apply(self) -> list[tuple[Plan, fx.Node]]:
         """Write the planned calls; gives each with its node in the user's graph."""
         written: list[tuple[Plan, fx.Node]] = []
         tail: dict[fx.Node, fx.Node] = {}
         replaced: dict[fx.Node, fx.Node] = {}
-        moved_to: dict[fx.Node, int] = {}
         for plan in self.plans.values():
             last = tail.get(plan.anchor, plan.anchor)
             for node in plan.moved:
-                if moved_to.get(node, len(self.order)) > plan.position:  # not where another site needs it earlier
-                    last.append(node)
-                    last = node
-                    moved_to[node] = plan.position
+                last.append(node)
+                last = node
+            # An input may have been moved, or written behind the same anchor, since this was planned.
+            last = max([last, *(replaced.get(node, node) for node in _origins(plan.call))])
             call, last, values = self._write(plan, last, replaced)
             tail[plan.anchor] = last
             readers = plan.site.outside_readers
-            for role, value in values.items():
-                old = plan.site.values[role]
+            for role, old_values in plan.site.holders.items():
                 outside = set(readers[role])
-                old.replace_all_uses_with(value, delete_user_cb=outside.__contains__)
-                replaced[old] = value
+                for old in old_values if role in values else ():
+                    old.replace_all_uses_with(values[role], delete_user_cb=outside.__contains__)
+                    replaced[old] = values[role]
             written.append((plan, call))
         for plan, _ in written:
             self._erase(plan.site)
         return written
-
-    def _planned(self) -> list[int]:
-        """The sites that nothing speaks against so far."""
-        return [index for index in self.calls if self.sites[index].reason is None]
 
     def _plan(self, index: int) -> None:
         if index in self.plans or self.sites[index].reason is not None:
@@ -136,12 +126,8 @@ class Committer:
         if circular is not None:
             site.reason = f"{describe(circular)} is both an input and a result of the fused call"
             return
-        readers = [
-            user
-            for role, users in site.outside_readers.items()
-            for user in users
-            if not self._reads_as_input(user, site.values[role])
-        ]
+        # What another site would replace counts as a reader, too: that site may yet be refused.
+        readers = [user for users in site.outside_readers.values() for user in users]
         first = min((self.position[user] for user in readers), default=len(self.order))
         anchor = max([self._defined(node) for node in inputs] + [self.position[site.node]])
         moved: list[fx.Node] = []
@@ -172,22 +158,15 @@ class Committer:
                     site.reason = buffer
                     return
                 buffers[role] = buffer
+        self.position.update(dict.fromkeys(moved, anchor))
         self.plans[index] = Plan(site, call, self.order[anchor], anchor, moved, buffers)
 
     def _defined(self, node: fx.Node) -> int:
         """Where a value exists: a value of a planned site where its call will stand."""
         writer = self.writer.get(node)
-        if writer is not None and writer in self.plans and self.sites[writer].outside_readers:
+        if writer is not None and writer in self.plans:
             return max(self.position[node], self.plans[writer].position)
         return self.position[node]
-
-    def _reads_as_input(self, user: fx.Node, value: fx.Node) -> bool:
-        """Whether ``user`` goes with another fused site that takes ``value`` as an input of its call."""
-        for index in self.calls:
-            other = self.sites[index]
-            if other.reason is None and value in other.inputs.values() and user in other.replaced:
-                return True
-        return False
 
     def _hoist(
         self, inputs: Iterable[fx.Node], index: int, own: set[fx.Node], first: int
@@ -254,12 +233,7 @@ class Committer:
             if name in OUTPUT_NAMES:
                 kwargs[name] = buffers.get(name)
             elif isinstance(argument, fx.Node):
-                origin = argument.meta["origin"]
-                kwargs[name] = replaced.get(origin, origin)
-                if (fake := tensor_of(origin)) is not None and not known_contiguous(fake):
-                    # Inductor would copy it by itself; another back-end would hand it to the op as it is.
-                    copy = {"memory_format": torch.contiguous_format}
-                    kwargs[name] = insert(aten.clone.default, (origin,), copy, empty_like(fake))
+                kwargs[name] = self._input(argument, insert, replaced)
             else:
                 kwargs[name] = argument
         vals = tuple(None if role not in buffers else buffers[role].meta["val"] for role in OUTPUT_NAMES)
@@ -272,6 +246,19 @@ class Committer:
         for role, buffer in plan.buffers.items():
             values[role] = buffer.view(insert, results[role])
         return call, last, values
+
+    def _input(self, node: fx.Node, insert: Insert, replaced: dict[fx.Node, fx.Node]) -> fx.Node:
+        """An input of a fused call in the user's graph: what it stands for, or what it computes from that."""
+        if "origin" in node.meta:
+            origin = replaced.get(node.meta["origin"], node.meta["origin"])
+            fake = tensor_of(origin)
+            if fake is None or known_contiguous(fake):
+                return origin
+            # Inductor would copy it by itself; another back-end would hand it to the op as it is.
+            return insert(aten.clone.default, (origin,), {"memory_format": torch.contiguous_format}, empty_like(fake))
+        args = fx.map_arg(node.args, lambda inner: self._input(inner, insert, replaced))
+        vals = fx.map_arg(args, lambda inner: inner.meta["val"])
+        return insert(node.target, args, None, node.target(*vals))  # type: ignore[operator]
 
     def _erase(self, site: RaisedSite) -> None:
         """Erase a site's nodes, and what only they read, from the last to the first."""
@@ -288,8 +275,12 @@ class Committer:
 
 
 def _origins(call: fx.Node) -> list[fx.Node]:
-    """The nodes of the user's graph that a fused call of the shadow graph takes."""
-    return [node.meta["origin"] for node in call.all_input_nodes if "origin" in node.meta]
+    """The nodes of the user's graph that a fused call of the shadow graph takes, through what it computes of them."""
+    return [
+        origin
+        for node in call.all_input_nodes
+        for origin in ([node.meta["origin"]] if "origin" in node.meta else _origins(node))
+    ]
 
 
 def _base(node: fx.Node) -> fx.Node:

@@ -61,12 +61,17 @@ def last_dim(node: Any) -> int | None:
     return size if isinstance(size, int) else None
 
 
+def statically_equal(a: Any, b: Any) -> bool:
+    """Whether two sizes are equal for sure; adds no guard."""
+    return statically_known_true(a == b)
+
+
 def same_shape(a: Any, b: Any) -> bool:
     """Whether two nodes' tensors have the same shape for sure; adds no guard."""
     ta, tb = tensor_of(a), tensor_of(b)
     if ta is None or tb is None or ta.dim() != tb.dim():
         return False
-    return all(statically_known_true(x == y) for x, y in zip(ta.shape, tb.shape, strict=True))
+    return all(map(statically_equal, ta.shape, tb.shape))
 
 
 def known_contiguous(tensor: torch.Tensor) -> bool:

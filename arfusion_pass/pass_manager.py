@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Iterator
+from typing import Any
 
-import torch
 from torch import fx
 from torch._inductor.pattern_matcher import PatternMatcherPass
 
 from arfusion_pass import ir
 from arfusion_pass.config import FusionConfig
 from arfusion_pass.ops.spec import Flags
-from arfusion_pass.patterns.chains import AllReduceRMSNormChain, auto_functionalized
+from arfusion_pass.patterns.chains import PROLOGUES, AllReduceRMSNormChain, auto_functionalized
+from arfusion_pass.patterns.indexer import AllReduceRMSNormIndexerChain
 from arfusion_pass.raising import Shadow
 
 
@@ -40,24 +41,27 @@ class FusionPassManager:
         return sorted(fused, key=lambda node: node.meta["site"])
 
     def _chains(self, graph: fx.Graph) -> Iterator[AllReduceRMSNormChain]:
-        """A chain for each combination of (epsilon, dtype, add, quantiser) in the graph, longest chains first."""
+        """A chain for each combination of (epsilon, dtype, add, quantiser, prologue) in the graph, longest first."""
         norms = {ir.ops.rms_norm.default: False, ir.ops.fused_add_rms_norm.default: True}
         quantisers = {quantiser.op: quantiser for quantiser in ir.QUANTISERS.values()}
-        held: dict[tuple[float, torch.dtype, bool, str], ir.Quantiser | None] = {}
+        prologues = {getattr(ir.ops, name).default: name for name in PROLOGUES}
+        held: dict[tuple[Any, ...], None] = {}
         for node in graph.nodes:
             if node.target in norms:
                 add = norms[node.target]
                 epsilon, dtype = node.args[3 if add else 2], node.args[4 if add else 3]
-                held[epsilon, dtype, add, ""] = None
-            elif node.target in quantisers:
-                norm = node.args[0]
-                norm = norm if norm.target in norms else norm.args[0]
-                add = norms[norm.target]
-                quantiser = quantisers[node.target]
-                epsilon, dtype = norm.args[3 if add else 2], norm.args[4 if add else 3]
-                held[epsilon, dtype, add, quantiser.name] = quantiser
-        for (epsilon, dtype, add, _), quantiser in sorted(held.items(), key=lambda item: item[1] is None):
-            yield AllReduceRMSNormChain(epsilon, dtype, add, quantiser, launch_flags(self.config))
+                prologue = prologues.get(getattr(node.args[0].args[0], "target", None))
+                held[AllReduceRMSNormChain, epsilon, dtype, add, None, prologue] = None
+                readers = [*node.users, *(user for value in node.users for user in value.users)]
+                for reader in readers:
+                    if reader.target in quantisers:
+                        quantiser = quantisers[reader.target]
+                        held[AllReduceRMSNormChain, epsilon, dtype, add, quantiser, prologue] = None
+                        if quantiser.name == "quant_fp8_group" and reader.args[0].meta["readers"]:
+                            held[AllReduceRMSNormIndexerChain, epsilon, dtype, add, quantiser, prologue] = None
+        longest = sorted(held, key=lambda key: ((key[4] is None) + (key[5] is None), key[0] is AllReduceRMSNormChain))
+        for chain, epsilon, dtype, add, quantiser, prologue in longest:
+            yield chain(epsilon, dtype, add, quantiser, prologue, launch_flags(self.config))
 
 
 def launch_flags(config: FusionConfig) -> int:

@@ -24,8 +24,15 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 
+import arfusion_pass
+from arfusion_pass.config import Backend
 from arfusion_pass.demo.model import Decoder, ModelConfig, Norm, initialise, parallelize
 from arfusion_pass.demo.text import Comparison, comparison_table, section
+from arfusion_pass.inspection import replay
+from arfusion_pass.inspection.graph_diff import graph_diff
+from arfusion_pass.inspection.html import diff_page
+from arfusion_pass.inspection.replay import SiteCheck
+from arfusion_pass.report import Reports
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 ERROR_RATIO = 1.1
@@ -48,6 +55,7 @@ class Options:
     epsilon: float = 1e-6
     world: int = 2
     device: str = "auto"
+    backend: Backend = "auto"
     dynamic: bool = False
     diff: bool = True
     html: str | None = None
@@ -135,16 +143,15 @@ class _Demo:
 
     def run(self) -> Result:
         """Everything, in the order in which it is printed."""
-        import arfusion_pass as arf
-
         self._say(self._headline())
-        with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
+        # Not taking shapes from an earlier run's profile: the same graph in every run.
+        with torch.no_grad(), torch._dynamo.config.patch(automatic_dynamic_local_pgo=False):
             eager = self.model(self.ids[0])
             unfused = self._compile("without the pass", mark=self.options.dynamic)(self.ids[0])
-            fused, reports = self._fused("with the pass", mark=self.options.dynamic, options=arf.inductor_options())
+            fused, reports, checks = self._fused("with the pass", mark=self.options.dynamic)
             self._expect_all_fused(reports)
-            if self.rank == 0:
-                self._print_graphs(reports)
+            self._print_graphs(reports)
+            self._say(section("Each fused site against its subgraph, run eagerly") + comparison_table(checks))
             exact = self.exact(self.ids[0])
             self._whole_model(
                 Comparison.of("unfused, eager", eager, exact),
@@ -152,32 +159,34 @@ class _Demo:
                 Comparison.of("fused, compiled", fused, exact),
             )
             if self.options.dynamic:
-                self._say(section("torch.compile(dynamic=True): epsilon is a graph input"))
-                _, reports = self._fused("with dynamic=True", dynamic=True, options=arf.inductor_options())
+                self._say(section("torch.compile(dynamic=True), where epsilon is a graph input"))
+                _, reports, _ = self._fused("with dynamic=True", dynamic=True)
                 self._expect_fused_or_advised(reports)
                 self._say(str(reports))
         return self.result
 
-    def _fused(self, what: str, *, mark: bool = False, **compile_options: Any) -> tuple[Logits, Any]:
-        """Compile with the pass, run, check every fused site on what it was given; the logits and the reports."""
-        import arfusion_pass as arf
-        from arfusion_pass.inspection import replay
-
-        known = len(arf.reports())
+    def _fused(
+        self, what: str, *, mark: bool = False, dynamic: bool | None = None
+    ) -> tuple[Logits, Reports, list[SiteCheck]]:
+        """Compile with the pass, run, check every fused site on what it was given."""
+        known = len(arfusion_pass.reports())
         with replay.recording() as recorded:
-            compiled = self._compile(what, mark=mark, **compile_options)
+            compiled = self._compile(what, mark=mark, dynamic=dynamic, options=self._inductor_options())
             logits = compiled(self.ids[0])
             if self.options.dynamic:
                 compiled(self.ids[1])
-        reports = arf.Reports(arf.reports()[known:])
+        reports = Reports(arfusion_pass.reports()[known:])
         checks = recorded.checks()
-        self._say(section(f"Sites, {what}") + comparison_table(checks))
-        if len(checks) < reports.matched_count:
-            self._fail(f"{what}: {reports.matched_count} sites were fused but {len(checks)} were checked")
+        calls = (2 if self.options.dynamic else 1) * reports.matched_count
+        if len(checks) != calls:
+            self._fail(f"{what}: {reports.matched_count} sites were fused, {len(checks)} of {calls} calls were checked")
         for check in checks:
             if not check.ok:
                 self._fail(f"{what}: rank {self.rank}, site {check.site.name} is not exact: {check.detail}")
-        return logits, reports
+        return logits, reports, checks
+
+    def _inductor_options(self) -> dict[str, Any]:
+        return arfusion_pass.inductor_options(arfusion_pass.FusionConfig(backend=self.options.backend))
 
     def _compile(self, what: str, *, mark: bool = False, **compile_options: Any) -> Compiled:
         """torch.compile the model afresh. The compilation itself happens on the first call."""
@@ -189,13 +198,13 @@ class _Demo:
             print(f"compiling {what} ...", file=sys.stderr, flush=True)
         return torch.compile(self.model, **compile_options)
 
-    def _expect_all_fused(self, reports: Any) -> None:
+    def _expect_all_fused(self, reports: Reports) -> None:
         for site in reports.missed:
             self._fail(f"{site.name} was not fused: {site.reason}")
         if reports.matched_count != self.expected_sites:
             self._fail(f"{reports.matched_count} sites were fused, expected {self.expected_sites} (2 * layers + 1)")
 
-    def _expect_fused_or_advised(self, reports: Any) -> None:
+    def _expect_fused_or_advised(self, reports: Reports) -> None:
         sites = len(reports.fused) + len(reports.missed)
         if sites != self.expected_sites:
             self._fail(f"dynamic=True: the report holds {sites} sites, expected {self.expected_sites}")
@@ -203,17 +212,14 @@ class _Demo:
             if not site.reason:
                 self._fail(f"dynamic=True: {site.name} was missed without a reason")
 
-    def _print_graphs(self, reports: Any) -> None:
-        from arfusion_pass.inspection.graph_diff import graph_diff
-        from arfusion_pass.inspection.html import diff_page
-
+    def _print_graphs(self, reports: Reports) -> None:
         self._say(section("Report") + str(reports))
         for report in reports:
             if self.options.diff and report.before and report.after:
                 self._say(
                     section("Graph before and after the pass") + graph_diff(report.before, report.after, context=1)
                 )
-        if self.options.html:
+        if self.options.html and self.rank == 0:
             Path(self.options.html).write_text(diff_page(reports))
             self._say(f"diff page: {self.options.html}")
 

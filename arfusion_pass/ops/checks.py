@@ -20,7 +20,7 @@ from arfusion_pass.ops.spec import Apply, Bound, Flags, QuantFormat, QuantSpec, 
 
 INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MOE_FLAGS = Flags.MOE_ROUND_PRODUCT | Flags.MOE_ROUND_PARTIAL | Flags.MOE_ROUND_SUM | Flags.MOE_ROUND_SCALED
-ALL_FLAGS = Flags(sum(Flags))
+ALL_FLAGS = int(sum(Flags))  # an int: ~ of an IntFlag drops the bits that it does not know
 _ONE_BYTE_LAYOUTS = (*layouts.SWIZZLED, ScaleLayout.LINEAR)
 
 
@@ -234,7 +234,7 @@ class _Checker:
     def scalars(self) -> None:
         call = self.call
         flags = call.flags
-        self.need(flags >= 0 and not flags & ~ALL_FLAGS, f"flags={flags:#x} has bits that mean nothing")
+        self.need(flags >= 0 and not flags & ~int(ALL_FLAGS), f"flags={flags:#x} has bits that mean nothing")
         for one, other in ((Flags.ONESHOT, Flags.TWOSHOT), (Flags.REFERENCE, Flags.FLASHINFER)):
             self.need(not (flags & one and flags & other), f"flags {one.name} and {other.name} exclude each other")
         if not call.op.startswith("moe_"):

@@ -172,7 +172,8 @@ def read_scales(buffer: torch.Tensor, tokens: int, hidden: int, spec: QuantSpec)
     groups = int(group_count(hidden, spec))
     if spec.layout in COLUMN_MAJOR:
         columns, ld = int(column_count(hidden, spec)), int(leading_dimension(tokens, spec))
-        logical = buffer.as_strided((columns, tokens), (ld, 1)).t().contiguous()
+        # clone, not contiguous(): a single token's column counts as contiguous whatever its strides say
+        logical = buffer.as_strided((columns, tokens), (ld, 1)).t().clone(memory_format=torch.contiguous_format)
         if spec.layout != ScaleLayout.PACKED_UE8M0:
             return logical
         exponents = logical.view(torch.uint8)[:, :groups].to(torch.int32)

@@ -29,6 +29,13 @@ from arfusion_pass.ops.schema import OUTPUT_NAMES
 auto_functionalized = torch.ops.higher_order.auto_functionalized
 
 
+PROLOGUES: dict[str, tuple[str, ...]] = {
+    "moe_reduce": ("expert_x", "expert_scale", "token_input", "moe_flags"),
+    "moe_finalize": ("permuted_x", "index", "expert_scale", "shared", "routed_scaling_factor", "moe_flags"),
+}
+"""Canonical MoE op to its arguments, in order; but for the flags they are the fused op's own names."""
+
+
 class AllReduceRMSNormChain:
     """The chain that ends in the norm, or in ``quantiser`` behind it.
 
@@ -43,6 +50,7 @@ class AllReduceRMSNormChain:
         dtype: of the norm's result, compared exactly.
         add: whether a residual is added in front of the norm.
         quantiser: the quantiser behind the norm, or None.
+        prologue: the canonical MoE op in front of the all-reduce (a key of ``PROLOGUES``), or None.
         launch_flags: the flags that the config adds to the fused call (strategy, backend, PDL).
     """
 
@@ -52,18 +60,21 @@ class AllReduceRMSNormChain:
         dtype: torch.dtype,
         add: bool,
         quantiser: ir.Quantiser | None = None,
+        prologue: str | None = None,
         launch_flags: int = 0,
     ) -> None:
         self.epsilon = epsilon
         self.dtype = dtype
         self.add = add
         self.quantiser = quantiser
+        self.prologue = prologue
         self.launch_flags = launch_flags
 
     def name(self, weight_bias: float) -> str:
         """The pattern's name in reports, such as ``AllReduceFusedAddGemmaRMSNormStaticQuantFP8``."""
         return "".join(
             (
+                {None: "", "moe_reduce": "MoEReduce", "moe_finalize": "MoEFinalize"}[self.prologue],
                 "AllReduce",
                 "FusedAdd" if self.add else "",
                 "Gemma" if weight_bias == 1.0 else "",
@@ -74,7 +85,10 @@ class AllReduceRMSNormChain:
 
     def pattern(self) -> PatternExpr:
         """The chain, its last op first; every value is an output."""
-        reduced = _call(ir.ops.all_reduce.default, KeywordArg("x"), KeywordArg("group"))
+        x: PatternExpr = KeywordArg("x")
+        if self.prologue is not None:
+            x = _call(getattr(ir.ops, self.prologue).default, *map(KeywordArg, PROLOGUES[self.prologue]))
+        reduced = _call(ir.ops.all_reduce.default, x, KeywordArg("group"))
         if self.add:
             both = _call(
                 ir.ops.fused_add_rms_norm.default,
@@ -107,7 +121,6 @@ class AllReduceRMSNormChain:
     def replacement(
         self,
         match: Match,
-        x: fx.Node,
         group: str,
         weight: fx.Node | None,
         weight_bias: float,
@@ -118,6 +131,8 @@ class AllReduceRMSNormChain:
         scale_value: float = 1.0,
         quant: int = 0,
         quant_bound: float = 0.0,
+        moe_flags: int = 0,
+        **reduced_inputs: Any,
     ) -> None:
         """Replace the match by one fused call, with a buffer for each value that is read outside of it."""
         graph, matched = match.graph, set(match.nodes)
@@ -127,20 +142,21 @@ class AllReduceRMSNormChain:
             if "role" in node.meta and any(user not in matched for user in node.users)
         }
         buffers: dict[str, fx.Node | None] = dict.fromkeys(OUTPUT_NAMES)
-        for role in read:
+        written = [*read, *(("quant_out", "scale_out") if self.quantiser and self.quantiser.has_scales else ())]
+        for role in written:  # a quantiser that makes scales writes them, read or not
             buffers[role] = graph.call_function(torch.empty, ((0,),))  # its shape is known at commit
         fused = graph.call_function(
             auto_functionalized,
-            (torch.ops.arfusion.allreduce_rms_norm.default,),
+            (getattr(torch.ops.arfusion, "_".join(filter(None, (self.prologue, "allreduce_rms_norm")))).default,),
             {
-                "x": x,
+                **reduced_inputs,
                 "residual": residual,
                 "weight": weight,
                 "scale": scale,
                 "group_name": group,
                 "epsilon": self.epsilon,
                 "weight_bias": weight_bias,
-                "flags": flags | self.launch_flags,
+                "flags": flags | moe_flags | self.launch_flags,
                 "quant": quant,
                 "quant_bound": quant_bound,
                 "scale_value": scale_value,

@@ -83,9 +83,7 @@ def e8m0(scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return codes, values
 
 
-def quantise(
-    norm: np.ndarray, spec: QuantSpec, given: float, dtype: str
-) -> tuple[np.ndarray, np.ndarray | None]:
+def quantise(norm: np.ndarray, spec: QuantSpec, given: float, dtype: str) -> tuple[np.ndarray, np.ndarray | None]:
     """Codes as uint8/int8 and scales (fp32, or uint8 for the 1-byte formats), for clamped specs."""
     with np.errstate(all="ignore"):
         value = norm if spec.unrounded else round_to(norm, dtype)

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 

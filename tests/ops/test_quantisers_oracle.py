@@ -68,7 +68,9 @@ def norms(draw: st.DrawFn) -> np.ndarray:
     values = rng.standard_normal((tokens, hidden)) * 10.0 ** draw(st.integers(-8, 6))
     matrix = values.astype(np.float32)
     for row, column, value in draw(
-        st.lists(st.tuples(st.integers(0, tokens - 1), st.integers(0, hidden - 1), st.sampled_from(AWKWARD)), max_size=4)
+        st.lists(
+            st.tuples(st.integers(0, tokens - 1), st.integers(0, hidden - 1), st.sampled_from(AWKWARD)), max_size=4
+        )
     ):
         matrix[row, column] = value
     if draw(st.booleans()):

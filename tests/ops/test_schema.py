@@ -96,7 +96,9 @@ def test_spec_round_trip() -> None:
         [QuantFormat.FP8, QuantFormat.MXFP8], [-1, 0, 128], ScaleLayout, Bound, ScaleRule, ScaleRound, Apply
     )
     for (form, group, layout, bound_on, rule, rounding, apply), low in itertools.product(fields, range(8)):
-        spec = QuantSpec(form, group, layout, bool(low & 1), bound_on, rule, rounding, apply, bool(low & 2), bool(low & 4))
+        spec = QuantSpec(
+            form, group, layout, bool(low & 1), bound_on, rule, rounding, apply, bool(low & 2), bool(low & 4)
+        )
         packed = spec.pack()
         assert QuantSpec.unpack(packed) == spec
         assert seen.setdefault(packed, spec) == spec
