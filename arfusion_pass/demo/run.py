@@ -212,7 +212,7 @@ class _Demo:
                 self._fail(f"dynamic=True: {site.name} was missed without a reason")
         if reports.missed:
             self.result.notes.append(
-                f"with dynamic=True {len(reports.missed)} sites were refused, each with its advice"
+                f"with dynamic=True {len(reports.missed)} sites were refused, with advice"
             )
 
     def _print_graphs(self, reports: Reports) -> None:
