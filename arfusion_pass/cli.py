@@ -168,8 +168,8 @@ def build(archs: tuple[str, ...], force: bool, output: str | None, verbose: bool
 def bench(arguments: tuple[str, ...]) -> None:
     """Measure the fused kernels on this machine's GPUs, side by side with NCCL and what else is installed.
 
-    Runs ``python -m benchmarks.bench_allreduce ARGUMENTS`` in the source tree (``arfusion bench -- --help`` lists them);
-    the benchmarks are no part of the installed package.
+    Runs `python -m benchmarks.bench_allreduce ARGUMENTS` in the source tree, of which alone the benchmarks are a part;
+    `arfusion bench -- --help` lists its arguments.
     """
     root = Path(__file__).resolve().parent.parent
     if not (root / "benchmarks" / "bench_allreduce.py").is_file():
