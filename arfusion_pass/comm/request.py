@@ -168,7 +168,7 @@ class Request:
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             self.fail(f"{name} is needed ({what}), a float or a tensor of one element, got {value!r}")
         number = float(value)
-        if not math.isfinite(number) or number <= 0:
+        if not 0.0 < number < math.inf:  # comparisons, which a symbolic float of the compiler has too
             self.fail(f"{name} must be positive and finite ({what}), got {number}")
         return None, number
 
