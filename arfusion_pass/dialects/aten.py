@@ -21,16 +21,14 @@ may stand between the stages, and the sum may be taken in fp32 and read unrounde
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
 from torch import fx
 
 from arfusion_pass.dialects.base import Dialect, Norm, Refused
+from arfusion_pass.dialects.operands import EPSILON_ADVICE, Sum, readable_total, sums, weight_of
 from arfusion_pass.graph import (
-    VIEWS,
     argument,
     constant,
     describe,
@@ -43,7 +41,6 @@ from arfusion_pass.graph import (
     path,
     peel,
     row_views,
-    same_shape,
     tensor_of,
     users_of,
     widens,
@@ -51,32 +48,6 @@ from arfusion_pass.graph import (
 from arfusion_pass.ops.spec import Flags
 
 aten = torch.ops.aten
-
-EPSILON_ADVICE = (
-    "epsilon is a graph input ({node}), as torch.compile(dynamic=True) makes it; mark the token dimension dynamic "
-    "with torch._dynamo.mark_dynamic instead, so that epsilon stays a number"
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Sum:
-    """What a norm may read: the reduced value itself, or its sum with a residual."""
-
-    start: fx.Node
-    nodes: tuple[fx.Node, ...] = ()
-    residual: fx.Node | None = None
-    total: fx.Node | None = None
-    flags: Flags = Flags.NONE
-    dtype: torch.dtype | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Weight:
-    """``wide`` is the fp32 ``[H]`` node that the multiplication reads where ``node`` is in a lower dtype."""
-
-    node: fx.Node
-    bias: float = 0.0
-    wide: fx.Node | None = None
 
 
 class Aten(Dialect):
@@ -86,7 +57,7 @@ class Aten(Dialect):
 
     def norms(self, value: fx.Node) -> Iterable[Norm | Refused]:
         """Direct norms of ``value`` first, then those of its sums with a residual."""
-        for candidate in [_Sum(value), *_sums(value)]:
+        for candidate in [Sum(value), *sums(value)]:
             for start in row_views(candidate.start):
                 for chain in _chains(start, dtype_of(value)):
                     if isinstance(chain, Refused):
@@ -94,7 +65,7 @@ class Aten(Dialect):
                         continue
                     views = path(candidate.start, start)
                     nodes = (*candidate.nodes, *views, *chain.nodes)
-                    total = _readable_total(candidate, nodes)
+                    total = readable_total(candidate, nodes)
                     yield dataclasses.replace(
                         chain,
                         operand=value,
@@ -103,45 +74,6 @@ class Aten(Dialect):
                         flags=chain.flags | candidate.flags,
                         nodes=nodes if total is None or total in nodes else (*nodes, total),
                     )
-
-
-def _sums(value: fx.Node) -> Iterator[_Sum]:
-    """The adds of ``value`` with a residual of its shape, in its dtype or in fp32."""
-    wide = [user for user in value.users if widens(user) and user is not value]
-    for operand in (value, *wide):
-        for add in users_of(operand, aten.add.Tensor):
-            other = other_operand(add, operand)
-            if not isinstance(other, fx.Node) or argument(add, "alpha", 1) != 1:
-                continue
-            residual = peel(other)
-            if dtype_of(residual) not in (dtype_of(value), torch.float32):
-                residual = other  # a bf16 residual widened for an fp32 tensor
-            if not same_shape(add, value) or not same_shape(residual, add):
-                continue
-            casts = () if operand is value else (operand,)
-            if dtype_of(residual) not in (dtype_of(value), torch.float32):
-                continue
-            if dtype_of(add) == dtype_of(value):
-                yield _Sum(add, (*casts, add), residual, add)
-            elif dtype_of(add) == torch.float32:
-                yield _Sum(add, (*casts, add), residual, add, Flags.UNROUNDED_SUM, dtype_of(value))
-                for rounded in users_of(add, torch.ops.prims.convert_element_type.default):
-                    # An fp32 residual whose sum is rounded before the norm is no form that the kernels have.
-                    if dtype_of(rounded) == dtype_of(value) == dtype_of(residual):
-                        yield _Sum(rounded, (*casts, add, rounded), residual, rounded)
-
-
-def _readable_total(candidate: _Sum, nodes: tuple[fx.Node, ...]) -> fx.Node | None:
-    """The node that stands for the sum: an fp32 sum that others read only rounded is written rounded."""
-    total = candidate.total
-    if total is None or not candidate.flags & Flags.UNROUNDED_SUM:
-        return total
-    readers = {
-        user for view in row_views(total) if view is total or view in nodes for user in view.users if user not in nodes
-    }
-    if len(readers) == 1 and is_cast(reader := readers.pop(), candidate.dtype) and reader.args[0] is total:
-        return reader
-    return total
 
 
 def _chains(start: fx.Node, dtype: torch.dtype | None) -> Iterator[Norm | Refused]:
@@ -238,7 +170,7 @@ def _with_weight(
         flags = Flags.ROUND_BEFORE_WEIGHT
         user = only_user(norm)
     if is_call(user, aten.mul.Tensor):
-        weight = _weight(other_operand(user, norm), hidden, dtype)  # type: ignore[arg-type]
+        weight = weight_of(other_operand(user, norm), hidden, dtype)  # type: ignore[arg-type]
     if weight is None:
         flags = Flags.NONE  # the cast was the only rounding
     else:
@@ -259,40 +191,6 @@ def _with_weight(
         weight_bias=0.0 if weight is None else weight.bias,
         flags=flags,
     )
-
-
-def _weight(node: Any, hidden: int | None, dtype: torch.dtype | None) -> _Weight | None:
-    """The ``[H]`` weight that a multiplication holds, Gemma's ``weight + 1`` in fp32 taken apart."""
-    node = _vector(node)
-    tensor = tensor_of(node)
-    if tensor is None or tensor.dim() != 1 or last_dim(node) != hidden:
-        return None
-    if is_call(node, aten.add.Tensor, aten.add.Scalar) and dtype_of(node) == torch.float32:
-        first, second = node.args[0], node.args[1]
-        if argument(node, "alpha", 1) == 1:
-            for base, number in ((first, second), (second, first)):
-                bias = constant(number)
-                base = _vector(peel(base))
-                if bias is None or not math.isfinite(bias):
-                    continue
-                if dtype_of(base) in (dtype, torch.float32) and last_dim(base) == hidden:
-                    return _Weight(base, bias)
-    base = _vector(peel(node))
-    if dtype_of(base) in (dtype, torch.float32) and last_dim(base) == hidden:
-        return _Weight(base, wide=node if base is not node else None)
-    return _Weight(node) if dtype_of(node) == torch.float32 else None
-
-
-def _vector(node: Any) -> Any:
-    """``node`` without views of a ``[H]`` tensor as ``[1, ..., H]``."""
-    while is_call(node, *VIEWS, aten.expand.default) and isinstance(node.args[0], fx.Node):
-        inner = tensor_of(node.args[0])
-        if inner is None or inner.dim() == 0 or last_dim(node.args[0]) != last_dim(node):
-            break
-        if tensor_of(node).dim() == 1 and inner.dim() == 1:  # type: ignore[union-attr]
-            break
-        node = node.args[0]
-    return node
 
 
 DIALECT = Aten()

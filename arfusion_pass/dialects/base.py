@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+
+import torch
 from torch import fx
 
 from arfusion_pass.ops.spec import Flags, QuantSpec
@@ -48,7 +50,8 @@ class Norm:
     Attributes:
         operand: the node that stands for the reduced value in the add, or that the norm reads: ``Reduced.value``,
             a view of it or a lossless cast of it.
-        norm: the node whose value is the norm; its dtype is the dtype of the result.
+        norm: the node whose value is the norm; its dtype is the dtype of the result. None where one op computes the
+            norm and quantises it (``quant``): no node holds the norm then, and its dtype is the reduced tensor's.
         epsilon: as the graph holds it.
         weight: ``[H]``, or None.
         weight_bias: added to the weight in fp32 (Gemma: 1).
@@ -57,10 +60,11 @@ class Norm:
         total: the node whose value is the sum that others may read: in the tensor's dtype or in fp32.
         nodes: the nodes between operand and norm, ``total`` and ``norm`` included. None of them may be read by
             others, but for ``total``, ``norm``, casts and views.
+        quant: the quantiser inside the same op, or None.
     """
 
     operand: fx.Node
-    norm: fx.Node
+    norm: fx.Node | None
     epsilon: float
     nodes: tuple[fx.Node, ...]
     weight: fx.Node | None = None
@@ -68,6 +72,14 @@ class Norm:
     flags: Flags = Flags.NONE
     residual: fx.Node | None = None
     total: fx.Node | None = None
+    quant: Quantised | None = None
+
+    @property
+    def result(self) -> fx.Node:
+        """The norm's node, or the codes' where no node holds the norm."""
+        node = self.norm if self.norm is not None or self.quant is None else self.quant.codes
+        assert node is not None
+        return node
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,9 +114,13 @@ class Quantised:
         spec: its steps.
         codes: the node whose value is the quantised tensor.
         nodes: the nodes between norm and outputs, the outputs included.
-        scales: the node whose value is the scales; None where the scale is given, or nobody reads it.
+        scales: the node whose value is the scales; None where the scale is given, or nobody reads it. Its shape,
+            strides and dtype may be any view of the op's buffer (:mod:`arfusion_pass.output_views`).
         scale: the given scale (static FP8; NVFP4's global scale), one element, or None.
         scale_value: the given scale where it is a number.
+        dtype: the 16-bit dtype that the spec's roundings to ``T`` were read from, which must then be the reduced
+            tensor's; None where there are none.
+        scale_dtype: what the graph rounds the given scale to before it is applied; None: nothing.
     """
 
     op: str
@@ -114,6 +130,8 @@ class Quantised:
     scales: fx.Node | None = None
     scale: fx.Node | None = None
     scale_value: float = 1.0
+    dtype: torch.dtype | None = None
+    scale_dtype: torch.dtype | None = None
 
 
 class Dialect:
@@ -140,4 +158,3 @@ class Dialect:
     def quantisers(self, norm: fx.Node) -> Iterable[Quantised | Refused]:
         """The quantisers that read ``norm`` (a norm's value or a view of it)."""
         return ()
-

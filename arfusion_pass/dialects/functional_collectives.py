@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed._functional_collectives  # noqa: F401  (registers the ops)
+import torch.distributed._functional_collectives
 from torch import fx
 
 from arfusion_pass.dialects.base import Dialect, Reduced, Refused
