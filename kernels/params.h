@@ -44,6 +44,7 @@ struct Params {
   uint32_t tokens;       /* of this piece */
   uint32_t vectors;      /* of a row */
   uint32_t per_thread;   /* vectors a thread holds of a row */
+  uint32_t cluster;      /* CTAs that share a row; 1 unless per_thread is 1 */
   uint32_t tiles;        /* of 32 vectors in a row: the leaves of the variance's tree */
   uint32_t tile_span;    /* least power of two not below `tiles`, at most 32 */
   float hidden;

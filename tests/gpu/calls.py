@@ -219,7 +219,7 @@ def exact_norm(config: Config, reduced: torch.Tensor, shared: Shared) -> torch.T
     value = (total if config.flags & Flags.UNROUNDED_SUM else total.to(config.dtype)).double()
     norm = value * torch.rsqrt(value.pow(2).mean(-1, keepdim=True) + config.epsilon)
     if shared.weight is not None:
-        norm = norm * (shared.weight.double() + config.weight_bias)
+        norm = norm * (shared.weight.float() + config.weight_bias).double()
     return norm.float()
 
 
