@@ -97,11 +97,11 @@ ARF_DEVICE void rotate(const Params& p, const Link& link, unsigned cta, unsigned
 static __device__ __noinline__ bool give_up(const Params& p, unsigned cta, uint32_t generation, uint32_t strategy,
                                             uint32_t token, int peer) {
   if (static_cast<const volatile Control*>(p.control)[cta].poisoned) return true;
-  volatile Control* first_look = p.control + kMaxCtas + cta; /* {generation, microseconds modulo 2^32} */
+  volatile Control* first_look = p.control + kMaxCtas + cta; /* {~generation, microseconds modulo 2^32} */
   const uint32_t now = static_cast<uint32_t>(clock_ns() / 1000);
-  if (first_look->generation != generation) {
+  if (first_look->generation != ~generation) { /* never the 0 that the words begin with */
     first_look->poisoned = now;
-    first_look->generation = generation;
+    first_look->generation = ~generation;
     return false;
   }
   if (now - first_look->poisoned < p.timeout_us) return false;
