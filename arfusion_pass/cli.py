@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -49,6 +51,13 @@ def main() -> None:
     default="auto",
     show_default=True,
     help="auto: GPUs where there is one for each rank, else the CPU.",
+)
+@click.option(
+    "--backend",
+    type=click.Choice(["auto", "native", "reference", "flashinfer"]),
+    default="auto",
+    show_default=True,
+    help="What runs the fused calls; auto: our kernels on GPUs, the reference elsewhere.",
 )
 @click.option("--dynamic", is_flag=True, help="Mark token counts dynamic, and try torch.compile(dynamic=True) as well.")
 @click.option("--diff/--no-diff", default=True, show_default=True, help="Print the graph before and after.")
@@ -107,10 +116,19 @@ def _on_ranks(nproc: int, as_json: bool, dump: str | None, script: str, argument
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def doctor(as_json: bool) -> None:
-    """Say what this machine has (torch, CUDA, links, compiler, kernels) and which backend would be used, and why."""
-    from arfusion_pass.doctor import print_findings
-
-    print_findings(as_json)
+    """Say what this machine has (torch, CUDA, links, compilers, kernels), which backend would be used, and why."""
+    try:
+        from arfusion_pass.backends.doctor import collect
+    except ImportError as error:
+        raise click.ClickException(f"this installation holds no native backend ({error})") from error
+    facts = collect()
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(facts), indent=2))
+        return
+    rows = facts.rows()
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        click.echo(f"{name:<{width}}  {value}")
 
 
 @main.command()

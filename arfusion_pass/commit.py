@@ -62,7 +62,10 @@ class Committer:
         self.sizes = SizeSource(self.order)
         self.plans: dict[int, Plan] = {}
         self.writer: dict[fx.Node, int] = {
-            value: index for index in self.calls for value in self.sites[index].values.values()
+            value: index
+            for index in self.calls
+            for held in self.sites[index].holders.values()
+            for value in held
         }
         self.planning: list[int] = []
 
@@ -87,11 +90,11 @@ class Committer:
             call, last, values = self._write(plan, last, replaced)
             tail[plan.anchor] = last
             readers = plan.site.outside_readers
-            for role, value in values.items():
-                old = plan.site.values[role]
+            for role, old_values in plan.site.holders.items():
                 outside = set(readers[role])
-                old.replace_all_uses_with(value, delete_user_cb=outside.__contains__)
-                replaced[old] = value
+                for old in old_values if role in values else ():
+                    old.replace_all_uses_with(values[role], delete_user_cb=outside.__contains__)
+                    replaced[old] = values[role]
             written.append((plan, call))
         for plan, _ in written:
             self._erase(plan.site)
@@ -161,7 +164,7 @@ class Committer:
     def _defined(self, node: fx.Node) -> int:
         """Where a value exists: a value of a planned site where its call will stand."""
         writer = self.writer.get(node)
-        if writer is not None and writer in self.plans and self.sites[writer].outside_readers:
+        if writer is not None and writer in self.plans:
             return max(self.position[node], self.plans[writer].position)
         return self.position[node]
 

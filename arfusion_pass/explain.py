@@ -37,7 +37,7 @@ def run_script(script: str, arguments: list[str], *, as_json: bool = False, dump
     status = 0
     try:
         with contextlib.ExitStack() as stack:
-            stack.enter_context(torch._inductor.config.patch(force_disable_caches=True))
+            stack.enter_context(torch._inductor.config.patch(fx_graph_cache=False))
             if dump is not None:
                 stack.enter_context(arf.inspection.debug_dump(dump))
             stack.enter_context(arf.enable())

@@ -151,6 +151,7 @@ def _describe(site: RaisedSite) -> Site:
         dtype=None if site.reduced is None else str(dtype_of(site.reduced.x)).removeprefix("torch."),
         quantiser=None if site.quant is None else site.quant.op,
         dialect="+".join(dict.fromkeys(site.dialects)),
+        note=site.note,
     )
 
 

@@ -13,6 +13,7 @@ from arfusion_pass import ir
 from arfusion_pass.config import FusionConfig
 from arfusion_pass.ops.spec import Flags
 from arfusion_pass.patterns.chains import PROLOGUES, AllReduceRMSNormChain, auto_functionalized
+from arfusion_pass.patterns.indexer import AllReduceRMSNormIndexerChain
 from arfusion_pass.raising import Shadow
 
 
@@ -50,14 +51,17 @@ class FusionPassManager:
                 add = norms[node.target]
                 epsilon, dtype = node.args[3 if add else 2], node.args[4 if add else 3]
                 prologue = prologues.get(getattr(node.args[0].args[0], "target", None))
-                held[epsilon, dtype, add, None, prologue] = None
+                held[AllReduceRMSNormChain, epsilon, dtype, add, None, prologue] = None
                 readers = [*node.users, *(user for value in node.users for user in value.users)]
                 for reader in readers:
                     if reader.target in quantisers:
-                        held[epsilon, dtype, add, quantisers[reader.target], prologue] = None
-        longest = sorted(held, key=lambda key: (key[3] is None) + (key[4] is None))
-        for epsilon, dtype, add, quantiser, prologue in longest:
-            yield AllReduceRMSNormChain(epsilon, dtype, add, quantiser, prologue, launch_flags(self.config))
+                        quantiser = quantisers[reader.target]
+                        held[AllReduceRMSNormChain, epsilon, dtype, add, quantiser, prologue] = None
+                        if quantiser.name == "quant_fp8_group" and reader.args[0].meta["readers"]:
+                            held[AllReduceRMSNormIndexerChain, epsilon, dtype, add, quantiser, prologue] = None
+        longest = sorted(held, key=lambda key: ((key[4] is None) + (key[5] is None), key[0] is AllReduceRMSNormChain))
+        for chain, epsilon, dtype, add, quantiser, prologue in longest:
+            yield chain(epsilon, dtype, add, quantiser, prologue, launch_flags(self.config))
 
 
 def launch_flags(config: FusionConfig) -> int:

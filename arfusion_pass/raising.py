@@ -17,16 +17,30 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from arfusion_pass import ir
 from arfusion_pass.config import DTYPES, FusionConfig, canonical_epsilon
 from arfusion_pass.dialects import DIALECTS, Norm, Prologue, Quantised, Reduced, Refused
-from arfusion_pass.graph import describe, dtype_of, is_cast, keeps_rows, last_dim, path, row_views, tensor_of
+from arfusion_pass.graph import (
+    VIEWS,
+    describe,
+    dtype_of,
+    is_call,
+    is_cast,
+    keeps_rows,
+    last_dim,
+    path,
+    row_views,
+    same_shape,
+    tensor_of,
+)
 from arfusion_pass.groups import find_group
+from arfusion_pass.output_views import codes_layout, scale_layout
 
 
 @dataclasses.dataclass
@@ -37,6 +51,8 @@ class RaisedSite:
         reduced: the all-reduce; None where it was refused at once.
         node: the node that names the site.
         prologue, norm, quant: the stages, or None.
+        twins: quantisers of the same norm that compute what ``quant`` does: its outputs serve their readers too.
+        note: why a quantiser behind the norm is left alone, or None.
         reason: why nothing can be fused, or None so far.
         dialects: the names of the dialects that spelled the stages.
         values: role (``allreduce_out``, ``residual_out``, ``norm_out``, ``quant_out``, ``scale_out``) to the node of
@@ -51,21 +67,30 @@ class RaisedSite:
     prologue: Prologue | None = None
     norm: Norm | None = None
     quant: Quantised | None = None
+    twins: tuple[Quantised, ...] = ()
+    note: str | None = None
     reason: str | None = None
     dialects: tuple[str, ...] = ()
 
     @property
-    def values(self) -> dict[str, fx.Node]:
-        values: dict[str, fx.Node | None] = {}
+    def holders(self) -> dict[str, tuple[fx.Node, ...]]:
+        """Role to every node of the user's graph that holds the value: several where quantisers are twins."""
+        holders: dict[str, tuple[fx.Node | None, ...]] = {}
         if self.reduced is not None:
-            values["allreduce_out"] = self.reduced.value
+            holders["allreduce_out"] = (self.reduced.value,)
         if self.norm is not None:
-            values["residual_out"] = self.norm.total
-            values["norm_out"] = self.norm.norm
+            holders["residual_out"] = (self.norm.total,)
+            holders["norm_out"] = (self.norm.norm,)
         if self.quant is not None:
-            values["quant_out"] = self.quant.codes
-            values["scale_out"] = self.quant.scales
-        return {role: node for role, node in values.items() if node is not None}
+            quantisers = (self.quant, *self.twins)
+            holders["quant_out"] = tuple(quant.codes for quant in quantisers)
+            holders["scale_out"] = tuple(quant.scales for quant in quantisers)
+        held = {role: tuple(node for node in nodes if node is not None) for role, nodes in holders.items()}
+        return {role: tuple(dict.fromkeys(nodes)) for role, nodes in held.items() if nodes}
+
+    @property
+    def values(self) -> dict[str, fx.Node]:
+        return {role: nodes[0] for role, nodes in self.holders.items()}
 
     @property
     def inputs(self) -> dict[str, fx.Node]:
@@ -84,15 +109,16 @@ class RaisedSite:
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
         """Every node that the fused call would stand for, in graph order."""
-        stages = (self.prologue, self.reduced, self.norm, self.quant)
+        stages = (self.prologue, self.reduced, self.norm, self.quant, *self.twins)
         return tuple(sorted({node for stage in stages if stage is not None for node in stage.nodes}))
 
     @property
     def replaced(self) -> set[fx.Node]:
         """The nodes that go: all of them, but for a cast or view that somebody outside reads. That one stays and
         reads the value that the kernel writes."""
-        gone, values = set(self.nodes), set(self.values.values())
-        for node in reversed(self.nodes):
+        nodes = self.nodes
+        gone, values = set(nodes), {node for held in self.holders.values() for node in held}
+        for node in reversed(nodes):
             if node not in values and (is_cast(node) or keeps_rows(node)):
                 if any(user not in gone for user in node.users):
                     gone.discard(node)
@@ -103,7 +129,8 @@ class RaisedSite:
         """Role of a value to the nodes outside the site that read it, in graph order."""
         gone = self.replaced
         return {
-            role: sorted(user for user in node.users if user not in gone) for role, node in self.values.items()
+            role: sorted({user for node in nodes for user in node.users if user not in gone})
+            for role, nodes in self.holders.items()
         }
 
 
@@ -305,21 +332,77 @@ def _find_prologue(site: RaisedSite) -> None:
 
 
 def _find_quantiser(site: RaisedSite) -> None:
-    """The first quantiser of a site's norm that can be fused; the others go on reading the norm."""
-    assert site.norm is not None and site.reduced is not None
+    """The first quantiser of a site's norm that can be fused, with those that compute the same; the others go on
+    reading the norm."""
+    assert site.norm is not None
+    assert site.reduced is not None
     if site.norm.norm is None:
         site.quant = site.norm.quant
         return
+    dtype = dtype_of(site.reduced.x)
+    alike: dict[Hashable, list[tuple[Quantised, str]]] = {}
+    codes: set[fx.Node] = set()
     for value in row_views(site.norm.norm):
         for dialect in DIALECTS:
             for quant in dialect.quantisers(value):
                 if isinstance(quant, Refused):
-                    continue
-                values = {quant.codes, quant.scales, site.norm.norm}
-                if _read_inside(quant.nodes, values, "quantiser") is None:
-                    site.quant = quant
-                    site.dialects += (dialect.name,)
-                    return
+                    site.note = site.note or quant.reason
+                elif quant.dtype not in (None, dtype):
+                    site.note = site.note or f"{describe(quant.codes)} rounds to {quant.dtype}, the reduced is {dtype}"
+                elif quant.codes not in codes:
+                    codes.add(quant.codes)
+                    if dtype == torch.float32 and quant.spec.unrounded:
+                        spec = dataclasses.replace(quant.spec, unrounded=False)  # the same, and one kernel less
+                        quant = dataclasses.replace(quant, spec=spec)
+                    key = (quant.op, quant.spec, quant.scale, quant.scale_value, quant.scale_dtype)
+                    alike.setdefault(key, []).append((quant, dialect.name))
+    for quants in alike.values():
+        first, dialect_name = quants[0]
+        twins = [quant for quant, _ in quants[1:] if _same_outputs(first, quant)]
+        for group in ([first, *twins], [first]):
+            reason = _fuse_quantisers(site, group)
+            if reason is None:
+                site.note = None
+                site.dialects += (dialect_name,)
+                return
+            site.note = site.note or reason
+
+
+def _fuse_quantisers(site: RaisedSite, quants: list[Quantised]) -> str | None:
+    """Give a site quantisers that compute one thing; the reason if they cannot be fused."""
+    assert site.norm is not None
+    shape = tensor_of(site.norm.norm).shape  # type: ignore[union-attr]
+    values: set[fx.Node | None] = {site.norm.norm}
+    nodes: set[fx.Node] = set()
+    for quant in quants:
+        scales = tensor_of(quant.scales)
+        if codes_layout(shape, quant.spec, tensor_of(quant.codes)) is None:  # type: ignore[arg-type]
+            return f"{describe(quant.codes)} is no view of rows of codes"
+        if scales is not None and scale_layout(shape, quant.spec, scales) is None:
+            return f"{describe(quant.scales)} is no view of scales laid out as {quant.spec.layout.name}"  # type: ignore[arg-type]
+        values |= {quant.codes, quant.scales}
+        nodes.update(quant.nodes)
+    for node in sorted(nodes, reverse=True):
+        if node not in values and (is_cast(node) or is_call(node, *VIEWS)) and not nodes.issuperset(node.users):
+            nodes.discard(node)  # others read it too: it stays, and reads what the kernel writes
+    reason = _read_inside(tuple(sorted(nodes)), values, "quantiser")
+    if reason is None:
+        site.quant, *twins = (dataclasses.replace(q, nodes=tuple(n for n in q.nodes if n in nodes)) for q in quants)
+        site.twins = tuple(twins)
+    return reason
+
+
+def _same_outputs(a: Quantised, b: Quantised) -> bool:
+    """Whether two quantisers' codes, and their scales where both have readers, have one shape, stride and dtype."""
+    pairs = [(a.codes, b.codes)]
+    if a.scales is not None and b.scales is not None:
+        pairs.append((a.scales, b.scales))
+    return all(same_shape(x, y) and dtype_of(x) == dtype_of(y) and _same_strides(x, y) for x, y in pairs)
+
+
+def _same_strides(a: fx.Node, b: fx.Node) -> bool:
+    strides = zip(tensor_of(a).stride(), tensor_of(b).stride(), strict=True)  # type: ignore[union-attr]
+    return all(statically_known_true(x == y) for x, y in strides)
 
 
 def _raise_site(
@@ -358,6 +441,8 @@ def _raise_site(
     if site.quant is not None:
         quantiser = ir.QUANTISERS[site.quant.op]
         scale = None if site.quant.scale is None else origins[site.quant.scale]
+        if scale is not None and site.quant.scale_dtype is not None:
+            scale = graph.call_function(torch.ops.prims.convert_element_type.default, (scale, site.quant.scale_dtype))
         codes = call(quantiser.op, *quantiser.arguments(norm_value, site.quant.spec, scale, site.quant.scale_value))
         if quantiser.has_scales:
             values["scale_out"] = call(operator.getitem, codes, 1)
@@ -367,7 +452,8 @@ def _raise_site(
     outside = site.outside_readers
     for role, node in values.items():
         node.meta["role"] = role
-        if outside.get(role):
+        node.meta["readers"] = outside.get(role, [])
+        if node.meta["readers"]:
             live.append(node)
     return live
 

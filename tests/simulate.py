@@ -220,3 +220,36 @@ def check_unchanged(module: fx.GraphModule, config: arf.FusionConfig = STRICT) -
 def calls(module: fx.GraphModule, *targets: Any) -> int:
     """How many nodes call one of ``targets``."""
     return sum(node.op == "call_function" and node.target in targets for node in module.graph.nodes)
+
+
+class _Captured(Exception):  # noqa: N818  (no error: it ends a compilation)
+    pass
+
+
+def captured(
+    model: Any, inputs: Sequence[torch.Tensor], dynamic: int | None = None, options_dynamic: bool | None = None
+) -> fx.GraphModule:
+    """The graph that torch.compile hands to Inductor's post-grad hook; the compilation ends there.
+
+    Args:
+        dynamic: every dimension of this size is marked dynamic.
+        options_dynamic: ``torch.compile``'s own ``dynamic``.
+    """
+    found: list[fx.GraphModule] = []
+
+    def take(graph: fx.Graph) -> None:
+        found.append(copied(fx.GraphModule(graph.owning_module, graph)))
+        raise _Captured
+
+    torch._dynamo.reset()
+    for tensor in inputs:
+        for dim, size in enumerate(tensor.shape):
+            if size == dynamic:
+                torch._dynamo.mark_dynamic(tensor, dim)
+    options = {"post_grad_custom_post_pass": take}
+    try:
+        torch.compile(model, fullgraph=True, options=options, dynamic=options_dynamic)(*inputs)
+    except Exception:  # the compiler wraps ours in its own
+        if not found:
+            raise
+    return found[0]

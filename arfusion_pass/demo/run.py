@@ -25,6 +25,7 @@ import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 
 import arfusion_pass
+from arfusion_pass.config import Backend
 from arfusion_pass.demo.model import Decoder, ModelConfig, Norm, initialise, parallelize
 from arfusion_pass.demo.text import Comparison, comparison_table, section
 from arfusion_pass.inspection import replay
@@ -54,6 +55,7 @@ class Options:
     epsilon: float = 1e-6
     world: int = 2
     device: str = "auto"
+    backend: Backend = "auto"
     dynamic: bool = False
     diff: bool = True
     html: str | None = None
@@ -169,7 +171,7 @@ class _Demo:
         """Compile with the pass, run, check every fused site on what it was given."""
         known = len(arfusion_pass.reports())
         with replay.recording() as recorded:
-            compiled = self._compile(what, mark=mark, dynamic=dynamic, options=arfusion_pass.inductor_options())
+            compiled = self._compile(what, mark=mark, dynamic=dynamic, options=self._inductor_options())
             logits = compiled(self.ids[0])
             if self.options.dynamic:
                 compiled(self.ids[1])
@@ -182,6 +184,9 @@ class _Demo:
             if not check.ok:
                 self._fail(f"{what}: rank {self.rank}, site {check.site.name} is not exact: {check.detail}")
         return logits, reports, checks
+
+    def _inductor_options(self) -> dict[str, Any]:
+        return arfusion_pass.inductor_options(arfusion_pass.FusionConfig(backend=self.options.backend))
 
     def _compile(self, what: str, *, mark: bool = False, **compile_options: Any) -> Compiled:
         """torch.compile the model afresh. The compilation itself happens on the first call."""

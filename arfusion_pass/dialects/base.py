@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+
+import torch
 from torch import fx
 
 from arfusion_pass.ops.spec import Flags, QuantSpec
@@ -112,9 +114,13 @@ class Quantised:
         spec: its steps.
         codes: the node whose value is the quantised tensor.
         nodes: the nodes between norm and outputs, the outputs included.
-        scales: the node whose value is the scales; None where the scale is given, or nobody reads it.
+        scales: the node whose value is the scales; None where the scale is given, or nobody reads it. Its shape,
+            strides and dtype may be any view of the op's buffer (:mod:`arfusion_pass.output_views`).
         scale: the given scale (static FP8; NVFP4's global scale), one element, or None.
         scale_value: the given scale where it is a number.
+        dtype: the 16-bit dtype that the spec's roundings to ``T`` were read from, which must then be the reduced
+            tensor's; None where there are none.
+        scale_dtype: what the graph rounds the given scale to before it is applied; None: nothing.
     """
 
     op: str
@@ -124,6 +130,8 @@ class Quantised:
     scales: fx.Node | None = None
     scale: fx.Node | None = None
     scale_value: float = 1.0
+    dtype: torch.dtype | None = None
+    scale_dtype: torch.dtype | None = None
 
 
 class Dialect:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+# Imported here, because a submodule that is imported later would take the function's name.
+from arfusion_pass.inspection.graph_diff import graph_diff as graph_diff
+from arfusion_pass.inspection.graph_diff import print_graph as print_graph
+
 if TYPE_CHECKING:
     from arfusion_pass.inspection.dump import debug_dump as debug_dump
-    from arfusion_pass.inspection.graph_diff import graph_diff as graph_diff
-    from arfusion_pass.inspection.graph_diff import print_graph as print_graph
     from arfusion_pass.inspection.html import diff_page as diff_page
     from arfusion_pass.inspection.replay import recording as recording
     from arfusion_pass.inspection.tables import report_table as report_table
@@ -19,8 +21,6 @@ if TYPE_CHECKING:
 _HOMES = {
     "debug_dump": "dump",
     "diff_page": "html",
-    "graph_diff": "graph_diff",
-    "print_graph": "graph_diff",
     "recording": "replay",
     "report_table": "tables",
 }

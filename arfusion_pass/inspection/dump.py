@@ -5,7 +5,7 @@
     with arfusion_pass.inspection.debug_dump("out/"):
         torch.compile(model, options=arfusion_pass.inductor_options())(x)
 
-writes (below ``out/rank0``, ``out/rank1``, ... where torch.distributed is initialised)
+writes (below ``out/rank0``, ``out/rank1``, ... where there are ranks)
 
 * ``report.txt`` and ``report.json``: fused sites, missed sites and why;
 * ``graph_0.before.txt``, ``graph_0.after.txt``, ``graph_0.diff.txt``: each graph as the pass found and left it;
@@ -43,13 +43,12 @@ def debug_dump(directory: str | os.PathLike[str], *, depyf: bool = True) -> Iter
     import arfusion_pass
     from arfusion_pass.inspection.replay import recording
 
-    folder = Path(directory)
-    if dist.is_available() and dist.is_initialized():
-        folder = folder / f"rank{dist.get_rank()}"
+    rank = _rank()
+    folder = Path(directory) if rank is None else Path(directory) / f"rank{rank}"
     folder.mkdir(parents=True, exist_ok=True)
     known = len(arfusion_pass.reports())
     with contextlib.ExitStack() as stack:
-        stack.enter_context(torch._inductor.config.patch(force_disable_caches=True))
+        stack.enter_context(torch._inductor.config.patch(fx_graph_cache=False))
         stack.enter_context(recording())
         if depyf:
             import depyf as depyf_package
@@ -59,6 +58,13 @@ def debug_dump(directory: str | os.PathLike[str], *, depyf: bool = True) -> Iter
             yield folder
         finally:
             write_reports(folder, Reports(arfusion_pass.reports()[known:]))
+
+
+def _rank() -> int | None:
+    """This process's rank, also before torch.distributed is initialised under torchrun; None for a lone process."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank()
+    return int(os.environ["RANK"]) if os.environ.get("WORLD_SIZE", "1") != "1" else None
 
 
 def write_reports(folder: Path, reports: Reports) -> None:

@@ -234,7 +234,7 @@ class _Checker:
     def scalars(self) -> None:
         call = self.call
         flags = call.flags
-        self.need(flags >= 0 and not flags & ~ALL_FLAGS, f"flags={flags:#x} has bits that mean nothing")
+        self.need(flags >= 0 and not flags & ~int(ALL_FLAGS), f"flags={flags:#x} has bits that mean nothing")
         for one, other in ((Flags.ONESHOT, Flags.TWOSHOT), (Flags.REFERENCE, Flags.FLASHINFER)):
             self.need(not (flags & one and flags & other), f"flags {one.name} and {other.name} exclude each other")
         if not call.op.startswith("moe_"):

@@ -27,10 +27,12 @@ from arfusion_pass.ops.spec import Flags
 def native_dispatch(op: str, arguments: dict[str, Any]) -> bool:
     """The seam to the native library: called with a checked call on CUDA tensors that reached the reference.
 
-    Load the library if there is one (once), call the op again with ``arguments``, now served by its CUDA
-    implementation, and return True; False runs the reference.
+    Loads the library if there is one (once), calls the op again with ``arguments``, now served by its CUDA
+    implementation, and returns True; False runs the reference. See :func:`arfusion_pass.backends.native.dispatch`.
     """
-    return False
+    from arfusion_pass.backends import native
+
+    return native.dispatch(op, arguments)
 
 
 def fused_op(name: str) -> torch._ops.OpOverload:

@@ -142,7 +142,8 @@ class AllReduceRMSNormChain:
             if "role" in node.meta and any(user not in matched for user in node.users)
         }
         buffers: dict[str, fx.Node | None] = dict.fromkeys(OUTPUT_NAMES)
-        for role in read:
+        written = [*read, *(("quant_out", "scale_out") if self.quantiser and self.quantiser.has_scales else ())]
+        for role in written:  # a quantiser that makes scales writes them, read or not
             buffers[role] = graph.call_function(torch.empty, ((0,),))  # its shape is known at commit
         fused = graph.call_function(
             auto_functionalized,

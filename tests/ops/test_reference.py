@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -104,6 +105,27 @@ def test_fp32_weight() -> None:
             norm_out = torch.empty(6, 128, dtype=out_dtype)
             run(fused, (x,), {"norm_out": norm_out}, weight=gamma, flags=int(flags))
             assert torch.equal(norm_out, wanted.to(out_dtype))
+
+
+def test_two_roundings_reach_every_output() -> None:
+    """With ROUND_BEFORE_WEIGHT a bf16 weight's product is bf16, for fp32 norm_out and unrounded quantiser too."""
+    x, weight = sample(torch.bfloat16, 6, 128), sample(torch.bfloat16, 128)
+    spec = dataclasses.replace(SPECS["token"], unrounded=True)
+    given = outputs((6, 128), x.dtype, spec)
+    given["norm_out"] = torch.empty(6, 128)
+    run(fused, (x,), given, weight=weight, flags=int(Flags.ROUND_BEFORE_WEIGHT), quant=spec.pack())
+    wanted = hf_norm(x, weight, 1e-6)
+    assert torch.equal(given["norm_out"], wanted.float())
+    codes, _ = reference.quantise(wanted, dataclasses.replace(spec, bound=0.0), None, 1.0, x.dtype)
+    assert torch.equal(given["quant_out"].view(torch.uint8), codes.view(torch.uint8))
+
+
+def test_negative_zero_weight_keeps_its_sign() -> None:
+    """A bias of 0 is not added: -0.0 + 0.0 would be +0.0, and the eager graph has no such addition."""
+    x, weight = torch.ones(2, 64, dtype=torch.bfloat16), torch.full((64,), -0.0, dtype=torch.bfloat16)
+    given = outputs((2, 64), x.dtype)
+    run(fused, (x,), given, weight=weight)
+    assert torch.signbit(given["norm_out"]).all()
 
 
 @pytest.mark.parametrize("name", SPECS)

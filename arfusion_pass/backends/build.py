@@ -1,0 +1,428 @@
+"""Compile the CUDA kernels and the op library into one shared object, once a machine, and find it again.
+
+In: the folder of kernel sources (:func:`source_dir`) and an architecture such as ``"90a"``. Out: the path of
+``libarfusion-<arch>-<key>.so`` in the cache folder, built by nvcc (one process a translation unit, in parallel) and
+g++ (``*.cpp`` against torch's stable ABI) if it is not there yet. Nothing is compiled by ``pip install``: the library
+is built on first use, or ahead of time by ``arfusion build`` (which needs no GPU when it is given an architecture).
+
+    path = build(arch="90a")                     # what ``arfusion build --arch 90a`` does
+    path = library_path()                        # where it is, or would be; None where ARFUSION_LIBRARY is bad
+
+The cache key is a hash of the sources, the flags, the architecture and the torch ABI target; not of the compiler, so
+that a library built in one container is found in another that has none. Environment:
+
+* ``ARFUSION_LIBRARY``: path of a prebuilt library, used as it is.
+* ``ARFUSION_CACHE_DIR``: the cache folder (default ``$XDG_CACHE_HOME/arfusion`` or ``~/.cache/arfusion``).
+* ``ARFUSION_ARCH``: the architecture to build for where the device's is not wanted.
+* ``ARFUSION_NVCC``, ``CUDA_HOME``, ``CXX``: the compilers.
+* ``MAX_JOBS``: how many compilers run at once (default: the CPU cores this process may use).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+import torch
+
+TORCH_TARGET = "0x020b000000000000"
+"""The stable ABI that the op library is written to: torch 2.11. One build serves that version and later ones."""
+
+MINIMUM_TORCH = (2, 11)
+
+NVCC_FLAGS = ("-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-cudart", "static")
+CXX_FLAGS = (
+    "-O2",
+    "-std=c++17",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fvisibility-inlines-hidden",
+    f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
+)
+LINK_FLAGS = ("-Xlinker", "--as-needed", "-Xlinker", "-z,defs", "-Xlinker", "--exclude-libs,ALL", "-Xlinker", "-s")
+
+_SOURCE_SUFFIXES = (".cu", ".cuh", ".h", ".hpp", ".cpp")
+_ARCHITECTURES = {(9, 0): "90a", (10, 0): "100a", (10, 3): "103a", (12, 0): "120a", (12, 1): "121a"}
+_COMPILER_TIMEOUT = 1800.0
+_LOCK_TIMEOUT = 1800.0
+
+
+class BuildError(RuntimeError):
+    """The library could not be built; the message holds the command and the compiler's output."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Toolchain:
+    """The compilers that a build uses, and where they were found."""
+
+    nvcc: str
+    cxx: str
+
+    @property
+    def cuda_root(self) -> Path:
+        """The CUDA toolkit that ``nvcc`` belongs to."""
+        return Path(os.path.realpath(self.nvcc)).parent.parent
+
+
+@dataclasses.dataclass(frozen=True)
+class CompileEvent:
+    """Progress of a build: ``done`` of ``total`` steps are over, the last of them ``name`` after ``seconds``."""
+
+    name: str
+    seconds: float
+    done: int
+    total: int
+
+
+def source_dir() -> Path | None:
+    """The folder of the kernel sources: ``arfusion_pass/_kernels`` in a wheel, ``kernels/`` in a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    for folder in (package / "_kernels", package.parent / "kernels"):
+        if any(folder.glob("*.cu")):
+            return folder
+    return None
+
+
+def cache_dir() -> Path:
+    """The folder of built libraries and tuned thresholds (``ARFUSION_CACHE_DIR``, or the user's cache folder)."""
+    if explicit := os.environ.get("ARFUSION_CACHE_DIR"):
+        return Path(explicit).expanduser()
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base).expanduser() / "arfusion"
+    try:
+        return Path.home() / ".cache" / "arfusion"
+    except RuntimeError:  # no home folder: a container run under an unknown user id
+        return Path(tempfile.gettempdir()) / f"arfusion-{os.getuid()}"
+
+
+def device_arch(device: int | None = None) -> str | None:
+    """The architecture to build for: ``ARFUSION_ARCH``, else that of the given or current device, else None."""
+    if explicit := os.environ.get("ARFUSION_ARCH"):
+        return normalise_arch(explicit)
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) in _ARCHITECTURES:
+        return _ARCHITECTURES[major, minor]
+    # sm_80 machine code runs on every 8.x; an unknown newer device gets its own plain target.
+    return "80" if major == 8 else f"{major}{minor}"
+
+
+def normalise_arch(arch: str) -> str:
+    """``"sm_90a"``, ``"9.0a"``, ``"90a"`` and ``"90"`` (of which only ``90a`` is built) to ``"90a"``.
+
+    Raises:
+        ValueError: if ``arch`` does not look like an architecture of compute capability 8.0 or later.
+    """
+    text = arch.lower().removeprefix("sm_").removeprefix("compute_").replace(".", "")
+    digits = text.rstrip("af")
+    if not digits.isdigit() or not 80 <= int(digits) < 1000 or len(text) - len(digits) > 1:
+        raise ValueError(f"architecture {arch!r} is not of the form '80', '90a', 'sm_100a' or '12.0a' (8.0 at least)")
+    known = {value.rstrip("a"): value for value in _ARCHITECTURES.values()}
+    return known.get(text, text)
+
+
+def source_files(folder: Path) -> list[Path]:
+    """Every file of ``folder`` that a build reads (sub-folders hold tests and tools, which it does not)."""
+    return sorted(path for path in folder.iterdir() if path.suffix in _SOURCE_SUFFIXES and path.is_file())
+
+
+def build_key(folder: Path, arch: str) -> str:
+    """Hash of the sources, flags, architecture and torch ABI target: the same key, the same library."""
+    digest = hashlib.sha256(repr((NVCC_FLAGS, CXX_FLAGS, LINK_FLAGS, arch, TORCH_TARGET)).encode())
+    for path in source_files(folder):
+        content = path.read_bytes()
+        digest.update(f"{path.name}:{len(content)}:".encode())
+        digest.update(content)
+    return digest.hexdigest()[:16]
+
+
+def library_path(arch: str | None = None) -> Path | None:
+    """Where the library for ``arch`` (default: the device's) is, or would be built; None where neither is known.
+
+    ``ARFUSION_LIBRARY`` wins over everything.
+    """
+    if explicit := os.environ.get("ARFUSION_LIBRARY"):
+        return Path(explicit).expanduser()
+    arch = device_arch() if arch is None else normalise_arch(arch)
+    folder = source_dir()
+    if arch is None or folder is None:
+        return None
+    return cache_dir() / f"libarfusion-sm{arch}-{build_key(folder, arch)}.so"
+
+
+def find_nvcc() -> str | None:
+    """nvcc: ``ARFUSION_NVCC``, ``CUDA_HOME``, ``CUDA_PATH``, the PATH, /usr/local/cuda, NVIDIA's wheels."""
+    if explicit := os.environ.get("ARFUSION_NVCC"):
+        return explicit if os.access(explicit, os.X_OK) else None
+    candidates = [
+        os.path.join(os.environ[name], "bin", "nvcc") for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ
+    ]
+    candidates.append(shutil.which("nvcc") or "")
+    candidates.append("/usr/local/cuda/bin/nvcc")
+    site = sysconfig.get_paths()["purelib"]
+    candidates += [os.path.join(site, "nvidia", part, "bin", "nvcc") for part in ("cu13", "cuda_nvcc")]
+    return next((path for path in candidates if path and os.access(path, os.X_OK)), None)
+
+
+def find_cxx() -> str | None:
+    """The C++ compiler: ``CXX``, else g++, c++ or clang++ on the PATH."""
+    if explicit := os.environ.get("CXX"):
+        return shutil.which(explicit)
+    return next((found for name in ("g++", "c++", "clang++") if (found := shutil.which(name))), None)
+
+
+def find_toolchain() -> Toolchain:
+    """The compilers, or a :class:`BuildError` that says which is missing and what to do about it."""
+    nvcc, cxx = find_nvcc(), find_cxx()
+    missing = [name for name, path in (("nvcc (CUDA 12.8 or later)", nvcc), ("a C++17 compiler", cxx)) if path is None]
+    if nvcc is None or cxx is None:
+        raise BuildError(
+            f"{' and '.join(missing)} not found, so the arfusion kernels cannot be compiled here. Install the CUDA "
+            "toolkit (or set CUDA_HOME / ARFUSION_NVCC / CXX), or build the library on another machine with "
+            "`arfusion build --arch ARCH` and set ARFUSION_LIBRARY to its path."
+        )
+    return Toolchain(nvcc, cxx)
+
+
+def is_built(arch: str | None = None) -> bool:
+    """Whether :func:`build` would find the library rather than compile it."""
+    path = library_path(arch)
+    return path is not None and path.is_file()
+
+
+def build(
+    arch: str | None = None,
+    *,
+    force: bool = False,
+    output: str | os.PathLike[str] | None = None,
+    progress: Callable[[CompileEvent], None] | None = None,
+    verbose: bool = False,
+) -> Path:
+    """Build the library unless it is in the cache, and return its path.
+
+    Several processes that ask at once build it once: the others wait for the first (at most half an hour).
+
+    Args:
+        arch: architecture, such as ``"90a"``; default: ``ARFUSION_ARCH``, else the current device's.
+        force: compile even if it is there.
+        output: copy the library to this path too (for a container image; set ``ARFUSION_LIBRARY`` to it there).
+        progress: called after each step, from the calling thread; default: a progress bar, or lines on stderr.
+        verbose: print every command.
+
+    Raises:
+        BuildError: no sources, no compiler, no architecture, or the compiler failed (its output is in the message).
+    """
+    explicit = os.environ.get("ARFUSION_LIBRARY")
+    if explicit and not force and output is None:
+        path = Path(explicit).expanduser()
+        if not path.is_file():
+            raise BuildError(f"ARFUSION_LIBRARY is set to {explicit!r}, which is no file. Correct or unset it.")
+        return path
+    arch = device_arch() if arch is None else normalise_arch(arch)
+    if arch is None:
+        raise BuildError("no CUDA device is visible, so the architecture must be given: `arfusion build --arch 90a`.")
+    folder = source_dir()
+    if folder is None:
+        raise BuildError("this installation holds no kernel sources (neither arfusion_pass/_kernels nor kernels/).")
+    path = cache_dir() / f"libarfusion-sm{arch}-{build_key(folder, arch)}.so"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BuildError(f"cannot create the cache folder {path.parent}: {error}. Set ARFUSION_CACHE_DIR.") from error
+    if force or not path.is_file():
+        with locked(path.with_suffix(".lock")):
+            if force or not path.is_file():
+                _compile(folder, arch, path, progress, verbose)
+    if output is not None:
+        target = Path(output)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+    return path
+
+
+@contextlib.contextmanager
+def locked(path: Path, timeout: float = _LOCK_TIMEOUT) -> Iterator[None]:
+    """Hold an exclusive lock on ``path`` (released by the system if the process dies); bounded wait."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise BuildError(f"cannot write to the cache folder {path.parent}: {error}. Set ARFUSION_CACHE_DIR.") from error
+    try:
+        start, told = time.monotonic(), False
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                waited = time.monotonic() - start
+                if waited > timeout:
+                    raise BuildError(
+                        f"another process has held {path} for {waited:.0f} s. If none is building, remove that file."
+                    ) from None
+                if waited > 5 and not told:
+                    print("arfusion: another process is building the kernels, waiting for it", file=sys.stderr)
+                    told = True
+                time.sleep(0.05)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _compile(
+    folder: Path, arch: str, path: Path, progress: Callable[[CompileEvent], None] | None, verbose: bool
+) -> None:
+    """Compile every translation unit of ``folder`` in parallel, link, and rename the result to ``path``."""
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if version < MINIMUM_TORCH:
+        raise BuildError(
+            f"the op library needs torch 2.11 or later (its stable ABI); this is torch {torch.__version__}."
+        )
+    tools = find_toolchain()
+    units = sorted(
+        (unit for unit in source_files(folder) if unit.suffix in (".cu", ".cpp")),
+        key=lambda unit: unit.stat().st_size,
+        reverse=True,
+    )
+    with contextlib.ExitStack() as stack:
+        if progress is None:
+            progress = stack.enter_context(_default_progress(arch, len(units) + 1))
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="build-", dir=path.parent)))
+        stop = threading.Event()
+        pool = stack.enter_context(ThreadPoolExecutor(max_workers=_max_jobs()))
+        jobs = {
+            pool.submit(_run, _compile_command(tools, unit, work / f"{unit.name}.o", arch), stop, verbose): unit
+            for unit in units
+        }
+        total, failure = len(units) + 1, None
+        for done, job in enumerate(as_completed(jobs), start=1):
+            try:
+                progress(CompileEvent(jobs[job].name, job.result(), done, total))
+            except BuildError as error:
+                stop.set()  # the other compilers are stopped, not waited for
+                failure = failure or error
+        if failure is not None:
+            raise failure
+        linked = work / path.name
+        seconds = _run(_link_command(tools, [work / f"{unit.name}.o" for unit in units], linked), stop, verbose)
+        os.replace(linked, path)
+        progress(CompileEvent("link", seconds, total, total))
+
+
+def _max_jobs() -> int:
+    if explicit := os.environ.get("MAX_JOBS"):
+        return max(1, int(explicit))
+    return max(1, len(os.sched_getaffinity(0)))
+
+
+def torch_include_dir() -> Path:
+    """torch's C++ headers."""
+    return Path(torch.__file__).parent / "include"
+
+
+def _compile_command(tools: Toolchain, unit: Path, target: Path, arch: str) -> list[str]:
+    if unit.suffix == ".cu":
+        code = f"-gencode=arch=compute_{arch},code=sm_{arch}"
+        return [tools.nvcc, "-c", str(unit), "-o", str(target), *NVCC_FLAGS, code, "-ccbin", tools.cxx]
+    includes = ["-isystem", str(torch_include_dir())]
+    if (tools.cuda_root / "include").is_dir():
+        includes += ["-isystem", str(tools.cuda_root / "include")]
+    return [tools.cxx, "-c", str(unit), "-o", str(target), *CXX_FLAGS, *includes]
+
+
+def _link_command(tools: Toolchain, objects: list[Path], target: Path) -> list[str]:
+    # nvcc links, because it knows where its own static runtime lies.
+    library = Path(torch.__file__).parent / "lib"
+    flags = [*LINK_FLAGS, f"-L{library}", "-ltorch_cpu", "-ldl", "-lrt", "-lpthread"]
+    return [
+        tools.nvcc,
+        "-shared",
+        "-cudart",
+        "static",
+        "-ccbin",
+        tools.cxx,
+        "-o",
+        str(target),
+        *map(str, objects),
+        *flags,
+    ]
+
+
+def _run(command: list[str], stop: threading.Event, verbose: bool) -> float:
+    """Run one compiler and return its seconds; :class:`BuildError` with its output if it fails."""
+    if stop.is_set():
+        raise BuildError("stopped: another translation unit failed")
+    if verbose:
+        print("+", " ".join(command), file=sys.stderr)
+    start = time.monotonic()
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
+        )
+        try:
+            while (code := process.poll()) is None:
+                if stop.is_set() or time.monotonic() - start > _COMPILER_TIMEOUT:
+                    break
+                time.sleep(0.02)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # nvcc's own children too
+                process.wait()
+        seconds = time.monotonic() - start
+        if code == 0:
+            return seconds
+        output.seek(0)
+        text = output.read().decode(errors="replace").strip()
+    if code is None:
+        why = "stopped: another translation unit failed" if stop.is_set() else f"no end after {seconds:.0f} s"
+    else:
+        why = f"exit status {code}"
+    lines = text.splitlines()
+    if len(lines) > 120:
+        lines = [*lines[:60], f"... {len(lines) - 120} lines left out ...", *lines[-60:]]
+    raise BuildError(f"compiling the arfusion kernels failed ({why}):\n+ {' '.join(command)}\n" + "\n".join(lines))
+
+
+@contextlib.contextmanager
+def _default_progress(arch: str, total: int) -> Iterator[Callable[[CompileEvent], None]]:
+    """A rich progress bar on a terminal; elsewhere (logs, no rich) one line at the start and one at the end."""
+    start = time.monotonic()
+    title = f"arfusion: compiling the CUDA kernels for sm_{arch}"
+    bar = None
+    if sys.stderr.isatty():
+        try:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+            columns = (
+                TextColumn(title),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[unit]}"),
+            )
+            bar = Progress(*columns, console=Console(stderr=True), transient=True)
+        except ImportError:
+            pass
+    if bar is None:
+        print(f"{title} ({total} steps, once; cached in {cache_dir()})", file=sys.stderr, flush=True)
+        yield lambda event: None
+    else:
+        with bar:
+            task = bar.add_task("", total=total, unit="")
+            yield lambda event: bar.update(task, completed=event.done, unit=event.name)
+    print(f"arfusion: kernels ready after {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)

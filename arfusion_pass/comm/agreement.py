@@ -1,0 +1,168 @@
+"""How the ranks of a group agree on one backend: gather every rank's facts, decide by the same rule on all of them.
+
+The facts travel through the process group's own store, so that agreeing needs no GPU, launches nothing and never waits
+longer than the group's timeout::
+
+    everyone = exchange(group, "tp:0", facts)        # one entry a rank, in rank order, the same list on every rank
+    decision = decide(everyone)                      # native, fallback or reference, and why
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import enum
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+MAX_WORLD = 8
+
+
+class Backend(enum.Enum):
+    """What runs the fused ops of a group."""
+
+    NATIVE = "native"
+    """Our exchange kernels, in a symmetric workspace."""
+    FALLBACK = "fallback"
+    """The process group's all-reduce, then one local fused kernel."""
+    REFERENCE = "reference"
+    """Torch ops."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What a group uses and why, the same on every rank."""
+
+    backend: Backend
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What one rank knows before it agrees with the others.
+
+    Args:
+        host: identifies the machine (boot id and host name).
+        device: UUID of its GPU.
+        capability: compute capability, such as ``"9.0"``.
+        unreachable: UUIDs of GPUs visible to this process that its own cannot access directly.
+        library: why this rank has no kernel library, or None where it has one.
+        bytes: the workspace that it wants.
+        thresholds: the strategy table that it would use, as rows.
+    """
+
+    host: str
+    device: str
+    capability: str
+    unreachable: tuple[str, ...] = ()
+    library: str | None = None
+    bytes: int = 0
+    thresholds: tuple[tuple[int, int, int], ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data for the store."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Facts:
+        """The inverse of :meth:`to_json`."""
+        rows = tuple((int(world), int(hidden), int(size)) for world, hidden, size in data["thresholds"])
+        return Facts(**{**data, "unreachable": tuple(data["unreachable"]), "thresholds": rows})
+
+
+def decide(everyone: list[Facts]) -> Decision:
+    """The backend of a group whose ranks have these facts. A pure function: all ranks come to the same answer."""
+    lacking = [rank for rank, facts in enumerate(everyone) if facts.library is not None]
+    if len(lacking) == len(everyone):
+        return Decision(Backend.REFERENCE, f"no rank has the kernel library: {everyone[0].library}")
+    if lacking:
+        why = everyone[lacking[0]].library
+        return Decision(Backend.FALLBACK, f"rank {lacking[0]} has no kernel library: {why}")
+    if len(everyone) > MAX_WORLD:
+        return Decision(
+            Backend.FALLBACK, f"the group has {len(everyone)} ranks, the exchange kernels take {MAX_WORLD} at most"
+        )
+    hosts = {facts.host for facts in everyone}
+    if len(hosts) > 1:
+        return Decision(Backend.FALLBACK, f"the group spans {len(hosts)} hosts")
+    devices = [facts.device for facts in everyone]
+    if len(set(devices)) < len(devices):
+        return Decision(Backend.FALLBACK, "two ranks of the group share a GPU")
+    if len({facts.capability for facts in everyone}) > 1:
+        return Decision(Backend.FALLBACK, "the GPUs of the group have different compute capabilities")
+    for rank, facts in enumerate(everyone):
+        for peer, device in enumerate(devices):
+            if peer != rank and device in facts.unreachable:
+                return Decision(
+                    Backend.FALLBACK, f"the GPU of rank {rank} cannot access that of rank {peer} directly (no P2P)"
+                )
+    return Decision(Backend.NATIVE, f"{len(everyone)} GPUs of one host with P2P access")
+
+
+_rounds: dict[tuple[int, str], int] = {}
+
+
+def exchange(group: dist.ProcessGroup, tag: str, payload: Any, timeout: datetime.timedelta | None = None) -> list[Any]:
+    """Every rank's ``payload`` (plain data), in rank order. Collective; waits at most ``timeout`` (the group's).
+
+    Raises:
+        RuntimeError: naming the rank that did not come in time.
+    """
+    rank, world = group.rank(), group.size()
+    if world == 1:
+        return [payload]
+    from torch.distributed.distributed_c10d import _get_process_group_store
+
+    store = _get_process_group_store(group)
+    timeout = timeout or group_timeout(group)
+    number = _rounds[id(group), tag] = _rounds.get((id(group), tag), 0) + 1
+    prefix = f"arfusion/{tag}/{number}"
+    store.set(f"{prefix}/{rank}", json.dumps(payload))
+    result = []
+    for peer in range(world):
+        key = f"{prefix}/{peer}"
+        try:
+            store.wait([key], timeout)
+        except Exception as error:  # DistStoreError, or the store's own: the peer is gone, or never came
+            raise RuntimeError(
+                f"arfusion: rank {peer} of group {tag!r} did not answer rank {rank} within "
+                f"{timeout.total_seconds():.0f} s while its workspace was being set up ({error})"
+            ) from error
+        result.append(json.loads(store.get(key)))
+    return result
+
+
+def group_timeout(group: dist.ProcessGroup) -> datetime.timedelta:
+    """The timeout of ``group``: its back-end's, or torch's default."""
+    for device in ("cuda", "cpu"):
+        try:
+            value = group._get_backend(torch.device(device)).options._timeout
+        except (RuntimeError, AttributeError):
+            continue
+        if isinstance(value, datetime.timedelta) and value.total_seconds() > 0:
+            return value
+    return dist.distributed_c10d.default_pg_timeout
+
+
+def host_identity() -> str:
+    """This machine: containers of one host share the boot id, hosts with one name do not."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return socket.gethostname()
+
+
+def device_uuid(index: int) -> str:
+    """A GPU's UUID, the same in every process, whatever its index there."""
+    return str(torch.cuda.get_device_properties(index).uuid)
+
+
+def unreachable_devices(index: int) -> tuple[str, ...]:
+    """UUIDs of visible GPUs that GPU ``index`` has no P2P access to."""
+    others = (other for other in range(torch.cuda.device_count()) if other != index)
+    return tuple(device_uuid(other) for other in others if not torch.cuda.can_device_access_peer(index, other))

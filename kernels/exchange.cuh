@@ -1,0 +1,228 @@
+/* How data crosses between ranks: 16-byte pushes that carry their own arrival flag.
+ *
+ * Invariant 1 (emptiness). Between launches every word of both generations of a rank's buffer is kEmpty. A launch
+ *   reads each vector that its peers push to it exactly once, by one thread, and that thread stores kEmpty back.
+ * Invariant 2 (arrival). No pushed word is kEmpty (`pushable`), and a 4-byte word never tears; so a vector all of whose
+ *   words differ from kEmpty has arrived whole, whatever order its words came in. No fence, no flag, no barrier.
+ * Invariant 3 (two generations suffice). Launch i uses generation i mod 2. A peer pushes for launch i + 2 only after it
+ *   has finished launch i + 1, hence after it received sums or rows that contain what I pushed in launch i + 1, hence
+ *   after my launch i had ended, its clears included (stream order; griddepcontrol.wait waits for completion and
+ *   flush, not for the trigger). Classic Lamport buffers clear the *previous* call's buffer and so need three; clearing
+ *   behind the read needs two, and needs no record of what the previous call had used.
+ * Peer accesses are volatile, which PTX treats as relaxed at system scope: measured 0.65 us one way on NVLink, where
+ * release/acquire takes 1.2 us. */
+#pragma once
+#include "formats.cuh"
+
+namespace arf {
+
+constexpr uint32_t kEmpty = 0xFFFFFFFFu; /* a NaN in every T; memset(0xFF) makes a buffer empty */
+constexpr unsigned kPollsPerCheck = 64;  /* looks at the clock every 64 misses, about 30 us, never on the fast path */
+
+ARF_DEVICE void store_volatile(void* p, const uint4& v) {
+  asm volatile("st.volatile.global.v4.u32 [%0], {%1, %2, %3, %4};" /* relaxed.sys, to own or peer memory */
+               ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
+
+ARF_DEVICE uint4 load_volatile(const void* p) {
+  uint4 v;
+  asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];" /* relaxed.sys, past L1 */
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p)
+               : "memory");
+  return v;
+}
+
+ARF_DEVICE uint4 filled(uint32_t word) { return make_uint4(word, word, word, word); }
+
+/* kEmpty becomes another NaN; all else, -0.0 included, stays as it is. */
+ARF_DEVICE uint4 pushable(const uint4& v) {
+  return make_uint4(min(v.x, kEmpty - 1), min(v.y, kEmpty - 1), min(v.z, kEmpty - 1), min(v.w, kEmpty - 1));
+}
+
+/* kEmpty iff a word of it is: words are unsigned and kEmpty is the largest. */
+ARF_DEVICE uint32_t largest_word(const uint4& v) { return max(max(v.x, v.y), max(v.z, v.w)); }
+
+/* Programmatic dependent launch: everything before this may overlap with the kernel in front of this one in the stream. */
+ARF_DEVICE void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory"); /* until all grids that this one depends on have ended and flushed */
+#endif
+}
+
+ARF_DEVICE void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); /* a dependent grid may be scheduled from now on */
+#endif
+}
+
+ARF_DEVICE uint64_t clock_ns() {
+  uint64_t t;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t)); /* ns, ticks coarsely */
+  return t;
+}
+
+
+
+
+/* This CTA's view of the exchange during one launch. */
+struct Link {
+  uint64_t offset;     /* of this launch's generation in every buffer */
+  uint32_t generation;
+  bool dead;           /* a wait of this workspace has expired: nothing is pushed or awaited, all data are NaN */
+};
+
+/* Every thread reads its CTA's own pair; no thread may write it before all have (see `rotate`). */
+ARF_DEVICE Link open_link(const Params& p, unsigned cta) {
+  uint32_t generation, poisoned;
+  asm volatile("ld.volatile.global.v2.u32 {%0, %1}, [%2];" /* {generation, poisoned} */
+               : "=r"(generation), "=r"(poisoned)
+               : "l"(p.control + cta)
+               : "memory");
+  return {(generation & 1u) * p.generation_bytes, generation, poisoned != 0};
+}
+
+/* Leaves all pairs at the next generation, each written by one CTA: no counter, no last arriver, no round trip. Only
+ * this CTA reads its own pair in this launch, so a barrier of the CTA since open_link is all the order that is needed. */
+ARF_DEVICE void rotate(const Params& p, const Link& link, unsigned cta, unsigned ctas) {
+  for (unsigned i = cta + ctas * threadIdx.x; i < kMaxCtas; i += ctas * blockDim.x) {
+    p.control[i].generation = link.generation + 1;
+  }
+}
+
+/* The end of a wait that took too long: poison the workspace, tell the host whom we waited for. Rare, so out of line. */
+static __device__ __noinline__ void report_expired(const Params& p, uint32_t generation, uint32_t strategy, uint32_t token,
+                                                   int peer) {
+  if (atomicExch(&p.control[0].poisoned, 2u) == 2u) return; /* someone else reports */
+  for (unsigned i = 1; i < kMaxCtas; ++i) p.control[i].poisoned = 1u;
+  volatile arf_error_record* record = p.error;
+  record->rank = p.rank;
+  record->peer = peer;
+  record->op = p.op;
+  record->generation = generation;
+  record->strategy = strategy;
+  record->token = token;
+  __threadfence_system(); /* the record before its state, for the host */
+  record->state = 1;
+}
+
+/* One look at the clock after kPollsPerCheck misses; true when this thread must give up. */
+ARF_DEVICE bool give_up(const Params& p, unsigned cta, const Link& link, uint64_t& since, uint32_t strategy, uint32_t token,
+                        int peer) {
+  const volatile Control* own = p.control + cta;
+  if (own->poisoned) return true;
+  const uint64_t now = clock_ns();
+  if (since == 0) {
+    since = now;
+    return false;
+  }
+  if (now - since < p.timeout_ns) return false;
+  report_expired(p, link.generation, strategy, token, peer);
+  return true;
+}
+
+/* One peer's vector at `at`, emptied behind the read; all NaN, and link.dead set, if the wait expires. */
+ARF_DEVICE uint4 receive_one(const Params& p, Link& link, unsigned cta, char* at, uint32_t strategy, uint32_t token, int peer) {
+  uint64_t since = 0;
+  unsigned misses = 0;
+  while (!link.dead) {
+    const uint4 v = load_volatile(at);
+    if (largest_word(v) != kEmpty) {
+      *reinterpret_cast<uint4*>(at) = filled(kEmpty);
+      return v;
+    }
+    if (++misses == kPollsPerCheck) {
+      misses = 0;
+      link.dead = give_up(p, cta, link, since, strategy, token, peer);
+    }
+  }
+  return filled(kEmpty);
+}
+
+/* All peers' vectors at `at` + slot * slot_bytes, in in[rank], polled together; in[p.rank] is not touched. */
+template <int World>
+ARF_DEVICE void receive_all(const Params& p, Link& link, unsigned cta, char* at, uint32_t token, uint4 (&in)[World]) {
+  const int rank = p.rank;
+  uint64_t since = 0;
+  unsigned misses = 0;
+  while (!link.dead) {
+    uint32_t largest = 0;
+#pragma unroll
+    for (int r = 0; r < World; ++r) {
+      if (r != rank) in[r] = load_volatile(at + static_cast<uint64_t>(slot_of(r, rank)) * p.slot_bytes);
+    }
+#pragma unroll
+    for (int r = 0; r < World; ++r) {
+      if (r != rank) largest = max(largest, largest_word(in[r]));
+    }
+    if (largest != kEmpty) break;
+    if (++misses == kPollsPerCheck) {
+      misses = 0;
+      int peer = 0;
+#pragma unroll
+      for (int r = World - 1; r >= 0; --r) {
+        if (r != rank && largest_word(in[r]) == kEmpty) peer = r;
+      }
+      link.dead = give_up(p, cta, link, since, ARF_ONESHOT, token, peer);
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < World; ++r) {
+    if (r == rank) continue;
+    if (link.dead) {
+      in[r] = filled(kEmpty);
+    } else {
+      *reinterpret_cast<uint4*>(at + static_cast<uint64_t>(slot_of(r, rank)) * p.slot_bytes) = filled(kEmpty);
+    }
+  }
+}
+
+/* The fp32 sum over ranks in rank order, from the first rank's value on (-0.0 stays -0.0). `at`: the vector in slot 0.
+ * A world known at compile time is polled all at once; any other one rank after the other, which costs an L2 round trip
+ * (0.3 us) a peer but no registers: unrolled for 8 it spilled 8 KB. */
+template <int D, int World>
+ARF_DEVICE void receive_sum(const Params& p, Link& link, unsigned cta, char* at, uint32_t token, const uint4& mine,
+                            float (&sum)[kElements<D>]) {
+  constexpr int N = kElements<D>;
+  if constexpr (World != 0) {
+    uint4 in[World];
+    receive_all<World>(p, link, cta, at, token, in);
+    unpack<D>(p.rank == 0 ? mine : in[0], sum);
+#pragma unroll
+    for (int r = 1; r < World; ++r) {
+      float f[N];
+      unpack<D>(p.rank == r ? mine : in[r], f);
+#pragma unroll
+      for (int i = 0; i < N; ++i) sum[i] = __fadd_rn(sum[i], f[i]);
+    }
+  } else {
+#pragma unroll 1
+    for (int r = 0; r < p.world; ++r) {
+      uint4 v = mine;
+      if (r != p.rank) {
+        v = receive_one(p, link, cta, at + static_cast<uint64_t>(slot_of(r, p.rank)) * p.slot_bytes, ARF_ONESHOT, token, r);
+      }
+      float f[N];
+      unpack<D>(v, f);
+#pragma unroll
+      for (int i = 0; i < N; ++i) sum[i] = r == 0 ? f[i] : __fadd_rn(sum[i], f[i]);
+    }
+  }
+}
+
+/* A vector to every peer, at `offset` from the address of our slot. */
+template <int World>
+ARF_DEVICE void push_all(const Params& p, const Link& link, uint64_t offset, const uint4& v) {
+  if (link.dead) return;
+  const uint4 x = pushable(v);
+  if constexpr (World != 0) {
+#pragma unroll
+    for (int i = 0; i < World - 1; ++i) store_volatile(p.push[i] + offset, x);
+  } else {
+#pragma unroll 1
+    for (int i = 0; i < p.world - 1; ++i) store_volatile(p.push[i] + offset, x);
+  }
+}
+
+}  // namespace arf

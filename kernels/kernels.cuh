@@ -1,0 +1,299 @@
+/* The kernels: local, one-shot and two-shot, each a loop over tokens with the same epilogue.
+ *
+ * W: 1 local; 2, 4, 8; 0 for any world up to 8. K: vectors a thread may hold of a row; 1 where the row has at most 1024
+ * (hidden 8192, fp32 4096), which keeps the decode kernels free of spills. Dependencies between ranks are only ever between CTAs of the same index
+ * (same tokens), and CTAs are dispatched in order, so a grid larger than what fits at once still makes progress. */
+#pragma once
+#include "epilogue.cuh"
+#include "exchange.cuh"
+#include "prologue.cuh"
+
+namespace arf {
+
+template <int D, int W, int F, int K>
+struct Kernel {
+  using E = Epilogue<D, F, K>;
+  static constexpr int N = E::N;
+
+  struct Own {
+    uint4 x[K];
+  };
+
+  ARF_DEVICE static int world(const Params& p) { return W ? W : p.world; }
+  ARF_DEVICE static bool holds(const Params& p, const Place& at, int k) {
+    return (k == 0 || k < p.per_thread) && at.vector(k) < p.vectors;
+  }
+
+  ARF_DEVICE static Own load_own(const Params& p, const Place& at, uint32_t t) {
+    Own own;
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      own.x[k] = make_uint4(0, 0, 0, 0);
+      if (holds(p, at, k)) own.x[k] = contribution<D>(p, t, at.vector(k));
+    }
+    return own;
+  }
+
+  /* Of vector k in row `row` of a slot. */
+  ARF_DEVICE static uint64_t offset_of(const Params& p, const Link& link, const Place& at, uint32_t row, int k) {
+    return link.offset + (static_cast<uint64_t>(row) * p.vectors + at.vector(k)) * kVectorBytes;
+  }
+
+  ARF_DEVICE static void push_row(const Params& p, const Link& link, const Place& at, uint32_t row, const Own& own) {
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      if (holds(p, at, k)) push_all<W>(p, link, offset_of(p, link, at, row, k), own.x[k]);
+    }
+  }
+
+  /* Brings all parameters into the constant cache: each launch has its own, so each line's first use is a miss, and those
+   * in the epilogue would stand between the last arrival and the outputs. */
+  ARF_DEVICE static void touch(const Params& p) {
+    const uint32_t* words = reinterpret_cast<const uint32_t*>(&p);
+    constexpr int kWords = sizeof(Params) / 4, kLine = 16;
+#pragma unroll
+    for (int i = 0; i < kWords; i += kLine) asm volatile("" ::"r"(words[i])); /* nothing but the load of its operand */
+    asm volatile("" ::"r"(words[kWords - 1]));
+  }
+
+  /* What needs no data of other kernels comes before the wait for them. */
+  ARF_DEVICE static Place begin(const Params& p, Scratch& scratch, unsigned cta) {
+    touch(p);
+    Place at = {{p.cluster > 1 ? cta % p.cluster : 0u, p.cluster}, 0, 0};
+    at.first = at.part.rank * blockDim.x;
+    open_barriers(scratch.barriers, 4, at.part);
+    wait_for_previous_kernel();
+    if (p.flags & kTriggerEarly) let_next_kernel_start();
+    return at;
+  }
+
+  ARF_DEVICE static void start(const Params& p, const Place& at, unsigned cta, unsigned ctas, float& given) {
+    if constexpr (F == kStatic || F == kFp4) given = E::Q::given_scale(p);
+    E::fetch_weight(p, at);
+    if (F >= kDynamic && p.pad) {
+      write_padding(p, threadIdx.x + cta * blockDim.x, static_cast<uint64_t>(ctas) * blockDim.x);
+    }
+  }
+
+  ARF_DEVICE static void local(const Params& p, Scratch& scratch, unsigned cta, unsigned ctas) {
+    Place at = begin(p, scratch, cta);
+    const uint32_t first = cta / p.cluster, step = ctas / p.cluster;
+    float given = 0.0f;
+    Own own = load_own(p, at, first);
+    typename E::Residual residual = E::load_residual(p, first, at.vector(0), holds(p, at, 0));
+    start(p, at, cta, ctas, given);
+    for (uint32_t t = first; t < p.tokens; t += step, ++at.row) {
+      float row[K][N];
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) row[k][i] = 0.0f;
+        if (!holds(p, at, k)) continue;
+        if (k) residual = E::load_residual(p, t, at.vector(k), true);
+        float sum[N];
+        unpack<D>(own.x[k], sum);
+        E::finish_sum(p, t, at.vector(k), sum, residual, row[k]);
+      }
+      /* The next row's loads overlap with this row's reduction. In-place use is safe: rows do not overlap. */
+      if (t + step < p.tokens) {
+        own = load_own(p, at, t + step);
+        residual = E::load_residual(p, t + step, at.vector(0), holds(p, at, 0));
+      }
+      if (t == first) await_fetches(), join_cluster(at.part);
+      E::finish_row(p, scratch, at, t, row, given);
+    }
+    if (!(p.flags & kTriggerEarly)) let_next_kernel_start();
+  }
+
+  ARF_DEVICE static void one_shot(const Params& p, Scratch& scratch, unsigned cta, unsigned ctas) {
+    Place at = begin(p, scratch, cta);
+    const uint32_t first = cta / p.cluster, step = ctas / p.cluster;
+    Own own = load_own(p, at, first);
+    Link link = open_link(p, cta);
+    typename E::Residual residual[K];
+#pragma unroll
+    for (int k = 0; k < K; ++k) residual[k] = E::load_residual(p, first, at.vector(k), holds(p, at, k));
+    push_row(p, link, at, first, own);
+    float given = 0.0f;
+    start(p, at, cta, ctas, given);
+    for (uint32_t t = first; t < p.tokens; t += step, ++at.row) {
+      /* The next row travels while this one is awaited. */
+      Own next = {};
+      if (t + step < p.tokens) {
+        next = load_own(p, at, t + step);
+        push_row(p, link, at, t + step, next);
+      }
+      float row[K][N];
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) row[k][i] = 0.0f;
+        if (!holds(p, at, k)) continue;
+        float sum[N];
+        receive_sum<D, W>(p, link, cta, p.own + offset_of(p, link, at, t, k), t, own.x[k], sum);
+        E::finish_sum(p, t, at.vector(k), sum, residual[k], row[k]);
+      }
+      own = next;
+      if (t + step < p.tokens) {
+#pragma unroll
+        for (int k = 0; k < K; ++k) residual[k] = E::load_residual(p, t + step, at.vector(k), holds(p, at, k));
+      }
+      if (t == first) await_fetches(), join_cluster(at.part);
+      E::finish_row(p, scratch, at, t, row, given);
+    }
+    finish(p, link, cta, ctas);
+  }
+
+  /* Token t belongs to rank t mod world. Buffer of a generation: world - 1 scatter slots of ceil(tokens / world) rows
+   * (what each peer contributes to my tokens), then as many gather slots (each peer's sums); row t / world. */
+  ARF_DEVICE static void two_shot(const Params& p, Scratch& scratch, unsigned cta, unsigned ctas) {
+    Place at = begin(p, scratch, cta);
+    Link link = open_link(p, cta);
+    const uint32_t rows = (p.tokens + world(p) - 1) / world(p);
+    const uint64_t gather = static_cast<uint64_t>(world(p) - 1) * p.slot_bytes;
+    for (uint32_t q = cta; q < rows; q += ctas) scatter(p, link, at, q);
+    float given = 0.0f;
+    start(p, at, cta, ctas, given);
+    bool fetched = false;
+    for (uint32_t q = cta; q < rows; q += ctas) {
+      const uint32_t t = q * world(p) + p.rank;
+      if (t >= p.tokens) break;
+      Own own = load_own(p, at, t);
+      float row[K][N];
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) row[k][i] = 0.0f;
+        if (!holds(p, at, k)) continue;
+        const uint64_t offset = offset_of(p, link, at, q, k);
+        const typename E::Residual residual = E::load_residual(p, t, at.vector(k), true);
+        float sum[N];
+        receive_sum<D, W>(p, link, cta, p.own + offset, t, own.x[k], sum);
+        push_all<W>(p, link, gather + offset, pack<D>(sum));
+        E::finish_sum(p, t, at.vector(k), sum, residual, row[k]);
+      }
+      if (!fetched) await_fetches();
+      fetched = true;
+      E::finish_row(p, scratch, at, t, row, given);
+      ++at.row;
+    }
+    if (!fetched) await_fetches();
+    for (uint32_t q = cta; q < rows; q += ctas) {
+      for (int i = 1; i < world(p); ++i) {
+        const int owner = p.rank + i < world(p) ? p.rank + i : p.rank + i - world(p);
+        const uint32_t t = q * world(p) + owner;
+        if (t >= p.tokens) continue;
+        float row[K][N];
+#pragma unroll
+        for (int k = 0; k < K; ++k) {
+#pragma unroll
+          for (int j = 0; j < N; ++j) row[k][j] = 0.0f;
+          if (!holds(p, at, k)) continue;
+          const uint64_t offset =
+              gather + static_cast<uint64_t>(slot_of(owner, p.rank)) * p.slot_bytes + offset_of(p, link, at, q, k);
+          const typename E::Residual residual = E::load_residual(p, t, at.vector(k), true);
+          float sum[N];
+          unpack<D>(receive_one(p, link, cta, p.own + offset, ARF_TWOSHOT_GATHER, t, owner), sum);
+          E::finish_sum(p, t, at.vector(k), sum, residual, row[k]);
+        }
+        E::finish_row(p, scratch, at, t, row, given);
+        ++at.row;
+      }
+    }
+    finish(p, link, cta, ctas);
+  }
+
+  /* Our contribution to row q of every peer's tokens. */
+  ARF_DEVICE static void scatter(const Params& p, const Link& link, const Place& at, uint32_t q) {
+    if (link.dead) return;
+#pragma unroll 1
+    for (int k = 0; k < K; ++k) {
+      if (!holds(p, at, k)) continue;
+      const uint64_t offset = offset_of(p, link, at, q, k);
+      if constexpr (W > 1) { /* all loads in flight before the first store */
+        uint4 x[W - 1];
+#pragma unroll
+        for (int i = 0; i < W - 1; ++i) {
+          const uint32_t t = q * W + peer(p, i);
+          if (t < p.tokens) x[i] = contribution<D>(p, t, at.vector(k));
+        }
+#pragma unroll
+        for (int i = 0; i < W - 1; ++i) {
+          if (q * W + peer(p, i) < p.tokens) store_volatile(p.push[i] + offset, pushable(x[i]));
+        }
+      } else {
+#pragma unroll 1
+        for (int i = 0; i < p.world - 1; ++i) {
+          const uint32_t t = q * p.world + peer(p, i);
+          if (t < p.tokens) store_volatile(p.push[i] + offset, pushable(contribution<D>(p, t, at.vector(k))));
+        }
+      }
+    }
+  }
+
+  /* The rank that push[i] belongs to. */
+  ARF_DEVICE static uint32_t peer(const Params& p, int i) {
+    const int r = p.rank + 1 + i;
+    return r < world(p) ? r : r - world(p);
+  }
+
+  ARF_DEVICE static void finish(const Params& p, const Link& link, unsigned cta, unsigned ctas) {
+    if (!(p.flags & kTriggerEarly)) let_next_kernel_start();
+    if (!p.need_norm) __syncthreads(); /* else the first row's reduction was the barrier since open_link */
+    rotate(p, link, cta, ctas);
+  }
+};
+
+template <int D, int W, int F, int K, bool kTwoShot>
+__global__ void __launch_bounds__(kMaxThreads, 1) fused_kernel(const __grid_constant__ Params p) {
+  __shared__ Scratch scratch;
+  if constexpr (W == 1) {
+    Kernel<D, W, F, K>::local(p, scratch, blockIdx.x, gridDim.x);
+  } else if constexpr (kTwoShot) {
+    Kernel<D, W, F, K>::two_shot(p, scratch, blockIdx.x, gridDim.x);
+  } else {
+    Kernel<D, W, F, K>::one_shot(p, scratch, blockIdx.x, gridDim.x);
+  }
+}
+
+/* All ranks in one launch: cluster b is rank b mod world's cluster b / world, so that CTAs of one index are dispatched together.
+ * The same device code as the any-world kernels; only the parameters lie in shared memory. */
+template <int D, int F, bool kTwoShot>
+__global__ void __launch_bounds__(kMaxThreads, 1) simulated_kernel(const __grid_constant__ SimulatedParams all, int world) {
+  __shared__ Scratch scratch;
+  __shared__ Params p;
+  const uint32_t* from = reinterpret_cast<const uint32_t*>(&all.rank[blockIdx.x / all.rank[0].cluster % world]);
+  for (unsigned i = threadIdx.x; i < sizeof(Params) / 4; i += blockDim.x) reinterpret_cast<uint32_t*>(&p)[i] = from[i];
+  __syncthreads();
+  const unsigned cluster = p.cluster, cta = blockIdx.x / cluster / world * cluster + blockIdx.x % cluster;
+  const unsigned ctas = gridDim.x / world;
+  if constexpr (kTwoShot) {
+    Kernel<D, 0, F, kMaxVectors<D>>::two_shot(p, scratch, cta, ctas);
+  } else {
+    Kernel<D, 0, F, kMaxVectors<D>>::one_shot(p, scratch, cta, ctas);
+  }
+}
+
+}  // namespace arf
+
+/* The body of a kernel getter: table[strategy][family]; for the local kernels the second row is the one for wide rows. */
+#define ARF_FUSED_ROW(D, W, K, TWO)                                                                                     \
+  {reinterpret_cast<const void*>(&arf::fused_kernel<D, W, arf::kPlain, K, TWO>),                                        \
+   reinterpret_cast<const void*>(&arf::fused_kernel<D, W, arf::kStatic, K, TWO>),                                       \
+   reinterpret_cast<const void*>(&arf::fused_kernel<D, W, arf::kDynamic, K, TWO>),                                      \
+   reinterpret_cast<const void*>(&arf::fused_kernel<D, W, arf::kFp4, K, TWO>)}
+#define ARF_SIMULATED_ROW(D, TWO)                                                                                       \
+  {reinterpret_cast<const void*>(&arf::simulated_kernel<D, arf::kPlain, TWO>),                                          \
+   reinterpret_cast<const void*>(&arf::simulated_kernel<D, arf::kStatic, TWO>),                                         \
+   reinterpret_cast<const void*>(&arf::simulated_kernel<D, arf::kDynamic, TWO>),                                        \
+   reinterpret_cast<const void*>(&arf::simulated_kernel<D, arf::kFp4, TWO>)}
+#define ARF_LOCAL_TABLE(D)                                                                                              \
+  static const void* const table[2][arf::kFamilies] = {ARF_FUSED_ROW(D, 1, 1, false),                                   \
+                                                       ARF_FUSED_ROW(D, 1, arf::kMaxVectors<D>, false)};
+#define ARF_WORLD_TABLE(D, W)                                                                                           \
+  static const void* const table[2][arf::kFamilies] = {ARF_FUSED_ROW(D, W, 1, false), ARF_FUSED_ROW(D, W, 1, true)};
+#define ARF_ANY_TABLE(D)                                                                                                \
+  static const void* const table[2][arf::kFamilies] = {ARF_FUSED_ROW(D, 0, arf::kMaxVectors<D>, false),                 \
+                                                       ARF_FUSED_ROW(D, 0, arf::kMaxVectors<D>, true)};
+#define ARF_SIMULATED_TABLE(D)                                                                                          \
+  static const void* const table[2][arf::kFamilies] = {ARF_SIMULATED_ROW(D, false), ARF_SIMULATED_ROW(D, true)};

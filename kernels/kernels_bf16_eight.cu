@@ -1,0 +1,9 @@
+/* Kernels for bf16, 8 ranks. One translation unit, so that they compile in parallel. */
+#include "kernels.cuh"
+
+namespace arf {
+const void* kernels_bf16_eight(int strategy, int family) {
+  ARF_WORLD_TABLE(ARF_BF16, 8)
+  return table[strategy][family];
+}
+}  // namespace arf

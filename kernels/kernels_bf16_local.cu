@@ -1,0 +1,9 @@
+/* Kernels for bf16, one rank, no exchange. One translation unit, so that they compile in parallel. */
+#include "kernels.cuh"
+
+namespace arf {
+const void* kernels_bf16_local(int strategy, int family) {
+  ARF_LOCAL_TABLE(ARF_BF16)
+  return table[strategy][family];
+}
+}  // namespace arf

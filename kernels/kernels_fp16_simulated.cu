@@ -1,0 +1,9 @@
+/* Kernels for fp16, all ranks in one launch: tests of worlds 5 to 8, and compute-sanitizer. One translation unit, so that they compile in parallel. */
+#include "kernels.cuh"
+
+namespace arf {
+const void* kernels_fp16_simulated(int strategy, int family) {
+  ARF_SIMULATED_TABLE(ARF_FP16)
+  return table[strategy][family];
+}
+}  // namespace arf

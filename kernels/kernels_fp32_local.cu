@@ -1,0 +1,9 @@
+/* Kernels for fp32, one rank, no exchange. One translation unit, so that they compile in parallel. */
+#include "kernels.cuh"
+
+namespace arf {
+const void* kernels_fp32_local(int strategy, int family) {
+  ARF_LOCAL_TABLE(ARF_FP32)
+  return table[strategy][family];
+}
+}  // namespace arf

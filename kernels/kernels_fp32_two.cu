@@ -1,0 +1,9 @@
+/* Kernels for fp32, 2 ranks. One translation unit, so that they compile in parallel. */
+#include "kernels.cuh"
+
+namespace arf {
+const void* kernels_fp32_two(int strategy, int family) {
+  ARF_WORLD_TABLE(ARF_FP32, 2)
+  return table[strategy][family];
+}
+}  // namespace arf

@@ -1,0 +1,489 @@
+/* The state behind the C ABI (api.h): workspaces by (group, device), and launching. Host code. */
+#include <cuda_runtime.h>
+
+#include <atomic>
+#include <cstdarg>
+#include <cstdio>
+#include <cstring>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "plan.h"
+
+namespace arf {
+namespace {
+
+constexpr int kMaxDevices = 64;
+constexpr int64_t kDefaultTimeout = int64_t{600} * 1000 * 1000 * 1000;
+
+thread_local char message[768];
+
+int fail(int status, const char* format, ...) {
+  va_list args;
+  va_start(args, format);
+  vsnprintf(message, sizeof message, format, args);
+  va_end(args);
+  return status;
+}
+
+int cuda_failed(cudaError_t error, const char* what) {
+  cudaGetLastError(); /* a non-sticky error is ours to report, not the next caller's to find */
+  return fail(ARF_CUDA, "%s failed: %s", what, cudaGetErrorString(error));
+}
+
+/* One (group, device). Never freed once made: a launch may hold it while another thread destroys it. */
+struct Workspace {
+  std::string group;
+  int device = 0;
+  std::atomic<int> state{0}; /* as arf_group_state, without expiry */
+
+  int rank = 0, world = 0;
+  void* peers[kMaxWorld] = {};
+  int64_t bytes = 0;
+  Control* control = nullptr;
+  arf_error_record* error = nullptr;
+  bool owns_control = false, owns_error = false;
+  std::atomic<int64_t> timeout_ns{kDefaultTimeout};
+
+  /* Launches of a workspace follow one another, whatever streams they are on; see `order`. */
+  std::mutex launches;
+  cudaStream_t eager_stream = nullptr, captured_stream = nullptr;
+  bool eager_used = false;
+  unsigned long long capture = 0; /* the capture that captured_stream belongs to; 0 none */
+  cudaEvent_t event = nullptr;
+};
+
+std::mutex registry_mutex;
+std::vector<Workspace*>& registry() {
+  static auto* all = new std::vector<Workspace*>;
+  return *all;
+}
+std::atomic<uint64_t> registry_version{1};
+std::atomic<arf_prepare_fn> prepare{nullptr};
+thread_local std::string prepare_problem;
+thread_local bool prepare_is_value_error = false;
+
+Workspace* find_locked(const char* group, int device) {
+  for (Workspace* w : registry()) {
+    if (w->device == device && w->group == group) return w;
+  }
+  return nullptr;
+}
+
+/* One string comparison on a hit: an engine's thread uses one group, or two in turn. */
+Workspace* find(const char* group, int device) {
+  struct Hit {
+    uint64_t version = 0;
+    Workspace* workspace = nullptr;
+  };
+  thread_local Hit hits[2];
+  const uint64_t version = registry_version.load(std::memory_order_acquire);
+  for (Hit& hit : hits) {
+    if (hit.version == version && hit.workspace->device == device && hit.workspace->group == group) return hit.workspace;
+  }
+  const std::lock_guard<std::mutex> lock(registry_mutex);
+  Workspace* found = find_locked(group, device);
+  if (found) {
+    hits[1] = hits[0];
+    hits[0] = {registry_version.load(), found};
+  }
+  return found;
+}
+
+/* An entry for (group, device) in its blank state, the old one retired. Caller holds registry_mutex. */
+Workspace* renew_locked(const char* group, int device) {
+  auto& all = registry();
+  for (size_t i = 0; i < all.size(); ++i) {
+    if (all[i]->device != device || all[i]->group != group) continue;
+    Workspace* old = all[i];
+    const std::lock_guard<std::mutex> lock(old->launches);
+    old->state = 0;
+    if (old->owns_control) cudaFree(old->control);
+    if (old->owns_error) cudaFreeHost(old->error);
+    if (old->event) cudaEventDestroy(old->event);
+    old->control = nullptr, old->error = nullptr, old->event = nullptr;
+    all.erase(all.begin() + i);
+    break;
+  }
+  auto* fresh = new Workspace;
+  fresh->group = group;
+  fresh->device = device;
+  all.push_back(fresh);
+  ++registry_version;
+  return fresh;
+}
+
+struct DeviceFacts {
+  std::atomic<int> ready{0};
+  int multiprocessors = 0;
+  int major = 0;
+};
+DeviceFacts device_facts[kMaxDevices];
+
+cudaError_t facts_of(int device, const DeviceFacts** out) {
+  DeviceFacts& facts = device_facts[device];
+  if (!facts.ready.load(std::memory_order_acquire)) {
+    cudaError_t e = cudaDeviceGetAttribute(&facts.multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    if (e == cudaSuccess) e = cudaDeviceGetAttribute(&facts.major, cudaDevAttrComputeCapabilityMajor, device);
+    if (e != cudaSuccess) return e;
+    facts.ready.store(1, std::memory_order_release);
+  }
+  *out = &facts;
+  return cudaSuccess;
+}
+
+/* CTAs that fit on the device at once, cached by kernel and launch shape. */
+cudaError_t resident_ctas(const void* kernel, const Plan& plan, int device, const DeviceFacts& facts, int* out) {
+  struct Entry {
+    const void* kernel;
+    int threads, shared_bytes, device, ctas;
+  };
+  thread_local Entry cache[8] = {};
+  thread_local unsigned next = 0;
+  for (const Entry& e : cache) {
+    if (e.kernel == kernel && e.threads == plan.threads && e.shared_bytes == plan.shared_bytes && e.device == device) {
+      *out = e.ctas;
+      return cudaSuccess;
+    }
+  }
+  int per_multiprocessor = 0;
+  cudaError_t e = cudaSuccess;
+  if (plan.shared_bytes > 46 * 1024) { /* beyond what every kernel gets unasked, its static arrays counted */
+    e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
+    if (e != cudaSuccess) return e;
+  }
+  e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, plan.threads, plan.shared_bytes);
+  if (e != cudaSuccess) return e;
+  *out = facts.multiprocessors * (per_multiprocessor > 0 ? per_multiprocessor : 1);
+  cache[next++ % 8] = {kernel, plan.threads, plan.shared_bytes, device, *out};
+  return cudaSuccess;
+}
+
+cudaError_t launch_kernel(const void* kernel, const Plan& plan, int ctas, bool pdl, cudaStream_t stream, void** args) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(ctas);
+  config.blockDim = dim3(plan.threads);
+  config.dynamicSmemBytes = plan.shared_bytes;
+  config.stream = stream;
+  cudaLaunchAttribute attributes[2];
+  config.attrs = attributes;
+  if (pdl) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (plan.cluster > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(plan.cluster), 1, 1};
+  }
+  return cudaLaunchKernelExC(&config, kernel, args);
+}
+
+/* Makes `stream` wait for the workspace's last launch where that was on another stream: eager after eager, and within
+ * one capture. Between a capture and anything outside it there is nothing to wait on; graphs that share a group have to
+ * be replayed in one order, as every user of a collective keeps. Caller holds w->launches. */
+int order(Workspace* w, cudaStream_t stream) {
+  if (w->eager_used && stream == w->eager_stream && w->capture == 0) return ARF_OK;
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  unsigned long long id = 0;
+  cudaError_t e = cudaStreamGetCaptureInfo(stream, &status, &id);
+  if (e != cudaSuccess) return cuda_failed(e, "cudaStreamGetCaptureInfo");
+  if (status == cudaStreamCaptureStatusInvalidated) return fail(ARF_CAPTURE, "the stream's capture has been invalidated");
+  const bool capturing = status == cudaStreamCaptureStatusActive;
+  cudaStream_t previous = nullptr;
+  bool wait = false;
+  if (capturing) {
+    wait = w->capture == id && w->captured_stream != stream;
+    previous = w->captured_stream;
+    w->capture = id;
+    w->captured_stream = stream;
+  } else {
+    wait = w->eager_used && w->eager_stream != stream;
+    previous = w->eager_stream;
+    w->capture = 0;
+    w->eager_stream = stream;
+    w->eager_used = true;
+  }
+  if (!wait) return ARF_OK;
+  if (!w->event && (e = cudaEventCreateWithFlags(&w->event, cudaEventDisableTiming)) != cudaSuccess) {
+    return cuda_failed(e, "cudaEventCreate");
+  }
+  e = cudaEventRecord(w->event, previous);
+  if (e != cudaSuccess && capturing) {
+    return fail(ARF_CAPTURE, "group '%s' is used on two streams of one capture and the first cannot be waited for (%s); "
+                "let the second stream wait for the first", w->group.c_str(), cudaGetErrorString(e));
+  }
+  if (e != cudaSuccess) { /* the old stream is being captured, or is gone: all we can do is wait for the device */
+    cudaGetLastError();
+    e = cudaDeviceSynchronize();
+    return e == cudaSuccess ? ARF_OK : cuda_failed(e, "cudaDeviceSynchronize");
+  }
+  e = cudaStreamWaitEvent(stream, w->event, 0);
+  return e == cudaSuccess ? ARF_OK : cuda_failed(e, "cudaStreamWaitEvent");
+}
+
+const char* op_name(uint32_t op) {
+  return op == ARF_OP_MOE_REDUCE     ? "moe_reduce_allreduce_rms_norm"
+         : op == ARF_OP_MOE_FINALIZE ? "moe_finalize_allreduce_rms_norm"
+                                     : "allreduce_rms_norm";
+}
+
+int expired(const Workspace* w) {
+  const arf_error_record& r = *w->error;
+  return fail(ARF_EXPIRED,
+              "ExchangeTimeout: rank %u of group '%s' waited longer than %.3g s for rank %u in arfusion::%s (launch %u, %s, "
+              "row %u); the outputs of that launch are NaN and the group's workspace refuses work until it is made anew",
+              r.rank, w->group.c_str(), static_cast<double>(w->timeout_ns.load()) * 1e-9, r.peer, op_name(r.op), r.generation,
+              r.strategy == ARF_ONESHOT ? "contribution" : "sum", r.token);
+}
+
+/* The workspace, made by the callback if need be. */
+int resolve(const char* group, int device, long long tokens, long long hidden, int dtype, cudaStream_t stream,
+            Workspace** out) {
+  Workspace* w = find(group, device);
+  if (!w || w->state.load(std::memory_order_acquire) == 0) {
+    const arf_prepare_fn make = prepare.load();
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    const cudaError_t e = cudaStreamIsCapturing(stream, &status);
+    if (e != cudaSuccess) return cuda_failed(e, "cudaStreamIsCapturing");
+    if (status != cudaStreamCaptureStatusNone) {
+      return fail(ARF_CAPTURE, "group '%s' has no workspace yet and none can be made while a CUDA graph is captured: call "
+                  "arfusion_pass.prepare(group, max_token_num, hidden_dim, dtype), or run once, before the capture", group);
+    }
+    if (!make) return fail(ARF_NO_WORKSPACE, "group '%s' has no workspace: call arfusion_pass.prepare(...)", group);
+    prepare_problem.clear();
+    make(group, device, tokens, hidden, dtype);
+    if (!prepare_problem.empty()) return fail(prepare_is_value_error ? ARF_INVALID : ARF_NO_WORKSPACE, "%s", prepare_problem.c_str());
+    w = find(group, device);
+    if (!w || w->state.load(std::memory_order_acquire) == 0) {
+      return fail(ARF_NO_WORKSPACE, "group '%s' still has no workspace on device %d after arfusion_pass.prepare", group, device);
+    }
+  }
+  *out = w;
+  return w->state.load(std::memory_order_acquire) == 2 ? ARF_FALLBACK : ARF_OK;
+}
+
+int launch_pieces(Workspace* w, int device, const arf_call& call, cudaStream_t stream) {
+  const int world = w ? w->world : 1;
+  const DeviceFacts* facts;
+  cudaError_t e = facts_of(device, &facts);
+  if (e != cudaSuccess) return cuda_failed(e, "cudaDeviceGetAttribute");
+  Plan plan;
+  std::string problem = make_plan(world, w ? w->bytes : 0, call, false, facts->major, &plan);
+  if (!problem.empty()) return fail(ARF_INVALID, "%s", problem.c_str());
+  const void* kernel = find_kernel(call.dtype, plan);
+  int resident;
+  e = resident_ctas(kernel, plan, device, *facts, &resident);
+  if (e != cudaSuccess) return cuda_failed(e, "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+  const bool pdl = facts->major >= 9 && !(call.flags & kNoPdl);
+  for (int64_t first = 0; first < call.tokens; first += plan.piece_tokens) {
+    const int64_t tokens = call.tokens - first < plan.piece_tokens ? call.tokens - first : plan.piece_tokens;
+    Params params;
+    fill_params(call, plan, w ? w->rank : 0, world, w ? w->peers : nullptr, w ? w->bytes : 0, first, tokens, &params);
+    if (w) {
+      params.control = w->control;
+      params.error = w->error;
+      params.timeout_ns = w->timeout_ns.load(std::memory_order_relaxed);
+    }
+    void* args[] = {&params};
+    e = launch_kernel(kernel, plan, grid_size(plan, world, tokens, resident), pdl, stream, args);
+    if (e != cudaSuccess) return cuda_failed(e, "the kernel's launch");
+  }
+  return ARF_OK;
+}
+
+}  // namespace
+}  // namespace arf
+
+using namespace arf;
+
+extern "C" {
+
+int arf_abi_version(void) { return ARF_ABI_VERSION; }
+const char* arf_last_error(void) { return message; }
+
+int arf_register_workspace(const arf_workspace_desc* d) {
+  if (!d || !d->group || !*d->group) return fail(ARF_INVALID, "a workspace needs a group name");
+  if (d->world < 2 || d->world > kMaxWorld || d->rank < 0 || d->rank >= d->world) {
+    return fail(ARF_INVALID, "rank %d of world %d: a workspace is for 2 to %d ranks", d->rank, d->world, kMaxWorld);
+  }
+  if (d->device < 0 || d->device >= kMaxDevices) return fail(ARF_INVALID, "device %d is out of range", d->device);
+  if (d->bytes < 4096 || d->bytes / 2 >= int64_t{1} << 32) return fail(ARF_INVALID, "a workspace of %lld bytes is too small or 8 GiB and more", static_cast<long long>(d->bytes));
+  for (int r = 0; r < d->world; ++r) {
+    if (!d->peers[r] || reinterpret_cast<uintptr_t>(d->peers[r]) % 256) {
+      return fail(ARF_INVALID, "the buffer of rank %d must be given and 256-byte aligned", r);
+    }
+  }
+  int previous = 0;
+  cudaError_t e = cudaGetDevice(&previous);
+  if (e != cudaSuccess) return cuda_failed(e, "cudaGetDevice");
+  void* control = d->control;
+  void* error = d->error;
+  if (previous != d->device) cudaSetDevice(d->device);
+  if (!control) {
+    e = cudaMalloc(&control, ARF_CONTROL_BYTES);
+    if (e == cudaSuccess) e = cudaMemset(control, 0, ARF_CONTROL_BYTES);
+    if (e == cudaSuccess) e = cudaDeviceSynchronize();
+  }
+  if (e == cudaSuccess && !error) {
+    e = cudaHostAlloc(&error, sizeof(arf_error_record), cudaHostAllocMapped | cudaHostAllocPortable);
+    if (e == cudaSuccess) std::memset(error, 0, sizeof(arf_error_record));
+  }
+  if (previous != d->device) cudaSetDevice(previous);
+  if (e != cudaSuccess) return cuda_failed(e, "allocating control words");
+  const std::lock_guard<std::mutex> lock(registry_mutex);
+  Workspace* w = renew_locked(d->group, d->device);
+  w->rank = d->rank;
+  w->world = d->world;
+  std::copy(d->peers, d->peers + d->world, w->peers);
+  w->bytes = d->bytes;
+  w->control = static_cast<Control*>(control);
+  w->error = static_cast<arf_error_record*>(error);
+  w->owns_control = !d->control;
+  w->owns_error = !d->error;
+  w->timeout_ns = d->timeout_ns > 0 ? d->timeout_ns : kDefaultTimeout;
+  w->state.store(1, std::memory_order_release);
+  return ARF_OK;
+}
+
+int arf_destroy_workspace(const char* group, int device) {
+  const std::lock_guard<std::mutex> lock(registry_mutex);
+  if (!find_locked(group, device)) return ARF_OK;
+  renew_locked(group, device);
+  return ARF_OK;
+}
+
+int arf_mark_fallback(const char* group, int device) {
+  if (!group || !*group) return fail(ARF_INVALID, "a fallback needs a group name");
+  const std::lock_guard<std::mutex> lock(registry_mutex);
+  renew_locked(group, device)->state.store(2, std::memory_order_release);
+  return ARF_OK;
+}
+
+int arf_group_state(const char* group, int device) {
+  const Workspace* w = find(group, device);
+  if (!w) return 0;
+  const int state = w->state.load(std::memory_order_acquire);
+  const volatile arf_error_record* error = w->error;
+  return state == 1 && error && error->state ? 3 : state;
+}
+
+int arf_prepare_group(const char* group, int device, long long tokens, long long hidden, int dtype, void* stream) {
+  Workspace* w;
+  return resolve(group, device, tokens, hidden, dtype, static_cast<cudaStream_t>(stream), &w);
+}
+
+int arf_read_error(const char* group, int device, arf_error_record* out) {
+  const std::lock_guard<std::mutex> lock(registry_mutex);
+  const Workspace* w = find_locked(group, device);
+  if (!w || !w->error) return 0;
+  const int state = static_cast<volatile arf_error_record*>(w->error)->state;
+  if (out) *out = *w->error;
+  return state != 0;
+}
+
+int arf_set_timeout(const char* group, int device, int64_t timeout_ns) {
+  const std::lock_guard<std::mutex> lock(registry_mutex);
+  Workspace* w = find_locked(group, device);
+  if (!w) return fail(ARF_NO_WORKSPACE, "group '%s' has no workspace", group);
+  w->timeout_ns = timeout_ns > 0 ? timeout_ns : kDefaultTimeout;
+  return ARF_OK;
+}
+
+int64_t arf_workspace_bytes(int world, int64_t message_bytes, int strategy) {
+  if (world < 2) return 0;
+  const int64_t share = (message_bytes + world - 1) / world;
+  const int64_t generation = strategy == ARF_ONESHOT ? (world - 1) * message_bytes : 2 * (world - 1) * share;
+  const int64_t unit = int64_t{2} << 20;
+  return (2 * (generation + 256) + unit - 1) / unit * unit;
+}
+
+int64_t arf_workspace_capacity(int world, int64_t bytes, int strategy) {
+  if (world < 2) return INT64_MAX;
+  return piece_capacity(world, bytes, 1, strategy == ARF_ONESHOT ? ARF_ONESHOT : ARF_TWOSHOT);
+}
+
+void arf_set_prepare(arf_prepare_fn fn) { prepare = fn; }
+
+void arf_prepare_failed(const char* text, int is_value_error) {
+  prepare_problem = text && *text ? text : "the workspace could not be prepared";
+  prepare_is_value_error = is_value_error;
+}
+
+int arf_set_thresholds(const arf_threshold* rows, int count) { return set_thresholds(rows, count); }
+int arf_get_thresholds(arf_threshold* rows, int capacity) { return get_thresholds(rows, capacity); }
+void arf_set_cast_saturates(int saturates) { set_cast_saturates(saturates != 0); }
+void arf_set_launch_override(int threads, int ctas) { set_launch_override(threads, ctas); }
+
+int arf_launch(const char* group, int device, const arf_call* call, void* stream_handle) {
+  if (device < 0 || device >= kMaxDevices) return fail(ARF_INVALID, "device %d is out of range", device);
+  const std::string problem = check_call(*call);
+  if (!problem.empty()) return fail(ARF_INVALID, "%s", problem.c_str());
+  const cudaStream_t stream = static_cast<cudaStream_t>(stream_handle);
+  if (!*group) return launch_pieces(nullptr, device, *call, stream);
+  Workspace* w;
+  int status = resolve(group, device, call->tokens, call->hidden, call->dtype, stream, &w);
+  if (status != ARF_OK) return status;
+  const std::lock_guard<std::mutex> lock(w->launches);
+  if (w->state.load(std::memory_order_acquire) != 1) return fail(ARF_NO_WORKSPACE, "the workspace of group '%s' was destroyed", group);
+  if (static_cast<volatile arf_error_record*>(w->error)->state) return expired(w);
+  if (call->tokens == 0) return ARF_OK;
+  status = order(w, stream);
+  return status == ARF_OK ? launch_pieces(w, device, *call, stream) : status;
+}
+
+int arf_launch_simulated(int world, const arf_call* calls, void* const* buffers, int64_t bytes, void* const* controls,
+                         arf_error_record* const* errors, int64_t timeout_ns, void* stream) {
+  if (world < 2 || world > kMaxWorld) return fail(ARF_INVALID, "world must be 2 to %d, got %d", kMaxWorld, world);
+  static thread_local SimulatedParams all;
+  Plan plan;
+  int device = 0;
+  cudaError_t e = cudaGetDevice(&device);
+  const DeviceFacts* facts = nullptr;
+  if (e == cudaSuccess) e = facts_of(device, &facts);
+  if (e != cudaSuccess) return cuda_failed(e, "querying the device");
+  for (int r = 0; r < world; ++r) {
+    std::string problem = check_call(calls[r]);
+    if (problem.empty() && r == 0) problem = make_plan(world, bytes, calls[0], true, facts->major, &plan);
+    if (problem.empty() && r == 0 && plan.pieces > 1) problem = "the call does not fit in one piece";
+    if (!problem.empty()) return fail(ARF_INVALID, "%s", problem.c_str());
+    fill_params(calls[r], plan, r, world, buffers, bytes, 0, calls[r].tokens, &all.rank[r]);
+    all.rank[r].control = static_cast<Control*>(controls[r]);
+    all.rank[r].error = errors[r];
+    all.rank[r].timeout_ns = timeout_ns > 0 ? timeout_ns : kDefaultTimeout;
+  }
+  if (calls[0].tokens == 0) return ARF_OK;
+  const void* kernel = find_kernel(calls[0].dtype, plan);
+  int resident = 0;
+  e = resident_ctas(kernel, plan, device, *facts, &resident);
+  if (e != cudaSuccess) return cuda_failed(e, "querying the device");
+  if (resident < world * plan.cluster) return fail(ARF_INVALID, "%d ranks do not fit on the device at once", world);
+  int ctas = grid_size(plan, world, calls[0].tokens, resident / world);
+  void* args[] = {&all, &world};
+  e = launch_kernel(kernel, plan, ctas * world, facts->major >= 9 && !(calls[0].flags & kNoPdl), static_cast<cudaStream_t>(stream), args);
+  return e == cudaSuccess ? ARF_OK : cuda_failed(e, "the kernel's launch");
+}
+
+int arf_plan(int world, int64_t workspace_bytes, const arf_call* call, int device, arf_plan_info* out) {
+  std::string problem = check_call(*call);
+  const DeviceFacts* facts = nullptr;
+  cudaError_t e = device < 0 ? cudaSuccess : facts_of(device, &facts);
+  if (e != cudaSuccess) return cuda_failed(e, "querying the device");
+  Plan plan;
+  if (problem.empty()) problem = make_plan(world, workspace_bytes, *call, false, facts ? facts->major : 9, &plan);
+  if (!problem.empty()) return fail(ARF_INVALID, "%s", problem.c_str());
+  *out = {};
+  out->strategy = plan.strategy;
+  out->threads = plan.threads;
+  out->vectors = plan.per_thread;
+  out->pieces = plan.pieces;
+  out->piece_tokens = plan.piece_tokens;
+  if (device < 0) return ARF_OK; /* no device asked about: no grid */
+  int resident;
+  e = resident_ctas(find_kernel(call->dtype, plan), plan, device, *facts, &resident);
+  if (e != cudaSuccess) return cuda_failed(e, "querying the device");
+  out->ctas = grid_size(plan, world, plan.piece_tokens, resident);
+  return ARF_OK;
+}
+
+}  // extern "C"

@@ -1,0 +1,112 @@
+/* What one launch needs, by value in its parameters, and how the host finds the kernel for it. */
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+#include "api.h"
+#include "spec.h"
+
+namespace arf {
+
+constexpr int kMaxWorld = ARF_MAX_WORLD;
+constexpr int kWarp = 32;
+constexpr int kMaxThreads = 1024;
+constexpr int kVectorBytes = 16;
+/* One pair of words a CTA: {generation, poisoned}. Every launch leaves all pairs equal, so the next may have any grid. */
+constexpr unsigned kMaxCtas = ARF_CONTROL_BYTES / 8 / 2;
+
+struct Vec4 {
+  uint32_t w[4];
+};
+
+struct Control {
+  uint32_t generation;
+  uint32_t poisoned;
+};
+
+/* The slot of sender `from` in the buffer of receiver `to`. */
+ARF_HD int slot_of(int from, int to) { return from - (from > to); }
+
+/* Lengths called "vectors" count 16 bytes of T (8 or 4 elements). Row pointers are at the piece's first token. */
+struct Params {
+  /* Exchange. Slot of sender s in receiver r: s - (s > r), so world - 1 slots of `slot_bytes`. */
+  char* push[kMaxWorld - 1]; /* peer (rank + 1 + i) % world: its buffer plus my slot, generation 0 */
+  char* own;                 /* my buffer, generation 0 */
+  uint64_t generation_bytes;
+  uint32_t slot_bytes;
+  int32_t rank;
+  int32_t world;
+  Control* control;
+  arf_error_record* error;
+  uint64_t timeout_ns;
+
+  /* Shape */
+  uint32_t tokens;       /* of this piece */
+  uint32_t vectors;      /* of a row */
+  uint32_t per_thread;   /* vectors a thread holds of a row */
+  uint32_t cluster;      /* CTAs that share a row; 1 unless per_thread is 1 */
+  uint32_t tiles;        /* of 32 vectors in a row: the leaves of the variance's tree */
+  uint32_t tile_span;    /* least power of two not below `tiles`, at most 32 */
+  float hidden;
+
+  /* Epilogue */
+  uint32_t flags;
+  uint32_t op;
+  bool residual_fp32, residual_out_fp32, weight_fp32, norm_out_fp32;
+  bool need_norm;
+  bool cast_saturates;
+  float epsilon;
+  float weight_bias;
+  const void* x;
+  uint64_t x_stride; /* 16-byte units */
+  const void* residual;
+  uint64_t residual_stride; /* 16-byte units */
+  const void* weight;
+  void* allreduce_out;
+  void* residual_out;
+  void* norm_out;
+
+  /* Quantiser */
+  Quant quant;
+  int32_t group; /* -1: a token */
+  float bound;
+  float scale_value;
+  const void* scale;
+  int32_t scale_dtype;
+  void* quant_out; /* at the piece's first token */
+  void* scale_out; /* at the tensor's first token */
+  uint32_t first_token;
+  uint32_t total_tokens;
+  uint32_t groups;         /* of a token */
+  uint64_t scale_stride_t; /* elements, for the strided layouts */
+  uint64_t scale_stride_g;
+  bool pad;          /* this piece writes the padding of scale_out */
+  bool pad_last;     /* column layouts: the last column's padding lies in the storage */
+
+  /* MoE prologue */
+  bool expert_scale_fp32;
+  int32_t experts;
+  const void* expert_scale;
+  const int32_t* index;
+  const void* shared;
+  float routed_scaling_factor;
+  uint64_t permuted_rows;
+  uint64_t expert_stride; /* tokens between experts of expert_x and expert_scale */
+};
+
+/* All ranks of a simulated launch. */
+struct SimulatedParams {
+  Params rank[kMaxWorld];
+};
+
+/* Quantiser families: one template parameter, so that a norm alone carries no quantiser's registers. */
+enum Family { kPlain = 0, kStatic = 1, kDynamic = 2, kFp4 = 3, kFamilies = 4 };
+
+/* Which set of kernels. Two, four and eight ranks have their own for rows of at most 1024 vectors; any other world, and
+ * wider rows, take kAny. */
+enum World { kLocal = 0, kTwo = 1, kFour = 2, kEight = 3, kAny = 4, kSimulated = 5, kWorlds = 6 };
+
+/* Kernel for strategy 0 one-shot, 1 two-shot (local: 0 rows of at most 1024 vectors, 1 wider); each .cu has one. */
+using KernelGetter = const void* (*)(int strategy, int family);
+
+}  // namespace arf

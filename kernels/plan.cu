@@ -1,0 +1,395 @@
+/* See plan.h. */
+#include "plan.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+namespace arf {
+
+#define ARF_DECLARE(D)                                                                                    \
+  const void* kernels_##D##_local(int, int);                                                              \
+  const void* kernels_##D##_two(int, int);                                                                \
+  const void* kernels_##D##_four(int, int);                                                               \
+  const void* kernels_##D##_eight(int, int);                                                              \
+  const void* kernels_##D##_any(int, int);                                                                \
+  const void* kernels_##D##_simulated(int, int);
+ARF_DECLARE(bf16)
+ARF_DECLARE(fp16)
+ARF_DECLARE(fp32)
+#define ARF_GETTERS(D) \
+  {kernels_##D##_local, kernels_##D##_two, kernels_##D##_four, kernels_##D##_eight, kernels_##D##_any, kernels_##D##_simulated}
+static const KernelGetter kGetters[3][kWorlds] = {ARF_GETTERS(bf16), ARF_GETTERS(fp16), ARF_GETTERS(fp32)};
+
+const void* find_kernel(int dtype, const Plan& plan) { return kGetters[dtype][plan.kernels](plan.kernel_row, plan.family); }
+
+namespace {
+
+std::atomic<bool> cast_saturates{false};
+std::atomic<int> override_threads{0}, override_ctas{0};
+
+/* One-shot sends W - 1 times the message a rank, two-shot 2 (W - 1) / W times and one hop more. With two ranks both send
+ * the same, so two-shot never pays. Built-in values: see README.md for the measurement. */
+const arf_threshold kBuiltIn[] = {
+    {2, 0, int64_t{1} << 40}, {3, 0, 512 << 10}, {4, 0, 256 << 10}, {5, 0, 128 << 10},
+    {6, 0, 128 << 10},        {7, 0, 64 << 10},  {8, 0, 64 << 10},
+};
+std::mutex table_mutex;
+/* Replaced whole and never freed, so that a launch reads it without a lock. */
+std::atomic<const std::vector<arf_threshold>*> table{nullptr};
+
+int64_t search(const arf_threshold* rows, size_t count, int world, int64_t hidden) {
+  const arf_threshold *below = nullptr, *smallest = nullptr;
+  for (size_t i = 0; i < count; ++i) {
+    const arf_threshold& row = rows[i];
+    if (row.world != world) continue;
+    if (row.hidden <= hidden && (!below || row.hidden > below->hidden)) below = &row;
+    if (!smallest || row.hidden < smallest->hidden) smallest = &row;
+  }
+  if (below) return below->oneshot_max_bytes;
+  return smallest ? smallest->oneshot_max_bytes : -1;
+}
+
+int64_t oneshot_limit(int world, int64_t hidden) {
+  if (const auto* rows = table.load(std::memory_order_acquire)) {
+    const int64_t found = search(rows->data(), rows->size(), world, hidden);
+    if (found >= 0) return found;
+  }
+  return search(kBuiltIn, sizeof kBuiltIn / sizeof *kBuiltIn, world, hidden);
+}
+
+std::string number(int64_t n) { return std::to_string(n); }
+
+bool misaligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % kVectorBytes != 0; }
+
+constexpr int kMaxCluster = 8;    /* the portable limit */
+constexpr int kClusterCtas = 128; /* CTAs that a split may make: about one a multiprocessor */
+constexpr int kClusterTiles = 4;  /* warps that a part keeps at least */
+
+/* A FP8 group must be a power of two of lanes within a warp. */
+bool group_fits(int64_t group, int elements) {
+  const int64_t lanes = group / elements;
+  return group % elements == 0 && lanes >= 1 && lanes <= kWarp && (lanes & (lanes - 1)) == 0;
+}
+
+std::string check_quant(const arf_call& c) {
+  const Quant q{static_cast<uint32_t>(c.quant & 0xFFFFFFFF)};
+  const int64_t group = (c.quant >> 32) - 1;
+  const int elements = kVectorBytes / item_bytes(c.dtype);
+  const Layout layout = q.layout();
+  const bool column = layout == Layout::kColumn || layout == Layout::kColumnTma || layout == Layout::kPackedUe8m0;
+  if (!c.quant_out) return "a quantiser needs quant_out";
+  if (!std::isfinite(c.quant_bound)) return "quant_bound must be finite";
+  const bool is_static = q.format() == Format::kFp8 && group == 0;
+  if (is_static != (c.scale_out == nullptr)) {
+    return is_static ? "static FP8 writes no scale: scale_out must be None" : "this quantiser needs scale_out";
+  }
+  const bool takes_scale = is_static || q.format() == Format::kNvfp4;
+  if (c.scale && !takes_scale) return "scale is for static FP8 and NVFP4 only";
+  if (!is_static && q.apply() == Apply::kMultiply) return "Apply.MULTIPLY is for a static scale";
+  if (is_static && q.apply() == Apply::kMaxOverAmax) return "Apply.MAX_OVER_AMAX needs a dynamic scale";
+  switch (q.format()) {
+    case Format::kFp8:
+      if (group == 0) return "";
+      if (group == -1) return layout == Layout::kRow ? "" : "per-token FP8 scales come in ROW";
+      if (group < -1 || !group_fits(group, elements)) {
+        return "FP8 groups must be a power of two from " + number(elements) + " to " + number(elements * kWarp) +
+               " elements, got " + number(group);
+      }
+      if (layout != Layout::kRow && !column) return "FP8 group scales come in ROW, COLUMN, COLUMN_TMA or PACKED_UE8M0";
+      if (layout == Layout::kPackedUe8m0 && q.round() != ScaleRound::kPow2 && q.round() != ScaleRound::kPow2Log2) {
+        return "packed UE8M0 scales are powers of two: use ScaleRound.POW2 or POW2_LOG2";
+      }
+      break;
+    case Format::kInt8:
+      if (group != -1 || layout != Layout::kRow) return "INT8 is quantised per token, with scales in ROW";
+      return "";
+    case Format::kNvfp4:
+      if (group != 16) return "NVFP4 has groups of 16, got " + number(group);
+      break;
+    case Format::kMxfp8:
+      if (group != 32) return "MXFP8 has groups of 32, got " + number(group);
+      break;
+    default:
+      return "quant=" + number(c.quant) + " is no packed QuantSpec";
+  }
+  if (q.format() != Format::kFp8 && (layout < Layout::kSwizzled128x4 || layout > Layout::kLinear)) {
+    return "NVFP4 and MXFP8 scales come in SWIZZLED_128X4, SWIZZLED_8X4 or LINEAR";
+  }
+  if (c.hidden % group) return "hidden size " + number(c.hidden) + " is no multiple of the group " + number(group);
+  return "";
+}
+
+}  // namespace
+
+std::string check_call(const arf_call& c) {
+  if (c.dtype < ARF_BF16 || c.dtype > ARF_FP32) return "dtype must be bf16, fp16 or fp32";
+  const int item = item_bytes(c.dtype);
+  if (c.tokens < 0 || c.tokens > INT32_MAX) return "token count " + number(c.tokens) + " is out of range";
+  if (c.hidden < 1 || c.hidden > ARF_MAX_HIDDEN || c.hidden * item % kVectorBytes) {
+    return "hidden size must be at most " + number(ARF_MAX_HIDDEN) + " elements and a multiple of 16 bytes (" +
+           number(kVectorBytes / item) + " elements), got " + number(c.hidden);
+  }
+  if (static_cast<uint32_t>(c.flags) & ~kAllFlags) return "flags has bits that mean nothing: " + number(c.flags);
+  if (c.tokens == 0) return ""; /* an empty tensor has no address, so a missing output cannot be told from a given one */
+  if (!c.allreduce_out && !c.residual_out && !c.norm_out && !c.quant_out) return "at least one output must be given";
+  if (!c.quant && (c.quant_out || c.scale_out)) return "quant_out and scale_out need a quantiser, got quant=0";
+  if (c.residual && c.residual_fp32 && c.dtype != ARF_FP32 && !(c.flags & kUnroundedSum)) {
+    return "an fp32 residual beside a 16-bit x needs flags UNROUNDED_SUM";
+  }
+  if (!c.weight && c.weight_bias != 0.0f) return "weight_bias needs a weight";
+  if (!std::isfinite(c.epsilon) || c.epsilon < 0) return "epsilon must be finite and not negative";
+  if ((c.flags & kOneshot) && (c.flags & kTwoshot)) return "flags ONESHOT and TWOSHOT exclude each other";
+  if (c.quant) {
+    const std::string problem = check_quant(c);
+    if (!problem.empty()) return problem;
+  }
+  const bool nothing_to_read = (c.op == ARF_OP_MOE_FINALIZE && c.permuted_rows == 0) || (c.op != ARF_OP_ALLREDUCE && c.experts == 0);
+  if (!c.x && !nothing_to_read) return "x is missing";
+  if (c.op == ARF_OP_MOE_REDUCE && (c.experts < 0 || (c.experts > 0 && !c.expert_scale))) return "expert_scale is missing";
+  if (c.op == ARF_OP_MOE_FINALIZE && c.experts > 0 && !c.index) return "index is missing";
+  const struct { const char* name; const void* p; } vectors[] = {
+      {"x", c.x}, {"residual", c.residual}, {"weight", c.weight}, {"allreduce_out", c.allreduce_out},
+      {"residual_out", c.residual_out}, {"norm_out", c.norm_out}, {"shared", c.shared},
+  };
+  for (const auto& v : vectors) {
+    if (misaligned(v.p)) return std::string(v.name) + " must be 16-byte aligned";
+  }
+  if (reinterpret_cast<uintptr_t>(c.quant_out) % 8) return "quant_out must be 8-byte aligned";
+  if (reinterpret_cast<uintptr_t>(c.scale_out) % (c.quant ? (Quant{uint32_t(c.quant)}.layout() == Layout::kSwizzled128x4 ? 16 : 4) : 1) &&
+      Quant{uint32_t(c.quant)}.layout() != Layout::kLinear) {
+    return "scale_out must be aligned (16 bytes for SWIZZLED_128X4, 4 for other layouts)";
+  }
+  if (c.x_stride * item % kVectorBytes || c.residual_stride * (c.residual_fp32 ? 4 : item) % kVectorBytes) {
+    return "row strides of x and residual must be multiples of 16 bytes";
+  }
+  return "";
+}
+
+int64_t piece_capacity(int world, int64_t workspace_bytes, int64_t row_bytes, int strategy) {
+  const int64_t generation = workspace_bytes / 2 / 256 * 256;
+  if (strategy == ARF_ONESHOT) return generation / ((world - 1) * row_bytes);
+  return generation / (2 * (world - 1) * row_bytes) * world;
+}
+
+namespace {
+
+/* A row over the CTAs of a cluster, where there are multiprocessors to spare (cluster.cuh). */
+void split_rows(int64_t tokens, int major, Plan* plan) {
+  if (plan->per_thread != 1 || major < 9 || tokens < 1) return;
+  const int forced = override_threads.load(std::memory_order_relaxed);
+  const int tiles = plan->threads / kWarp;
+  int parts = 1;
+  if (forced) {
+    parts = (plan->threads + forced - 1) / forced;
+  } else {
+    while (parts < kMaxCluster && tokens * parts * 2 <= kClusterCtas && tiles / (parts * 2) >= kClusterTiles) parts *= 2;
+  }
+  parts = std::min(parts, kMaxCluster);
+  const int tiles_each = (tiles + parts - 1) / parts;
+  plan->cluster = (tiles + tiles_each - 1) / tiles_each; /* no part without a tile */
+  plan->threads = tiles_each * kWarp;
+}
+
+int weight_bytes(const arf_call& c, const Plan& plan) {
+  if (!c.weight || !(c.norm_out || c.quant_out)) return 0;
+  const bool wide = c.weight_fp32 && c.dtype != ARF_FP32;
+  return plan.threads * static_cast<int>(plan.per_thread) * kVectorBytes * (wide ? 2 : 1);
+}
+
+}  // namespace
+
+std::string make_plan(int world, int64_t workspace_bytes, const arf_call& c, bool simulated, int major,
+                      Plan* plan) {
+  const Quant q{static_cast<uint32_t>(c.quant & 0xFFFFFFFF)};
+  const int item = item_bytes(c.dtype);
+  const int64_t row_bytes = c.hidden * item;
+  plan->vectors = row_bytes / kVectorBytes;
+  plan->per_thread = (plan->vectors + kMaxThreads - 1) / kMaxThreads;
+  const uint32_t wanted = (plan->vectors + plan->per_thread - 1) / plan->per_thread;
+  plan->threads = (wanted + kWarp - 1) / kWarp * kWarp;
+  const bool wide = plan->per_thread > 1;
+  plan->cluster = 1;
+  plan->family = q.format() == Format::kNone ? kPlain
+                 : q.format() == Format::kNvfp4 ? kFp4
+                 : (q.format() == Format::kFp8 && (c.quant >> 32) - 1 == 0) ? kStatic : kDynamic;
+  if (world == 1) {
+    plan->strategy = ARF_AUTO;
+    plan->kernels = kLocal;
+    plan->kernel_row = wide;
+    plan->piece_tokens = c.tokens;
+    plan->pieces = c.tokens ? 1 : 0;
+    split_rows(c.tokens, major, plan);
+    plan->shared_bytes = weight_bytes(c, *plan);
+    return "";
+  }
+  int strategy = c.flags & kOneshot ? ARF_ONESHOT : c.flags & kTwoshot ? ARF_TWOSHOT : ARF_AUTO;
+  if (strategy == ARF_AUTO) {
+    const int64_t message = c.tokens * row_bytes;
+    strategy = message <= oneshot_limit(world, c.hidden) ? ARF_ONESHOT : ARF_TWOSHOT;
+    /* A table made for a larger workspace: what does not fit one-shot goes two-shot if that takes fewer pieces. */
+    if (strategy == ARF_ONESHOT && piece_capacity(world, workspace_bytes, row_bytes, ARF_ONESHOT) < c.tokens &&
+        piece_capacity(world, workspace_bytes, row_bytes, ARF_TWOSHOT) > piece_capacity(world, workspace_bytes, row_bytes, ARF_ONESHOT)) {
+      strategy = ARF_TWOSHOT;
+    }
+  }
+  const int64_t capacity = piece_capacity(world, workspace_bytes, row_bytes, strategy);
+  if (capacity < 1) {
+    return "the workspace of " + number(workspace_bytes) + " bytes is too small for one token of " + number(row_bytes) +
+           " bytes among " + number(world) + " ranks";
+  }
+  plan->strategy = strategy;
+  plan->pieces = (c.tokens + capacity - 1) / capacity;
+  plan->piece_tokens = plan->pieces ? (c.tokens + plan->pieces - 1) / plan->pieces : 0;
+  if (strategy == ARF_TWOSHOT) plan->piece_tokens = std::min(capacity, (plan->piece_tokens + world - 1) / world * world);
+  plan->kernel_row = strategy == ARF_TWOSHOT;
+  plan->kernels = simulated ? kSimulated : wide ? kAny : world == 2 ? kTwo : world == 4 ? kFour : world == 8 ? kEight : kAny;
+  if (strategy == ARF_ONESHOT) split_rows(plan->piece_tokens, major, plan);
+  plan->shared_bytes = weight_bytes(c, *plan);
+  return "";
+}
+
+int grid_size(const Plan& plan, int world, int64_t tokens, int resident) {
+  const int64_t rows = plan.strategy == ARF_TWOSHOT ? (tokens + world - 1) / world : tokens;
+  const int forced = override_ctas.load(std::memory_order_relaxed);
+  int64_t most = std::min<int64_t>(resident, kMaxCtas);
+  if (forced) most = std::min<int64_t>(forced, kMaxCtas);
+  return static_cast<int>(std::max<int64_t>(1, std::min(rows, most / plan.cluster))) * plan.cluster;
+}
+
+namespace {
+
+template <typename Pointer>
+Pointer advance(Pointer p, int64_t bytes) {
+  return p ? reinterpret_cast<Pointer>(reinterpret_cast<uintptr_t>(p) + bytes) : nullptr;
+}
+
+void fill_quant(const arf_call& c, int64_t first, int64_t tokens, Params* p) {
+  const int64_t group = (c.quant >> 32) - 1;
+  p->quant = Quant{static_cast<uint32_t>(c.quant & 0xFFFFFFFF)};
+  p->group = static_cast<int32_t>(group);
+  p->bound = c.quant_bound;
+  p->scale_value = c.scale_value;
+  p->scale = c.scale;
+  p->scale_dtype = c.scale_dtype;
+  const bool nibbles = p->quant.format() == Format::kNvfp4;
+  p->quant_out = advance(c.quant_out, nibbles ? first * c.hidden / 2 : first * c.hidden);
+  p->scale_out = c.scale_out;
+  p->first_token = static_cast<uint32_t>(first);
+  p->total_tokens = static_cast<uint32_t>(c.tokens);
+  p->groups = static_cast<uint32_t>(group > 0 ? c.hidden / group : 1);
+  const uint64_t padded = (c.tokens + 3) / 4 * 4;
+  bool pads = false;
+  switch (p->quant.layout()) {
+    case Layout::kColumn:
+      p->scale_stride_t = 1, p->scale_stride_g = c.tokens;
+      break;
+    case Layout::kColumnTma:
+    case Layout::kPackedUe8m0:
+      p->scale_stride_t = 1, p->scale_stride_g = padded;
+      pads = true;
+      break;
+    case Layout::kSwizzled128x4:
+    case Layout::kSwizzled8x4:
+      pads = true;
+      [[fallthrough]];
+    default:
+      p->scale_stride_t = p->groups, p->scale_stride_g = 1;
+  }
+  p->pad = pads && c.scale_out && first + tokens == c.tokens;
+  p->pad_last = c.scale_pad_last;
+}
+
+}  // namespace
+
+void fill_params(const arf_call& c, const Plan& plan, int rank, int world, void* const* buffers, int64_t workspace_bytes,
+                 int64_t first, int64_t tokens, Params* p) {
+  *p = {};
+  const int item = item_bytes(c.dtype);
+  const int64_t row = c.hidden * item;
+  p->rank = rank;
+  p->world = world;
+  if (world > 1) {
+    const int64_t rows = plan.strategy == ARF_TWOSHOT ? (tokens + world - 1) / world : tokens;
+    p->slot_bytes = static_cast<uint32_t>(rows * row);
+    p->generation_bytes = workspace_bytes / 2 / 256 * 256;
+    p->own = static_cast<char*>(buffers[rank]);
+    for (int i = 0; i < world - 1; ++i) {
+      const int peer = (rank + 1 + i) % world;
+      p->push[i] = static_cast<char*>(buffers[peer]) + static_cast<int64_t>(slot_of(rank, peer)) * p->slot_bytes;
+    }
+  }
+  p->tokens = static_cast<uint32_t>(tokens);
+  p->vectors = plan.vectors;
+  p->per_thread = plan.per_thread;
+  p->cluster = plan.cluster;
+  p->tiles = (plan.vectors + kWarp - 1) / kWarp;
+  p->tile_span = 1;
+  while (p->tile_span < p->tiles && p->tile_span < kWarp) p->tile_span *= 2;
+  p->hidden = static_cast<float>(c.hidden);
+  p->flags = static_cast<uint32_t>(c.flags);
+  p->op = c.op;
+  p->residual_fp32 = c.residual_fp32 && c.dtype != ARF_FP32;
+  p->residual_out_fp32 = c.residual_out_fp32 && c.dtype != ARF_FP32;
+  p->weight_fp32 = c.weight_fp32 && c.dtype != ARF_FP32;
+  p->norm_out_fp32 = c.norm_out_fp32 && c.dtype != ARF_FP32;
+  p->need_norm = c.norm_out || c.quant_out;
+  p->cast_saturates = cast_saturates.load(std::memory_order_relaxed);
+  p->epsilon = c.epsilon;
+  p->weight_bias = c.weight_bias;
+  p->weight = c.weight;
+  p->allreduce_out = advance(c.allreduce_out, first * row);
+  p->residual_out = advance(c.residual_out, first * c.hidden * (c.residual_out_fp32 ? 4 : item));
+  p->norm_out = advance(c.norm_out, first * c.hidden * (c.norm_out_fp32 ? 4 : item));
+  const int residual_item = c.residual_fp32 ? 4 : item;
+  const int64_t residual_stride = (c.residual_stride ? c.residual_stride : c.hidden) * residual_item;
+  p->residual = advance(c.residual, first * residual_stride);
+  p->residual_stride = residual_stride / kVectorBytes;
+  const int64_t x_stride = (c.x_stride ? c.x_stride : c.hidden) * item;
+  p->x_stride = x_stride / kVectorBytes;
+  p->x = c.x;
+  p->experts = c.experts;
+  p->expert_scale = c.expert_scale;
+  p->expert_scale_fp32 = c.expert_scale_fp32;
+  p->index = c.index;
+  p->routed_scaling_factor = c.routed_scaling_factor;
+  p->permuted_rows = c.permuted_rows;
+  p->expert_stride = c.tokens;
+  p->shared = advance(c.shared, first * row);
+  if (c.op == ARF_OP_ALLREDUCE) p->x = advance(c.x, first * x_stride);
+  if (c.op == ARF_OP_MOE_REDUCE) {
+    p->x = advance(c.x, first * row);
+    p->expert_scale = advance(c.expert_scale, first * 4);
+  }
+  if (c.op == ARF_OP_MOE_FINALIZE) {
+    p->index = advance(c.index, first * c.experts * 4);
+    p->expert_scale = advance(c.expert_scale, first * c.experts * (c.expert_scale_fp32 ? 4 : item));
+  }
+  fill_quant(c, first, tokens, p);
+}
+
+void set_cast_saturates(bool saturates) { cast_saturates = saturates; }
+
+void set_launch_override(int threads, int ctas) {
+  override_threads = threads;
+  override_ctas = ctas;
+}
+
+int set_thresholds(const arf_threshold* rows, int count) {
+  const std::lock_guard<std::mutex> lock(table_mutex);
+  table.store(count > 0 ? new std::vector<arf_threshold>(rows, rows + count) : nullptr, std::memory_order_release);
+  return ARF_OK;
+}
+
+int get_thresholds(arf_threshold* rows, int capacity) {
+  const auto* set = table.load(std::memory_order_acquire);
+  const int count = set ? static_cast<int>(set->size()) : static_cast<int>(sizeof kBuiltIn / sizeof *kBuiltIn);
+  const arf_threshold* from = set ? set->data() : kBuiltIn;
+  std::copy(from, from + std::min(count, capacity), rows);
+  return count;
+}
+
+}  // namespace arf

@@ -1,0 +1,45 @@
+/* From a call to launches: checks, strategy, pieces, launch shape and parameters. Host code without state but the
+ * threshold table. Everything here depends on (tokens, hidden, world, dtype, epilogue, workspace size, table) only, so
+ * all ranks decide alike. */
+#pragma once
+#include <string>
+
+#include "params.h"
+
+namespace arf {
+
+struct Plan {
+  int strategy;         /* ARF_ONESHOT, ARF_TWOSHOT, ARF_AUTO for a world of one */
+  World kernels;
+  int family;
+  int kernel_row;       /* of the kernel table */
+  uint32_t vectors;
+  uint32_t per_thread;
+  int threads;
+  int cluster;
+  int shared_bytes;
+  int64_t piece_tokens;
+  int64_t pieces;
+};
+
+inline int item_bytes(int dtype) { return dtype == ARF_FP32 ? 4 : 2; }
+
+/* Empty, or what is wrong with the call. */
+std::string check_call(const arf_call& call);
+/* Empty, or why no plan exists (a workspace too small for one token). major: of the device's compute capability. */
+std::string make_plan(int world, int64_t workspace_bytes, const arf_call& call, bool simulated, int major, Plan* plan);
+/* CTAs for a piece of `tokens`, when `resident` fit on the device at once. */
+int grid_size(const Plan& plan, int world, int64_t tokens, int resident);
+/* Everything of `params` but control words, error record and timeout, for the piece [first, first + tokens). */
+void fill_params(const arf_call& call, const Plan& plan, int rank, int world, void* const* buffers, int64_t workspace_bytes,
+                 int64_t first, int64_t tokens, Params* params);
+const void* find_kernel(int dtype, const Plan& plan);
+
+int64_t piece_capacity(int world, int64_t workspace_bytes, int64_t row_bytes, int strategy); /* tokens */
+
+void set_cast_saturates(bool saturates);
+void set_launch_override(int threads, int ctas);
+int set_thresholds(const arf_threshold* rows, int count);
+int get_thresholds(arf_threshold* rows, int capacity);
+
+}  // namespace arf

@@ -1,0 +1,203 @@
+/* The quantisers, on the vectors a thread holds: step by step what arfusion_pass/ops/quantisers.py computes.
+ *
+ * Every division is IEEE, no multiply-add is fused, nothing is flushed to zero: codes and scales are bit-equal to the
+ * reference applied to the same norm. The spec's fields are uniform over a launch, so its branches never diverge. */
+#pragma once
+#include "layouts.cuh"
+
+namespace arf {
+
+constexpr float kFp8Max = 448.0f;
+constexpr float kInt8Max = 127.0f;
+
+template <int D>
+struct Quantiser {
+  static constexpr int N = kElements<D>;
+
+  /* How a scale meets a value: x / value, or x * value. */
+  struct Factor {
+    float value;
+    bool divide;
+  };
+
+  /* The spec's branches stand outside the loops over elements: inside, eight of them in a row cost 0.8 us a row. */
+  ARF_DEVICE static void apply(const Params& p, const float (&x)[N], Factor f, float (&y)[N]) {
+    if (f.divide) {
+      divide_all(x, f.value, y);
+    } else {
+#pragma unroll
+      for (int i = 0; i < N; ++i) y[i] = __fmul_rn(x[i], f.value);
+    }
+    if (p.quant.in_dtype()) unpack<D>(pack<D>(y), y);
+  }
+
+  /* Correctly rounded x / s for all x under one s, without a division an element: Newton's correction of x * (1 / s),
+   * twice, is what the compiler's division does, which checks its range for each element instead of once for s. Within
+   * |s| in [2^-90, 2^90] the remainders are exact unless |x| < 2^-102; then the quotient is under 2^-12, which every
+   * format rounds to its zero. A quotient beyond 2^100, inf and NaN included, saturates (or turns NaN) uncorrected. */
+  ARF_DEVICE static void divide_all(const float (&x)[N], float s, float (&y)[N]) {
+    const float r = __frcp_rn(s), magnitude = fabsf(s);
+    if (magnitude >= 0x1p-90f && magnitude <= 0x1p90f) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        const float q0 = __fmul_rn(x[i], r);
+        const float q1 = __fmaf_rn(__fmaf_rn(-q0, s, x[i]), r, q0);
+        const float q2 = __fmaf_rn(__fmaf_rn(-q1, s, x[i]), r, q1);
+        y[i] = fabsf(q0) < 0x1p100f ? q2 : q0;
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < N; ++i) y[i] = __fdiv_rn(x[i], s);
+    }
+  }
+
+  /* N codes of one byte at vector v of token t. */
+  ARF_DEVICE static void store_bytes(const Params& p, uint32_t t, uint32_t v, const float (&x)[N], Factor f) {
+    float y[N];
+    apply(p, x, f, y);
+    uint32_t words[N / 4];
+    const bool int8 = p.quant.format() == Format::kInt8;
+#pragma unroll
+    for (int w = 0; w < N / 4; ++w) {
+      const float four[4] = {y[4 * w], y[4 * w + 1], y[4 * w + 2], y[4 * w + 3]};
+      words[w] = int8 ? int8_word(p, four) : fp8_word(p, four);
+    }
+    uint8_t* at = static_cast<uint8_t*>(p.quant_out) + (static_cast<uint64_t>(t) * p.vectors + v) * N;
+    if constexpr (N == 8) {
+      *reinterpret_cast<uint2*>(at) = make_uint2(words[0], words[1]);
+    } else {
+      *reinterpret_cast<uint32_t*>(at) = words[0];
+    }
+  }
+
+  ARF_DEVICE static uint32_t fp8_word(const Params& p, const float (&y)[4]) {
+    const uint32_t low = e4m3_pair(y[0], y[1]), high = e4m3_pair(y[2], y[3]);
+    uint32_t word = low | high << 16; /* clamped by saturation */
+    if (!p.quant.clamp() && !p.cast_saturates) {
+      uint32_t fixed = 0;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) fixed |= e4m3_nan_beyond(word >> 8 * i & 0xFFu, y[i]) << 8 * i;
+      word = fixed;
+    }
+    return word;
+  }
+
+  ARF_DEVICE static uint32_t int8_word(const Params& p, const float (&y)[4]) {
+    uint32_t word = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      int q = __float2int_rn(y[i]); /* NaN gives 0, as torch's cast */
+      if (p.quant.clamp()) q = max(-128, min(127, q));
+      word |= (static_cast<uint32_t>(q) & 0xFFu) << 8 * i;
+    }
+    return word;
+  }
+
+  /* ---- static FP8 ---- */
+  ARF_DEVICE static float given_scale(const Params& p) {
+    return p.scale ? load_number(p.scale, 0, p.scale_dtype) : p.scale_value;
+  }
+
+  ARF_DEVICE static Factor static_factor(const Params& p, float scale) {
+    switch (p.quant.apply()) {
+      case Apply::kDivide: return {scale, true};
+      case Apply::kReciprocal: return {__frcp_rn(scale), false};
+      default: return {scale, false};
+    }
+  }
+
+  /* ---- dynamic ---- */
+  /* Magnitudes order as their bits do, with NaN above all: maxima are integer maxima, and NaN propagates as in torch. */
+  ARF_DEVICE static uint32_t amax_of(const float (&x)[N]) {
+    uint32_t m = 0;
+#pragma unroll
+    for (int i = 0; i < N; ++i) m = max(m, bits_of(x[i]) & 0x7FFFFFFFu);
+    return m;
+  }
+
+  /* Over `lanes` (a power of two) neighbouring lanes. */
+  ARF_DEVICE static float lanes_amax(uint32_t m, uint32_t lanes) {
+    for (uint32_t step = lanes >> 1; step; step >>= 1) m = max(m, __shfl_xor_sync(~0u, m, step));
+    return float_of(m);
+  }
+
+  /* Correctly rounded amax / 448 or / 127: one correction suffices for these divisors (tests/division.cpp tries every
+   * mantissa), the range is checked once. */
+  ARF_DEVICE static float divide_by_limit(float amax, float limit, float inverse) {
+    if (!(amax >= 0x1p-90f && amax <= 0x1p120f)) return __fdiv_rn(amax, limit);
+    const float q = __fmul_rn(amax, inverse);
+    return __fmaf_rn(__fmaf_rn(-q, limit, amax), inverse, q);
+  }
+
+  /* From amax to the scale that is written (fp32; MXFP8 and packed layouts write its exponent) and its factor. */
+  ARF_DEVICE static float dynamic_scale(const Params& p, float amax, Factor& factor) {
+    const float limit = p.quant.format() == Format::kInt8 ? kInt8Max : kFp8Max;
+    const float inverse = p.quant.format() == Format::kInt8 ? 1.0f / kInt8Max : 1.0f / kFp8Max;
+    const bool in_tensor = p.quant.round() == ScaleRound::kTensor;
+    const float bound = in_tensor ? round_to<D>(p.bound) : p.bound;
+    if (in_tensor) amax = round_to<D>(amax);
+    if (p.quant.bound() == Bound::kAmax) amax = max_nan(amax, bound);
+    float scale;
+    switch (p.quant.rule()) {
+      case ScaleRule::kDivide: scale = divide_by_limit(amax, limit, inverse); break;
+      case ScaleRule::kMultiply: scale = __fmul_rn(amax, inverse); break;
+      default: scale = __frcp_rn(__fmul_rn(__frcp_rn(amax), limit));
+    }
+    if (in_tensor) scale = round_to<D>(scale);
+    if (p.quant.bound() == Bound::kScale) scale = max_nan(scale, bound);
+    if (p.quant.round() == ScaleRound::kPow2) scale = pow2_up(scale);
+    if (p.quant.round() == ScaleRound::kPow2Log2) scale = pow2_up_log2(scale);
+    switch (p.quant.apply()) {
+      case Apply::kDivide: factor = {scale, true}; break;
+      case Apply::kMaxOverAmax: factor = {__fmul_rn(__frcp_rn(amax), limit), false}; break;
+      default: factor = {__frcp_rn(scale), false};
+    }
+    return scale;
+  }
+
+  /* Group of `p.group` elements over neighbouring lanes; all lanes of the warp call, `active` ones have a vector. */
+  ARF_DEVICE static void group_vector(const Params& p, uint32_t t, uint32_t v, bool active, const float (&x)[N]) {
+    const uint32_t lanes = p.group / N;
+    const float amax = lanes_amax(amax_of(x), lanes);
+    if (!active) return;
+    Factor factor;
+    const float scale = dynamic_scale(p, amax, factor);
+    const bool writes = v % lanes == 0;
+    const uint32_t g = v / lanes;
+    if (p.quant.format() == Format::kMxfp8) {
+      const uint32_t exponent = ue8m0_up(scale);
+      factor = {ue8m0_reciprocal(exponent), false};
+      if (writes) store_scale_byte(p, t, g, exponent);
+    } else if (p.quant.layout() == Layout::kPackedUe8m0) {
+      if (writes) store_scale_byte(p, t, g, bits_of(scale) >> 23 & 0xFFu);
+    } else if (writes) {
+      store_scale(p, t, g, scale);
+    }
+    store_bytes(p, t, v, x, factor);
+  }
+
+  /* ---- NVFP4: groups of 16, e4m3 scales under a given encode scale ---- */
+  ARF_DEVICE static void nvfp4_vector(const Params& p, uint32_t t, uint32_t v, bool active, const float (&x)[N],
+                                      float encode) {
+    constexpr uint32_t kLanes = 16 / N;
+    const float amax = lanes_amax(amax_of(x), kLanes);
+    if (!active) return;
+    const uint32_t code = e4m3_pair(__fmul_rn(encode, __fmul_rn(amax, 1.0f / 6.0f)), 0.0f) & 0xFFu;
+    const float decoded = e4m3_to_float(code);
+    const float factor = decoded != 0.0f ? __fdiv_rn(encode, decoded) : 0.0f;
+    if (v % kLanes == 0) store_scale_byte(p, t, v / kLanes, code);
+    uint32_t word = 0;
+#pragma unroll
+    for (int i = 0; i < N; i += 2) {
+      word |= e2m1_pair(__fmul_rn(x[i], factor), __fmul_rn(x[i + 1], factor)) << 4 * i;
+    }
+    uint8_t* at = static_cast<uint8_t*>(p.quant_out) + (static_cast<uint64_t>(t) * p.vectors + v) * (N / 2);
+    if constexpr (N == 8) {
+      *reinterpret_cast<uint32_t*>(at) = word;
+    } else {
+      *reinterpret_cast<uint16_t*>(at) = static_cast<uint16_t>(word);
+    }
+  }
+};
+
+}  // namespace arf

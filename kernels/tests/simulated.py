@@ -1,0 +1,344 @@
+"""All ranks in one launch on one GPU: worlds 2 to 8, every epilogue and quantiser, against the reference, bit for bit.
+
+    python simulated.py LIBRARY.so [--quick]          # --quick: a few cases, for compute-sanitizer
+
+One set of buffers serves all cases of a world, so every launch also checks that the one before it left them empty.
+Besides the exact contract (tests/gpu/calls.py) each case checks that all ranks have the same bits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import itertools
+import pathlib
+import sys
+import time
+
+import torch
+
+import arfusion_pass.ops.library  # noqa: F401  (defines the ops)
+from arfusion_pass.backends import c_api
+from arfusion_pass.ops import reference
+from arfusion_pass.ops.spec import (
+    NO_QUANT, Apply, Bound, Flags, QuantFormat, QuantSpec, ScaleLayout, ScaleRound, ScaleRule,
+)
+from tests.gpu.calls import Config, Result, allocate, rank_input, shared_inputs, verify_epilogue
+
+DEVICE = torch.device("cuda", 0)
+DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+FP8, INT8, NVFP4, MXFP8 = QuantFormat.FP8, QuantFormat.INT8, QuantFormat.NVFP4, QuantFormat.MXFP8
+ALL = ("allreduce_out", "residual_out", "norm_out", "quant_out")
+
+GROUP = QuantSpec(FP8, 128, ScaleLayout.ROW, bound_on=Bound.AMAX, bound=1e-4)
+SPECS = {
+    "static": QuantSpec(FP8, 0),
+    "static_reciprocal": QuantSpec(FP8, 0, apply=Apply.RECIPROCAL),
+    "static_multiply": QuantSpec(FP8, 0, apply=Apply.MULTIPLY),
+    "static_in_dtype": QuantSpec(FP8, 0, in_dtype=True),
+    "static_unclamped": QuantSpec(FP8, 0, clamp=False),
+    "token": QuantSpec(FP8, -1, bound_on=Bound.SCALE, bound=1 / 512 / 448),
+    "token_max_over_amax": QuantSpec(FP8, -1, bound_on=Bound.AMAX, bound=1e-12, apply=Apply.MAX_OVER_AMAX),
+    "int8": QuantSpec(INT8, -1),
+    "int8_reciprocal": QuantSpec(INT8, -1, apply=Apply.RECIPROCAL, clamp=False, bound_on=Bound.SCALE, bound=1e-7),
+    "group128": GROUP,
+    "group128_column": dataclasses.replace(GROUP, layout=ScaleLayout.COLUMN),
+    "group128_tma": dataclasses.replace(GROUP, layout=ScaleLayout.COLUMN_TMA),
+    "group64": dataclasses.replace(GROUP, group=64, scale_rule=ScaleRule.MULTIPLY),
+    "group32": dataclasses.replace(GROUP, group=32, scale_rule=ScaleRule.RECIPROCAL, apply=Apply.RECIPROCAL),
+    "group128_tensor": dataclasses.replace(GROUP, scale_round=ScaleRound.TENSOR, in_dtype=True),
+    "group128_pow2": dataclasses.replace(GROUP, scale_round=ScaleRound.POW2, bound_on=Bound.SCALE),
+    "group128_log2": dataclasses.replace(GROUP, scale_round=ScaleRound.POW2_LOG2),
+    "packed128": dataclasses.replace(GROUP, layout=ScaleLayout.PACKED_UE8M0, scale_round=ScaleRound.POW2),
+    "packed64_unrounded": dataclasses.replace(
+        GROUP, group=64, layout=ScaleLayout.PACKED_UE8M0, scale_round=ScaleRound.POW2_LOG2
+    ),
+    "nvfp4_128x4": QuantSpec(NVFP4, 16, ScaleLayout.SWIZZLED_128X4),
+    "nvfp4_8x4": QuantSpec(NVFP4, 16, ScaleLayout.SWIZZLED_8X4),
+    "nvfp4_linear": QuantSpec(NVFP4, 16, ScaleLayout.LINEAR),
+    "mxfp8_128x4": QuantSpec(MXFP8, 32, ScaleLayout.SWIZZLED_128X4),
+    "mxfp8_linear": QuantSpec(MXFP8, 32, ScaleLayout.LINEAR, scale_rule=ScaleRule.MULTIPLY),
+}
+
+
+class Ranks:
+    """Buffers, control words and error records of a simulated world."""
+
+    def __init__(self, library: ctypes.CDLL, world: int, size: int = 64 << 20) -> None:
+        self.library, self.world, self.size = library, world, size
+        self.buffers = [torch.full((size,), 255, dtype=torch.uint8, device=DEVICE) for _ in range(world)]
+        self.controls = [torch.zeros(c_api.CONTROL_BYTES, dtype=torch.uint8, device=DEVICE) for _ in range(world)]
+        self.errors = [torch.zeros(16, dtype=torch.int32).pin_memory() for _ in range(world)]
+
+    def launch(self, calls: list[c_api.Call], timeout_s: float = 5.0) -> None:
+        def pointers(tensors: list[torch.Tensor]):  # noqa: ANN202
+            return (ctypes.c_void_p * self.world)(*[t.data_ptr() for t in tensors])
+
+        c_api.check(
+            self.library, "arf_launch_simulated", self.world, (c_api.Call * self.world)(*calls), pointers(self.buffers),
+            self.size, pointers(self.controls), pointers(self.errors), int(timeout_s * 1e9),
+            torch.cuda.current_stream().cuda_stream,
+        )  # fmt: skip
+
+    def assert_clean(self) -> None:
+        torch.cuda.synchronize()
+        for rank, error in enumerate(self.errors):
+            assert int(error[0]) == 0, f"rank {rank}'s wait expired: {error.tolist()}"
+        for rank, buffer in enumerate(self.buffers):
+            dirty = int((buffer.view(torch.int64) != -1).sum())
+            assert dirty == 0, f"rank {rank}'s buffer has {dirty} words that are not empty"
+        for rank, control in enumerate(self.controls):
+            pairs = control.view(torch.int32).view(-1, 2)[:1024]
+            assert bool((pairs[:, 0] == pairs[0, 0]).all()), f"rank {rank}'s generations differ"
+            assert not bool(pairs[:, 1].any())
+
+
+def pointer(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def make_call(config: Config, x: torch.Tensor, shared, result: Result) -> c_api.Call:
+    out = {name: buffer.tensor for name, buffer in result.buffers.items()}
+    call = c_api.Call(
+        op=0, dtype=DTYPES[config.dtype], tokens=config.tokens, hidden=config.hidden, x=x.data_ptr(),
+        residual=pointer(shared.residual), weight=pointer(shared.weight), scale=pointer(shared.scale), scale_dtype=2,
+        scale_value=shared.scale_value, epsilon=config.epsilon, weight_bias=config.weight_bias, flags=int(config.flags),
+        quant_bound=config.spec.bound, quant=config.spec.pack(), scale_pad_last=not config.logical_scales,
+    )  # fmt: skip
+    call.residual_fp32 = shared.residual is not None and shared.residual.dtype == torch.float32
+    call.weight_fp32 = shared.weight is not None and shared.weight.dtype == torch.float32
+    call.residual_out_fp32 = "residual_out" in out and out["residual_out"].dtype == torch.float32
+    call.norm_out_fp32 = "norm_out" in out and out["norm_out"].dtype == torch.float32
+    for name, tensor in out.items():
+        setattr(call, name, tensor.data_ptr())
+    return call
+
+
+def run_case(ranks: Ranks, config: Config) -> None:
+    xs = [rank_input(config, r, DEVICE) for r in range(ranks.world)]
+    shared = shared_inputs(config, DEVICE)
+    results = [allocate(config, DEVICE) for _ in xs]
+    ranks.launch([make_call(config, x, shared, result) for x, result in zip(xs, results, strict=True)])
+    reduced = reference.sum_in_rank_order(torch.stack(xs))
+    verify_epilogue(config, reduced, shared, results[0])
+    first = results[0].tensors()
+    for rank, result in enumerate(results[1:], 1):
+        for a, b in zip(first, result.tensors(), strict=True):
+            same = torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+            assert same, f"rank {rank} has other bits than rank 0"
+
+
+def run_local(config: Config) -> None:
+    """The torch op with group "": binding, local kernel."""
+    x, shared, result = rank_input(config, 0, DEVICE), shared_inputs(config, DEVICE), allocate(config, DEVICE)
+    out = {name: buffer.tensor for name, buffer in result.buffers.items()}
+    if result.scale_view is not None:
+        out["scale_out"] = result.scale_view
+    torch.ops.arfusion.allreduce_rms_norm(
+        x, shared.residual, shared.weight, shared.scale, "", config.epsilon, config.weight_bias, int(config.flags),
+        config.spec.pack(), config.spec.bound, shared.scale_value, **out,
+    )  # fmt: skip
+    verify_epilogue(config, x, shared, result)
+
+
+def cases() -> list[Config]:
+    base = Config(tokens=5, hidden=4096, outputs=ALL)
+    plain = ("allreduce_out", "residual_out", "norm_out")
+    made = []
+    for dtype, (name, spec) in itertools.product(DTYPES, SPECS.items()):
+        hidden = 2048 if dtype == torch.float32 else 7168 if name.startswith("group128") else 4096
+        made.append(dataclasses.replace(base, dtype=dtype, spec=spec, hidden=hidden, tokens=7))
+        if spec.group > 0 or name == "token":
+            made.append(dataclasses.replace(base, dtype=dtype, spec=spec, hidden=hidden // 2, tokens=130))
+            made.append(dataclasses.replace(base, dtype=dtype, spec=dataclasses.replace(spec, unrounded=True),
+                        hidden=384, tokens=3, norm_fp32=True, logical_scales=True))
+    for dtype, residual, weight in itertools.product(DTYPES, ("none", "same", "fp32"), ("none", "same", "fp32")):
+        flags = [0, int(Flags.UNROUNDED_SUM), int(Flags.ROUND_BEFORE_WEIGHT), 3]
+        for flag, bias, wide in itertools.product(flags, (0.0, 1.0), (False, True)):
+            if (residual == "fp32" and not flag & 1) or (bias and weight == "none"):
+                continue
+            made.append(Config(tokens=3, hidden=2880 if dtype != torch.float32 else 1440, dtype=dtype, residual=residual,
+                        weight=weight, weight_bias=bias, flags=flag, outputs=plain, norm_fp32=wide, residual_out_fp32=wide))
+    for hidden, dtype in itertools.product((8, 16, 24, 256, 264, 2880, 5120, 6144, 8192, 8200, 12288, 16384), DTYPES):
+        for tokens in (1, 2, 9):
+            made.append(Config(tokens=tokens, hidden=hidden, dtype=dtype, outputs=plain, weight="fp32" if tokens == 2 else "same"))
+    for outputs in (("allreduce_out",), ("residual_out",), ("norm_out",), ("allreduce_out", "norm_out")):
+        made.append(Config(tokens=4, hidden=1024, outputs=outputs))
+    for payload, dtype in itertools.product(("specials", "negative_zero", "sentinel", "subnormal", "nan_rank"), DTYPES):
+        made.append(Config(tokens=11, hidden=1024, dtype=dtype, payload=payload, residual="none", outputs=("allreduce_out", "residual_out")))
+        made.append(Config(tokens=11, hidden=1024, dtype=dtype, payload=payload, outputs=plain))
+    for tokens in (300, 1000):
+        made.append(Config(tokens=tokens, hidden=1024, outputs=plain))
+    return made
+
+
+def run_moe(ranks: Ranks | None) -> int:
+    """Both prologues against the reference, simulated or local."""
+    count = 0
+    flag_sets = [0] + [int(f) for f in (Flags.MOE_ROUND_PRODUCT, Flags.MOE_ROUND_PARTIAL, Flags.MOE_ROUND_SUM,
+                       Flags.MOE_ROUND_SCALED)] + [0xF << 16]
+    for dtype, flags, tokens in itertools.product(DTYPES, flag_sets, (1, 6)):
+        generator = torch.Generator(DEVICE).manual_seed(tokens)
+        hidden, experts, top_k = 2048, 5, 4
+
+        def rand(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator, device=DEVICE)  # noqa: B023
+
+        world = ranks.world if ranks else 1
+        for kind, weight_dtype in (("reduce", torch.float32), ("finalize", torch.float32), ("finalize", dtype), ("finalize", None)):
+            calls, references, outs, keep = [], [], [], []
+            for rank in range(world):
+                out = torch.empty(tokens, hidden, dtype=dtype, device=DEVICE)
+                shared = rand(tokens, hidden).to(dtype)
+                call = c_api.Call(dtype=DTYPES[dtype], tokens=tokens, hidden=hidden, flags=flags, allreduce_out=out.data_ptr(),
+                                  shared=shared.data_ptr(), epsilon=1e-6, routed_scaling_factor=1.0)
+                if kind == "reduce":
+                    x, scale = rand(experts, tokens, hidden).to(dtype), rand(experts, tokens)
+                    references.append(reference.moe_reduce(x, scale, shared, flags))
+                    call.op, call.experts, call.x, call.expert_scale, call.expert_scale_fp32 = 1, experts, x.data_ptr(), scale.data_ptr(), 1
+                    if ranks is None:
+                        torch.ops.arfusion.moe_reduce_allreduce_rms_norm(x, scale, shared, None, None, None, "", flags=flags, allreduce_out=out)
+                else:
+                    rows = 3 * tokens
+                    x = rand(rows, hidden).to(dtype)
+                    index = torch.randint(-1, rows, (tokens, top_k), generator=generator, device=DEVICE, dtype=torch.int32)
+                    scale = None if weight_dtype is None else rand(tokens, top_k).to(weight_dtype)
+                    references.append(reference.moe_finalize(x, index, scale, shared, 2.5, flags))
+                    call.op, call.experts, call.x, call.index, call.permuted_rows = 2, top_k, x.data_ptr(), index.data_ptr(), rows
+                    call.expert_scale, call.routed_scaling_factor = pointer(scale), 2.5
+                    call.expert_scale_fp32 = scale is not None and scale.dtype == torch.float32
+                    keep.append(index)
+                    if ranks is None:
+                        torch.ops.arfusion.moe_finalize_allreduce_rms_norm(x, index, scale, shared, 2.5, None, None, None, "", flags=flags, allreduce_out=out)
+                calls.append(call), outs.append(out), keep.append((x, scale, shared))
+            if ranks:
+                ranks.launch(calls)
+            torch.cuda.synchronize()
+            want = reference.sum_in_rank_order(torch.stack(references))
+            for rank, out in enumerate(outs):
+                assert torch.equal(out, want), f"moe {kind} {dtype} flags {flags:#x} rank {rank}: {int((out != want).sum())} differ"
+            count += 1
+    return count
+
+
+def run_expiry(library: ctypes.CDLL) -> None:
+    """Rank 1 is poisoned and sends nothing: rank 0 gives up in time, writes the record, and its output is NaN."""
+    ranks = Ranks(library, 2, 1 << 22)
+    ranks.controls[1].view(torch.int32)[1::2] = 1
+    for strategy in (int(Flags.ONESHOT), int(Flags.TWOSHOT)):
+        ranks.controls[0].zero_()
+        ranks.errors[0].zero_()
+        config = Config(tokens=4, hidden=1024, flags=strategy, outputs=("norm_out",))
+        xs, shared = [rank_input(config, r, DEVICE) for r in range(2)], shared_inputs(config, DEVICE)
+        results = [allocate(config, DEVICE) for _ in xs]
+        start = time.time()
+        ranks.launch([make_call(config, x, shared, r) for x, r in zip(xs, results, strict=True)], timeout_s=0.2)
+        torch.cuda.synchronize()
+        took = time.time() - start
+        record = ranks.errors[0].tolist()
+        assert record[0] == 1 and record[1] == 0 and record[2] == 1, record
+        assert all(bool(r["norm_out"].isnan().all()) for r in results), "the outputs of an expired launch are NaN"
+        assert 0.15 < took < 2, took
+        print(f"expiry: {took:.2f} s, record {record[:7]}")
+
+
+def host_time() -> None:
+    x = torch.randn(1, 4096, device=DEVICE, dtype=torch.bfloat16)
+    weight, residual, out, norm = (torch.ones_like(x[0]), torch.randn_like(x), torch.empty_like(x), torch.empty_like(x))
+    op = torch.ops.arfusion.allreduce_rms_norm
+
+    def call() -> None:
+        op(x, residual, weight, None, "", residual_out=out, norm_out=norm)
+
+    for name, f in (("arfusion op, group ''", call), ("torch.add(out=)", lambda: torch.add(x, residual, out=out))):
+        times = []
+        for _ in range(20):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(500):
+                f()
+            times.append((time.perf_counter() - start) / 500 * 1e6)
+        print(f"host time {name}: {sorted(times)[10]:.2f} us")
+
+
+def graph_time() -> None:
+    """The local kernel in a graph of 100, us: what the epilogues cost beside the plain norm."""
+    print("local kernel, us: hidden tokens plain then", *("static", "token", "group128", "nvfp4_128x4", "mxfp8_128x4"))
+    for hidden, tokens in itertools.product((4096, 7168), (1, 16, 64, 1024, 4096)):
+        row = []
+        for name in (None, "static", "token", "group128", "nvfp4_128x4", "mxfp8_128x4"):
+            spec = NO_QUANT if name is None else SPECS[name]
+            config = Config(tokens=tokens, hidden=hidden, spec=spec, outputs=("residual_out", "norm_out") if name is None else ("residual_out", "quant_out"))
+            x, shared, result = rank_input(config, 0, DEVICE), shared_inputs(config, DEVICE), allocate(config, DEVICE)
+            out = {n: b.tensor for n, b in result.buffers.items()}
+
+            def call() -> None:
+                torch.ops.arfusion.allreduce_rms_norm(x, shared.residual, shared.weight, shared.scale, "", 1e-6, 0.0, 0,  # noqa: B023
+                    spec.pack(), spec.bound, shared.scale_value, **out)  # noqa: B023
+
+            call()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                for _ in range(100):
+                    call()
+            times = []
+            for _ in range(7):
+                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                start.record()
+                graph.replay()
+                end.record()
+                torch.cuda.synchronize()
+                times.append(start.elapsed_time(end) * 10)
+            row.append(f"{sorted(times)[3]:7.2f}")
+        print(f"  {hidden} x {tokens:<5}", *row)
+
+
+def main() -> None:
+    torch.ops.load_library(sys.argv[1])
+    library = c_api.open_library(pathlib.Path(sys.argv[1]))
+    quick = "--quick" in sys.argv
+    failures, count = [], 0
+
+    def attempt(what: str, run) -> None:  # noqa: ANN001
+        nonlocal count
+        count += 1
+        try:
+            run()
+        except AssertionError as error:
+            failures.append(f"{what}: {error}")
+            if len(failures) <= 40:
+                print("FAIL", failures[-1][:600], flush=True)
+
+    everything = cases()
+    if quick:
+        everything = [c for i, c in enumerate(everything) if i % 23 == 0 and c.tokens < 200]
+    start = time.time()
+    if not quick:
+        for config in everything + [dataclasses.replace(c, tokens=2000) for c in everything[:6]]:
+            attempt(f"local {config}", lambda c=config: run_local(c))
+        attempt("local moe", lambda: run_moe(None))
+        print(f"local: {count} cases, {len(failures)} failures, {time.time() - start:.0f} s", flush=True)
+    for world in (3,) if quick else (2, 3, 4, 5, 6, 7, 8):
+        ranks = Ranks(library, world, (64 << 20) if not quick else (16 << 20))
+        for i, config in enumerate(everything):
+            if not quick and (i + world) % 4:
+                continue
+            for flag in (Flags.ONESHOT, Flags.TWOSHOT):
+                chosen = dataclasses.replace(config, flags=int(config.flags) | int(flag))
+                attempt(f"world {world} {flag.name} {chosen}", lambda r=ranks, c=chosen: run_case(r, c))
+            if any(int(e[0]) for e in ranks.errors):
+                attempt(f"world {world} after {chosen}", ranks.assert_clean)
+                ranks = Ranks(library, world)
+        attempt(f"world {world} moe", lambda r=ranks: run_moe(r))
+        attempt(f"world {world} buffers", ranks.assert_clean)
+        print(f"world {world}: {count} cases, {len(failures)} failures, {time.time() - start:.0f} s", flush=True)
+    if not quick:
+        run_expiry(library)
+        host_time()
+        graph_time()
+    print(f"{count} cases, {len(failures)} failures")
+    sys.exit(bool(failures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,11 @@
+"""The GPU cases, one file a subject. Importing a file registers its cases."""
+
+import importlib
+
+NAMES = ("epilogues", "shapes", "determinism", "graphs", "robustness", "moe", "workspaces", "soak")
+
+
+def load() -> None:
+    """Register every case."""
+    for name in NAMES:
+        importlib.import_module(f"tests.gpu.suites.{name}")

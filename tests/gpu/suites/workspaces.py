@@ -1,0 +1,100 @@
+"""The workspace's life: size, no multicast, made anew, fallback, reference on the same group."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from arfusion_pass.backends import native
+from arfusion_pass.comm import workspace
+from arfusion_pass.comm.agreement import Backend, Decision
+from arfusion_pass.ops.spec import Flags, QuantFormat, QuantSpec
+from tests.gpu.calls import Config, run, verify
+from tests.gpu.compare import assert_bits
+from tests.gpu.harness import Env, case
+
+
+@case("workspaces", "default", worlds=(2, 3, 4, 5, 6, 7, 8))
+def default_workspace(env: Env) -> None:
+    """Made by the first call; at most 128 MiB; no multicast object; found again by every name of the group."""
+    workspace.destroy()
+    env.barrier()
+    before = torch.cuda.mem_get_info()[0]
+    config = Config(4, 4096)
+    verify(config, env, run(config, env))
+    torch.cuda.synchronize()
+    used = before - torch.cuda.mem_get_info()[0]
+    made = workspace.find(env.group)
+    assert made is not None
+    assert made.decision.backend is Backend.NATIVE, made.decision
+    assert made.bytes <= 128 << 20, made.bytes
+    assert made.multicast_ptr == 0, "an NVLink multicast object exists"
+    assert workspace.find(env.group_name) is made
+    assert workspace.prepare(env.group, 16, 4096) is made, "a smaller request keeps it"
+    env.note(f"{made.bytes / 2**20:.0f} MiB symmetric, {used / 2**20:.0f} MiB in all on first use")
+
+
+@case("workspaces", "made-anew", worlds=(2, 3, 4))
+def made_anew(env: Env) -> None:
+    """Destroyed and made again, ten times: it works, and the memory comes back."""
+    config = Config(100, 7168)
+    free = []
+    for step in range(10):
+        torch.cuda.synchronize()
+        env.barrier()
+        workspace.destroy()
+        env.barrier()
+        torch.cuda.synchronize()
+        free.append(torch.cuda.mem_get_info()[0])
+        made = workspace.prepare(env.group, 128 << step % 3, 7168)
+        assert made.decision.backend is Backend.NATIVE, made.decision
+        run(config, env)
+    verify(config, env, run(config, env))
+    assert free[-1] >= free[1] - (8 << 20), f"memory is lost: {[f >> 20 for f in free]} MiB free"
+
+
+@case("workspaces", "fallback", worlds=(2, 3, 4))
+def fallback_group(env: Env) -> None:
+    """A group marked as fallback goes through NCCL and the local kernel, in the same op; integers sum exactly."""
+    workspace.destroy()
+    env.barrier()
+    decide = workspace.agreement.decide
+    workspace.agreement.decide = lambda everyone: Decision(Backend.FALLBACK, "a test")
+    try:
+        for number, spec in enumerate((QuantSpec(), QuantSpec(QuantFormat.FP8, 128), QuantSpec(QuantFormat.INT8, -1))):
+            outputs = ("allreduce_out", "residual_out", "norm_out", *(("quant_out",) if spec.pack() else ()))
+            for tokens in (0, 1, 33):
+                config = Config(tokens, 4096, payload="integers", spec=spec, outputs=outputs, seed=number)
+                verify(config, env, run(config, env))
+                verify(config, env, run(dataclasses.replace(config, outputs=outputs[1:]), env))
+        found = workspace.find(env.group)
+        assert found is not None
+        assert found.decision == Decision(Backend.FALLBACK, "a test")
+    finally:
+        workspace.agreement.decide = decide
+        torch.cuda.synchronize()
+        env.barrier()
+        workspace.destroy()
+
+
+@case("workspaces", "reference-flag", worlds=(1, 2, 3, 4))
+def reference_by_flag(env: Env) -> None:
+    """``Flags.REFERENCE`` runs the torch ops on the same tensors; the kernel's sum has the same bits."""
+    config = Config(17, 4096, outputs=("allreduce_out", "residual_out", "norm_out"))
+    fast = run(config, env).snapshot()
+    slow = run(dataclasses.replace(config, flags=int(Flags.REFERENCE)), env).snapshot()
+    assert_bits("allreduce_out", fast["allreduce_out"], slow["allreduce_out"])
+    assert_bits("residual_out", fast["residual_out"], slow["residual_out"])
+
+
+@case("workspaces", "library", worlds=(1, 2, 3, 4))
+def one_copy_of_the_library(env: Env) -> None:
+    """Loaded once; the two sides' op lists and constants agree."""
+    run(Config(4, 4096), env)
+    library = native.load()
+    assert native.load() is library
+    from arfusion_pass.ops.schema import SCHEMAS
+
+    lines = library.arf_schemas().decode().split("\n")
+    assert sorted(line for line in lines if line) == sorted(name + schema for name, schema in SCHEMAS.items())
