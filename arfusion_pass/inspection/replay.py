@@ -273,7 +273,9 @@ def _as_in_graph(
     if role not in ("quant_out", "scale_out"):
         return value
     spec = QuantSpec.unpack(arguments["quant"], arguments["quant_bound"])
-    layout = (codes_layout if role == "quant_out" else scale_layout)(shape, spec, expected)
+    plan = codes_layout if role == "quant_out" else scale_layout
+    # Eager may have other strides than the graph was traced with (a padding by 0 keeps its input's); the values count.
+    layout = plan(shape, spec, expected) or plan(shape, spec, expected.contiguous())
     if layout is None:
         raise ValueError(f"replay: {role} of {spec} cannot be viewed as {list(expected.shape)}, {expected.stride()}")
     return layout.view(value.view(layout.dtype).view(layout.shape))
