@@ -1,5 +1,6 @@
-/* Everything after the sum over ranks: residual, RMSNorm, outputs, quantiser. A CTA works on one row at a time; thread i
- * holds vectors i, i + blockDim, ... (`per_thread` of them), so that a warp always holds whole tiles of 32 vectors.
+/* Everything after the sum over ranks: residual, RMSNorm, outputs, quantiser. A CTA, or a cluster of them, works on one row at a
+ * time; thread i of a CTA holds its vectors i, i + blockDim, ... (`per_thread` of them), so that a warp always holds
+ * whole tiles of 32 vectors.
  *
  *   reduced = T(sum)                                              -> allreduce_out
  *   total   = float(reduced) + float(residual)                    -> residual_out, rounded once to its dtype
@@ -9,6 +10,7 @@
  * vectors of a tile, tiles i, i + 32, ... in order, a butterfly over those. Thread count, strategy, batch and grid do
  * not appear in it, so a token has the same bits wherever and with whomever it is computed. */
 #pragma once
+#include "cluster.cuh"
 #include "quantise.cuh"
 
 namespace arf {
@@ -17,8 +19,21 @@ constexpr int kMaxTiles = ARF_MAX_HIDDEN / 4 / kWarp; /* fp32 */
 
 /* Two copies, used by alternate rows: a row's barrier also says that all are done with the row before the last. */
 struct Scratch {
-  float squares[2][kMaxTiles];
-  float amax[2][kMaxThreads / kWarp];
+  uint32_t squares[2][kMaxTiles]; /* bits of fp32 */
+  uint32_t amax[2][kMaxTiles];
+  uint64_t barriers[4]; /* in a cluster: squares, amax, for either parity */
+};
+
+/* Where a thread stands: its CTA's part of the rows, and which row this is for the CTA. */
+struct Place {
+  Part part;
+  uint32_t first; /* first vector of the part */
+  uint32_t row;
+
+  ARF_DEVICE uint32_t parity() const { return row & 1u; }
+  ARF_DEVICE uint32_t phase() const { return row >> 1 & 1u; } /* of the mbarriers of this parity */
+  ARF_DEVICE uint32_t slot(int k) const { return threadIdx.x + k * blockDim.x; } /* of a thread's k-th vector in the CTA */
+  ARF_DEVICE uint32_t vector(int k) const { return first + slot(k); }           /* and in the row */
 };
 
 extern __shared__ uint4 weight_storage[]; /* the CTA's copy of the weight; each thread reads back what it fetched */
@@ -49,9 +64,9 @@ struct Epilogue {
   };
 
   /* The residual of token t at vector v. Plain loads: residual_out may alias it. */
-  ARF_DEVICE static Residual load_residual(const Params& p, uint32_t t, uint32_t v) {
+  ARF_DEVICE static Residual load_residual(const Params& p, uint32_t t, uint32_t v, bool holds) {
     Residual r = {};
-    if (p.residual) {
+    if (p.residual && holds) {
       const uint4* row = static_cast<const uint4*>(p.residual) + t * p.residual_stride;
       if (kWide && p.residual_fp32) {
         r.a = row[2 * v];
@@ -64,24 +79,27 @@ struct Epilogue {
   }
 
   /* Starts fetching the weight of this thread's vectors; once a launch. */
-  ARF_DEVICE static void fetch_weight(const Params& p) {
+  ARF_DEVICE static void fetch_weight(const Params& p, const Place& at) {
     if (!p.weight || !p.need_norm) return;
     const uint4* weight = static_cast<const uint4*>(p.weight);
-    for (uint32_t v = threadIdx.x; v < p.vectors; v += blockDim.x) {
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      const uint32_t v = at.vector(k), slot = at.slot(k);
+      if ((k && k >= p.per_thread) || v >= p.vectors) break;
       if (kWide && p.weight_fp32) {
-        fetch_async(weight_storage + 2 * v, weight + 2 * v);
-        fetch_async(weight_storage + 2 * v + 1, weight + 2 * v + 1);
+        fetch_async(weight_storage + 2 * slot, weight + 2 * v);
+        fetch_async(weight_storage + 2 * slot + 1, weight + 2 * v + 1);
       } else {
-        fetch_async(weight_storage + v, weight + v);
+        fetch_async(weight_storage + slot, weight + v);
       }
     }
   }
 
-  ARF_DEVICE static void read_weight(const Params& p, uint32_t v, float (&w)[N]) {
+  ARF_DEVICE static void read_weight(const Params& p, uint32_t slot, float (&w)[N]) {
     if (kWide && p.weight_fp32) {
-      widen(weight_storage[2 * v], weight_storage[2 * v + 1], w);
+      widen(weight_storage[2 * slot], weight_storage[2 * slot + 1], w);
     } else {
-      unpack<D>(weight_storage[v], w);
+      unpack<D>(weight_storage[slot], w);
     }
   }
 
@@ -126,9 +144,9 @@ struct Epilogue {
     if (!(p.flags & kUnroundedSum)) unpack<D>(pack<D>(value), value);
   }
 
-  /* Sum of the row's squares, the same in every thread. */
-  ARF_DEVICE static float sum_of_squares(const Params& p, Scratch& scratch, uint32_t parity, const Row& row) {
-    const uint32_t lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  /* Sum of the row's squares, the same in every thread of every part. */
+  ARF_DEVICE static float sum_of_squares(const Params& p, Scratch& scratch, const Place& at, const Row& row) {
+    const uint32_t lane = threadIdx.x % kWarp, parity = at.parity();
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       if (k && k >= p.per_thread) break;
@@ -136,43 +154,58 @@ struct Epilogue {
 #pragma unroll
       for (int i = 0; i < N; ++i) s = __fmaf_rn(row[k][i], row[k][i], s);
       s = butterfly_sum(s, kWarp);
-      if (lane == 0) scratch.squares[parity][k * warps + warp] = s;
+      deliver(p, scratch.squares[parity], scratch.barriers + parity, at.vector(k) / kWarp, bits_of(s), at.part);
     }
-    __syncthreads();
+    meet(scratch.barriers + parity, at);
     float s = 0.0f;
     for (uint32_t tile = lane & (p.tile_span - 1); tile < p.tiles; tile += kWarp) {
-      s = __fadd_rn(s, scratch.squares[parity][tile]);
+      s = __fadd_rn(s, float_of(scratch.squares[parity][tile]));
     }
     return butterfly_sum(s, p.tile_span);
   }
 
   /* The row's largest magnitude, NaN if it has one. The order does not matter to a maximum. */
-  ARF_DEVICE static float row_amax(const Params& p, Scratch& scratch, uint32_t parity, const Row& row) {
-    const uint32_t lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-    float amax = Q::amax_of(row[0]);
+  ARF_DEVICE static float row_amax(const Params& p, Scratch& scratch, const Place& at, const Row& row) {
+    const uint32_t lane = threadIdx.x % kWarp, parity = at.parity();
 #pragma unroll
-    for (int k = 1; k < K; ++k) {
-      if (k < p.per_thread) amax = max_nan(amax, Q::amax_of(row[k]));
+    for (int k = 0; k < K; ++k) {
+      if (k && k >= p.per_thread) break;
+      const uint32_t amax = __reduce_max_sync(~0u, Q::amax_of(row[k]));
+      deliver(p, scratch.amax[parity], scratch.barriers + 2 + parity, at.vector(k) / kWarp, amax, at.part);
     }
-#pragma unroll
-    for (int step = kWarp / 2; step; step >>= 1) amax = max_nan(amax, __shfl_xor_sync(~0u, amax, step));
-    if (lane == 0) scratch.amax[parity][warp] = amax;
-    __syncthreads();
-    amax = lane < warps ? scratch.amax[parity][lane] : 0.0f;
-#pragma unroll
-    for (int step = kWarp / 2; step; step >>= 1) amax = max_nan(amax, __shfl_xor_sync(~0u, amax, step));
-    return amax;
+    meet(scratch.barriers + 2 + parity, at);
+    uint32_t amax = 0;
+    for (uint32_t tile = lane; tile < p.tiles; tile += kWarp) amax = max(amax, scratch.amax[parity][tile]);
+    return float_of(__reduce_max_sync(~0u, amax));
+  }
+
+  /* A tile's word to wherever the row is worked on, and the wait for all of them. In a cluster per_thread is 1. */
+  ARF_DEVICE static void deliver(const Params& p, uint32_t* words, uint64_t* barrier, uint32_t tile, uint32_t word,
+                                 const Part& part) {
+    if (part.count > 1) {
+      publish(words + tile, barrier, word, tile < p.tiles, p.tiles, part);
+    } else if (threadIdx.x % kWarp == 0) {
+      words[tile] = word;
+    }
+  }
+
+  ARF_DEVICE static void meet(uint64_t* barrier, const Place& at) {
+    if (at.part.count > 1) {
+      await_published(barrier, at.phase());
+    } else {
+      __syncthreads();
+    }
   }
 
   /* Normalises a vector in place, writes norm_out, and leaves what the quantiser reads. */
-  ARF_DEVICE static void normalise(const Params& p, uint32_t t, uint32_t v, float rstd, float (&x)[N]) {
+  ARF_DEVICE static void normalise(const Params& p, uint32_t t, uint32_t v, uint32_t slot, float rstd, float (&x)[N]) {
     const bool round_first = p.flags & kRoundBeforeWeight;
 #pragma unroll
     for (int i = 0; i < N; ++i) x[i] = __fmul_rn(x[i], rstd);
     if (round_first) unpack<D>(pack<D>(x), x);
     if (p.weight) {
       float w[N];
-      read_weight(p, v, w);
+      read_weight(p, slot, w);
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         if (p.weight_bias != 0.0f) w[i] = __fadd_rn(w[i], p.weight_bias); /* not for 0: -0.0 + 0 is +0.0 */
@@ -186,28 +219,27 @@ struct Epilogue {
   }
 
   /* Norm and quantiser of row t; all threads call. Lanes without a vector hold zeros. given: the scale input. */
-  ARF_DEVICE static void finish_row(const Params& p, Scratch& scratch, uint32_t parity, uint32_t t, Row& row, float given) {
+  ARF_DEVICE static void finish_row(const Params& p, Scratch& scratch, const Place& at, uint32_t t, Row& row, float given) {
     if (!p.need_norm) return;
-    const float mean = __fdiv_rn(sum_of_squares(p, scratch, parity, row), p.hidden);
+    const float mean = __fmul_rn(sum_of_squares(p, scratch, at, row), p.inverse_hidden);
     const float rstd = __frsqrt_rn(__fadd_rn(mean, p.epsilon)); /* rsqrtf: 2 ulp, half of what an fp32 norm may be off */
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       if (k && k >= p.per_thread) break;
-      const uint32_t v = threadIdx.x + k * blockDim.x;
-      if (v < p.vectors) normalise(p, t, v, rstd, row[k]);
+      if (at.vector(k) < p.vectors) normalise(p, t, at.vector(k), at.slot(k), rstd, row[k]);
     }
     if constexpr (F == kPlain) return;
     typename Q::Factor factor = {};
     if constexpr (F == kStatic) factor = Q::static_factor(p, given);
     const bool by_token = F == kDynamic && p.group < 0;
     if (by_token) {
-      const float scale = Q::dynamic_scale(p, row_amax(p, scratch, parity, row), factor);
-      if (threadIdx.x == 0) store_scale(p, t, 0, scale);
+      const float scale = Q::dynamic_scale(p, row_amax(p, scratch, at, row), factor);
+      if (at.vector(0) == 0) store_scale(p, t, 0, scale);
     }
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       if (k && k >= p.per_thread) break;
-      const uint32_t v = threadIdx.x + k * blockDim.x;
+      const uint32_t v = at.vector(k);
       const bool active = v < p.vectors;
       if constexpr (F == kFp4) {
         Q::nvfp4_vector(p, t, v, active, row[k], given);

@@ -1,6 +1,7 @@
 /* The state behind the C ABI (api.h): workspaces by (group, device), and launching. Host code. */
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdarg>
 #include <cstdio>
@@ -31,6 +32,8 @@ int cuda_failed(cudaError_t error, const char* what) {
   cudaGetLastError(); /* a non-sticky error is ours to report, not the next caller's to find */
   return fail(ARF_CUDA, "%s failed: %s", what, cudaGetErrorString(error));
 }
+
+uint32_t timeout_us(int64_t ns) { return static_cast<uint32_t>(std::min<int64_t>(ns / 1000 + 1, int64_t{1} << 31)); }
 
 /* One (group, device). Never freed once made: a launch may hold it while another thread destroys it. */
 struct Workspace {
@@ -166,11 +169,16 @@ cudaError_t launch_kernel(const void* kernel, const Plan& plan, int ctas, bool p
   config.blockDim = dim3(plan.threads);
   config.dynamicSmemBytes = plan.shared_bytes;
   config.stream = stream;
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = pdl ? 1 : 0;
+  cudaLaunchAttribute attributes[2];
+  config.attrs = attributes;
+  if (pdl) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (plan.cluster > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(plan.cluster), 1, 1};
+  }
   return cudaLaunchKernelExC(&config, kernel, args);
 }
 
@@ -260,12 +268,12 @@ int resolve(const char* group, int device, long long tokens, long long hidden, i
 
 int launch_pieces(Workspace* w, int device, const arf_call& call, cudaStream_t stream) {
   const int world = w ? w->world : 1;
-  Plan plan;
-  const std::string problem = make_plan(world, w ? w->bytes : 0, call, false, &plan);
-  if (!problem.empty()) return fail(ARF_INVALID, "%s", problem.c_str());
   const DeviceFacts* facts;
   cudaError_t e = facts_of(device, &facts);
   if (e != cudaSuccess) return cuda_failed(e, "cudaDeviceGetAttribute");
+  Plan plan;
+  std::string problem = make_plan(world, w ? w->bytes : 0, call, false, facts->major, &plan);
+  if (!problem.empty()) return fail(ARF_INVALID, "%s", problem.c_str());
   const void* kernel = find_kernel(call.dtype, plan);
   int resident;
   e = resident_ctas(kernel, plan, device, *facts, &resident);
@@ -278,7 +286,7 @@ int launch_pieces(Workspace* w, int device, const arf_call& call, cudaStream_t s
     if (w) {
       params.control = w->control;
       params.error = w->error;
-      params.timeout_ns = w->timeout_ns.load(std::memory_order_relaxed);
+      params.timeout_us = timeout_us(w->timeout_ns.load(std::memory_order_relaxed));
     }
     void* args[] = {&params};
     e = launch_kernel(kernel, plan, grid_size(plan, world, tokens, resident), pdl, stream, args);
@@ -432,26 +440,27 @@ int arf_launch_simulated(int world, const arf_call* calls, void* const* buffers,
   if (world < 2 || world > kMaxWorld) return fail(ARF_INVALID, "world must be 2 to %d, got %d", kMaxWorld, world);
   static thread_local SimulatedParams all;
   Plan plan;
+  int device = 0;
+  cudaError_t e = cudaGetDevice(&device);
+  const DeviceFacts* facts = nullptr;
+  if (e == cudaSuccess) e = facts_of(device, &facts);
+  if (e != cudaSuccess) return cuda_failed(e, "querying the device");
   for (int r = 0; r < world; ++r) {
     std::string problem = check_call(calls[r]);
-    if (problem.empty() && r == 0) problem = make_plan(world, bytes, calls[0], true, &plan);
+    if (problem.empty() && r == 0) problem = make_plan(world, bytes, calls[0], true, facts->major, &plan);
     if (problem.empty() && r == 0 && plan.pieces > 1) problem = "the call does not fit in one piece";
     if (!problem.empty()) return fail(ARF_INVALID, "%s", problem.c_str());
     fill_params(calls[r], plan, r, world, buffers, bytes, 0, calls[r].tokens, &all.rank[r]);
     all.rank[r].control = static_cast<Control*>(controls[r]);
     all.rank[r].error = errors[r];
-    all.rank[r].timeout_ns = timeout_ns > 0 ? timeout_ns : kDefaultTimeout;
+    all.rank[r].timeout_us = timeout_us(timeout_ns > 0 ? timeout_ns : kDefaultTimeout);
   }
   if (calls[0].tokens == 0) return ARF_OK;
-  int device = 0;
-  cudaError_t e = cudaGetDevice(&device);
-  const DeviceFacts* facts = nullptr;
-  if (e == cudaSuccess) e = facts_of(device, &facts);
   const void* kernel = find_kernel(calls[0].dtype, plan);
   int resident = 0;
-  if (e == cudaSuccess) e = resident_ctas(kernel, plan, device, *facts, &resident);
+  e = resident_ctas(kernel, plan, device, *facts, &resident);
   if (e != cudaSuccess) return cuda_failed(e, "querying the device");
-  if (resident < world) return fail(ARF_INVALID, "%d ranks do not fit on the device at once", world);
+  if (resident < world * plan.cluster) return fail(ARF_INVALID, "%d ranks do not fit on the device at once", world);
   int ctas = grid_size(plan, world, calls[0].tokens, resident / world);
   void* args[] = {&all, &world};
   e = launch_kernel(kernel, plan, ctas * world, facts->major >= 9 && !(calls[0].flags & kNoPdl), static_cast<cudaStream_t>(stream), args);
@@ -460,8 +469,11 @@ int arf_launch_simulated(int world, const arf_call* calls, void* const* buffers,
 
 int arf_plan(int world, int64_t workspace_bytes, const arf_call* call, int device, arf_plan_info* out) {
   std::string problem = check_call(*call);
+  const DeviceFacts* facts = nullptr;
+  cudaError_t e = device < 0 ? cudaSuccess : facts_of(device, &facts);
+  if (e != cudaSuccess) return cuda_failed(e, "querying the device");
   Plan plan;
-  if (problem.empty()) problem = make_plan(world, workspace_bytes, *call, false, &plan);
+  if (problem.empty()) problem = make_plan(world, workspace_bytes, *call, false, facts ? facts->major : 9, &plan);
   if (!problem.empty()) return fail(ARF_INVALID, "%s", problem.c_str());
   *out = {};
   out->strategy = plan.strategy;
@@ -470,10 +482,8 @@ int arf_plan(int world, int64_t workspace_bytes, const arf_call* call, int devic
   out->pieces = plan.pieces;
   out->piece_tokens = plan.piece_tokens;
   if (device < 0) return ARF_OK; /* no device asked about: no grid */
-  const DeviceFacts* facts;
   int resident;
-  cudaError_t e = facts_of(device, &facts);
-  if (e == cudaSuccess) e = resident_ctas(find_kernel(call->dtype, plan), plan, device, *facts, &resident);
+  e = resident_ctas(find_kernel(call->dtype, plan), plan, device, *facts, &resident);
   if (e != cudaSuccess) return cuda_failed(e, "querying the device");
   out->ctas = grid_size(plan, world, plan.piece_tokens, resident);
   return ARF_OK;

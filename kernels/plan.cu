@@ -65,6 +65,10 @@ std::string number(int64_t n) { return std::to_string(n); }
 
 bool misaligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % kVectorBytes != 0; }
 
+constexpr int kMaxCluster = 8;    /* the portable limit */
+constexpr int kClusterCtas = 128; /* CTAs that a split may make: about one a multiprocessor */
+constexpr int kClusterTiles = 4;  /* warps that a part keeps at least */
+
 /* A FP8 group must be a power of two of lanes within a warp. */
 bool group_fits(int64_t group, int elements) {
   const int64_t lanes = group / elements;
@@ -171,7 +175,35 @@ int64_t piece_capacity(int world, int64_t workspace_bytes, int64_t row_bytes, in
   return generation / (2 * (world - 1) * row_bytes) * world;
 }
 
-std::string make_plan(int world, int64_t workspace_bytes, const arf_call& c, bool simulated, Plan* plan) {
+namespace {
+
+/* A row over the CTAs of a cluster, where there are multiprocessors to spare (cluster.cuh). */
+void split_rows(int64_t tokens, int major, Plan* plan) {
+  if (plan->per_thread != 1 || major < 9 || tokens < 1) return;
+  const int forced = override_threads.load(std::memory_order_relaxed);
+  const int tiles = plan->threads / kWarp;
+  int parts = 1;
+  if (forced) {
+    parts = (plan->threads + forced - 1) / forced;
+  } else {
+    while (parts < kMaxCluster && tokens * parts * 2 <= kClusterCtas && tiles / (parts * 2) >= kClusterTiles) parts *= 2;
+  }
+  parts = std::min(parts, kMaxCluster);
+  const int tiles_each = (tiles + parts - 1) / parts;
+  plan->cluster = (tiles + tiles_each - 1) / tiles_each; /* no part without a tile */
+  plan->threads = tiles_each * kWarp;
+}
+
+int weight_bytes(const arf_call& c, const Plan& plan) {
+  if (!c.weight || !(c.norm_out || c.quant_out)) return 0;
+  const bool wide = c.weight_fp32 && c.dtype != ARF_FP32;
+  return plan.threads * static_cast<int>(plan.per_thread) * kVectorBytes * (wide ? 2 : 1);
+}
+
+}  // namespace
+
+std::string make_plan(int world, int64_t workspace_bytes, const arf_call& c, bool simulated, int major,
+                      Plan* plan) {
   const Quant q{static_cast<uint32_t>(c.quant & 0xFFFFFFFF)};
   const int item = item_bytes(c.dtype);
   const int64_t row_bytes = c.hidden * item;
@@ -180,18 +212,18 @@ std::string make_plan(int world, int64_t workspace_bytes, const arf_call& c, boo
   const uint32_t wanted = (plan->vectors + plan->per_thread - 1) / plan->per_thread;
   plan->threads = (wanted + kWarp - 1) / kWarp * kWarp;
   const bool wide = plan->per_thread > 1;
-  const int forced = override_threads.load(std::memory_order_relaxed);
+  plan->cluster = 1;
   plan->family = q.format() == Format::kNone ? kPlain
                  : q.format() == Format::kNvfp4 ? kFp4
                  : (q.format() == Format::kFp8 && (c.quant >> 32) - 1 == 0) ? kStatic : kDynamic;
-  const bool need_norm = c.norm_out || c.quant_out;
-  plan->shared_bytes = need_norm && c.weight ? c.hidden * (c.weight_fp32 ? 4 : item) : 0;
   if (world == 1) {
     plan->strategy = ARF_AUTO;
     plan->kernels = kLocal;
     plan->kernel_row = wide;
     plan->piece_tokens = c.tokens;
     plan->pieces = c.tokens ? 1 : 0;
+    split_rows(c.tokens, major, plan);
+    plan->shared_bytes = weight_bytes(c, *plan);
     return "";
   }
   int strategy = c.flags & kOneshot ? ARF_ONESHOT : c.flags & kTwoshot ? ARF_TWOSHOT : ARF_AUTO;
@@ -214,11 +246,9 @@ std::string make_plan(int world, int64_t workspace_bytes, const arf_call& c, boo
   plan->piece_tokens = plan->pieces ? (c.tokens + plan->pieces - 1) / plan->pieces : 0;
   if (strategy == ARF_TWOSHOT) plan->piece_tokens = std::min(capacity, (plan->piece_tokens + world - 1) / world * world);
   plan->kernel_row = strategy == ARF_TWOSHOT;
-  plan->kernels = simulated ? kSimulated : wide || forced ? kAny : world == 2 ? kTwo : world == 4 ? kFour : world == 8 ? kEight : kAny;
-  if (forced && !wide) { /* fewer, fuller threads: tuning runs */
-    plan->per_thread = (plan->vectors + forced - 1) / forced;
-    plan->threads = ((plan->vectors + plan->per_thread - 1) / plan->per_thread + kWarp - 1) / kWarp * kWarp;
-  }
+  plan->kernels = simulated ? kSimulated : wide ? kAny : world == 2 ? kTwo : world == 4 ? kFour : world == 8 ? kEight : kAny;
+  if (strategy == ARF_ONESHOT) split_rows(plan->piece_tokens, major, plan);
+  plan->shared_bytes = weight_bytes(c, *plan);
   return "";
 }
 
@@ -227,7 +257,7 @@ int grid_size(const Plan& plan, int world, int64_t tokens, int resident) {
   const int forced = override_ctas.load(std::memory_order_relaxed);
   int64_t most = std::min<int64_t>(resident, kMaxCtas);
   if (forced) most = std::min<int64_t>(forced, kMaxCtas);
-  return static_cast<int>(std::max<int64_t>(1, std::min(rows, most)));
+  return static_cast<int>(std::max<int64_t>(1, std::min(rows, most / plan.cluster))) * plan.cluster;
 }
 
 namespace {
@@ -241,6 +271,7 @@ void fill_quant(const arf_call& c, int64_t first, int64_t tokens, Params* p) {
   const int64_t group = (c.quant >> 32) - 1;
   p->quant = Quant{static_cast<uint32_t>(c.quant & 0xFFFFFFFF)};
   p->group = static_cast<int32_t>(group);
+  while (group > (int64_t{kVectorBytes / item_bytes(c.dtype)} << p->lane_shift)) ++p->lane_shift;
   p->bound = c.quant_bound;
   p->scale_value = c.scale_value;
   p->scale = c.scale;
@@ -295,10 +326,11 @@ void fill_params(const arf_call& c, const Plan& plan, int rank, int world, void*
   p->tokens = static_cast<uint32_t>(tokens);
   p->vectors = plan.vectors;
   p->per_thread = plan.per_thread;
+  p->cluster = plan.cluster;
   p->tiles = (plan.vectors + kWarp - 1) / kWarp;
   p->tile_span = 1;
   while (p->tile_span < p->tiles && p->tile_span < kWarp) p->tile_span *= 2;
-  p->hidden = static_cast<float>(c.hidden);
+  p->inverse_hidden = 1.0f / static_cast<float>(c.hidden);
   p->flags = static_cast<uint32_t>(c.flags);
   p->op = c.op;
   p->residual_fp32 = c.residual_fp32 && c.dtype != ARF_FP32;

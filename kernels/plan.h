@@ -16,6 +16,7 @@ struct Plan {
   uint32_t vectors;
   uint32_t per_thread;
   int threads;
+  int cluster;
   int shared_bytes;
   int64_t piece_tokens;
   int64_t pieces;
@@ -25,8 +26,8 @@ inline int item_bytes(int dtype) { return dtype == ARF_FP32 ? 4 : 2; }
 
 /* Empty, or what is wrong with the call. */
 std::string check_call(const arf_call& call);
-/* Empty, or why no plan exists (a workspace too small for one token). */
-std::string make_plan(int world, int64_t workspace_bytes, const arf_call& call, bool simulated, Plan* plan);
+/* Empty, or why no plan exists (a workspace too small for one token). major: of the device's compute capability. */
+std::string make_plan(int world, int64_t workspace_bytes, const arf_call& call, bool simulated, int major, Plan* plan);
 /* CTAs for a piece of `tokens`, when `resident` fit on the device at once. */
 int grid_size(const Plan& plan, int world, int64_t tokens, int resident);
 /* Everything of `params` but control words, error record and timeout, for the piece [first, first + tokens). */

@@ -50,13 +50,18 @@ struct Rank {
 };
 
 int main(int argc, char** argv) {
-  int W;
-  CK(cudaGetDeviceCount(&W));
+  int devices;
+  CK(cudaGetDeviceCount(&devices));
+  /* ARF_RANKS: more ranks than GPUs, on one GPU each in a stream of its own: everything but NVLink, for tuning decode. */
+  const int W = getenv("ARF_RANKS") ? atoi(getenv("ARF_RANKS")) : devices;
+  auto device_of = [&](int i) { return i % devices; };
+  auto group_of = [](int i) { return "bench" + std::to_string(i); };
   const auto hiddens = numbers(argc > 1 ? argv[1] : "4096,7168");
   const auto tokens = numbers(argc > 2 ? argv[2] : "1,4,16,64,256,1024,2048");
   const std::string forms = argc > 3 ? argv[3] : "p";
   const auto grids = numbers(argc > 4 ? argv[4] : "0");
   const long extra_flags = argc > 5 ? atol(argv[5]) : 0;
+  const auto widths = numbers(argc > 6 ? argv[6] : "0"); /* threads of a CTA: how a row is split over a cluster */
   long most = 0;
   for (long h : hiddens)
     for (long t : tokens) most = std::max(most, h * t);
@@ -71,9 +76,9 @@ int main(int argc, char** argv) {
   };
   fill(hr), fill(hg);
   for (int i = 0; i < W; ++i) {
-    CK(cudaSetDevice(i));
-    for (int j = 0; j < W; ++j)
-      if (i != j) cudaDeviceEnablePeerAccess(j, 0);
+    CK(cudaSetDevice(device_of(i)));
+    for (int j = 0; j < devices; ++j)
+      if (device_of(i) != j) cudaDeviceEnablePeerAccess(j, 0);
     Rank& r = ranks[i];
     CK(cudaStreamCreateWithFlags(&r.stream, cudaStreamNonBlocking));
     fill(hx[i]);
@@ -94,7 +99,8 @@ int main(int argc, char** argv) {
   }
   for (int i = 0; i < W; ++i) {
     arf_workspace_desc d = {};
-    d.group = "bench", d.device = i, d.rank = i, d.world = W, d.bytes = bytes, d.timeout_ns = 2000000000;
+    const std::string group = group_of(i);
+    d.group = group.c_str(), d.device = device_of(i), d.rank = i, d.world = W, d.bytes = bytes, d.timeout_ns = 2000000000;
     std::copy(peers, peers + W, d.peers);
     if (arf_register_workspace(&d)) printf("%s\n", arf_last_error()), exit(1);
   }
@@ -103,7 +109,8 @@ int main(int argc, char** argv) {
       for (char form : forms) {
         printf("W%d H%-5ld T%-5ld %c:", W, H, T, form);
         for (int two = 0; two < 2; ++two)
-          for (long grid : grids) {
+          for (long grid : grids)
+            for (long width : widths) {
             if (two && (W == 2 || T < 8) && forms.size() < 2) continue;
             if (!two && W > 2 && T * H * 2 > (4 << 20)) continue;
             if (!two && W == 8 && T * H * 2 > (1 << 20)) continue;
@@ -129,16 +136,16 @@ int main(int argc, char** argv) {
               }
               return c;
             };
-            arf_set_launch_override(0, int(grid));
+            arf_set_launch_override(int(width), int(grid));
             const int N = T * H <= (1 << 20) ? 100 : 20;
             for (int i = 0; i < W; ++i) {
               Rank& r = ranks[i];
-              CK(cudaSetDevice(i));
+              CK(cudaSetDevice(device_of(i)));
               const arf_call c = call_of(i);
               cudaGraph_t g;
               CK(cudaStreamBeginCapture(r.stream, cudaStreamCaptureModeThreadLocal));
               for (int k = 0; k < N; ++k)
-                if (arf_launch("bench", i, &c, r.stream)) printf("%s\n", arf_last_error()), exit(1);
+                if (arf_launch(group_of(i).c_str(), device_of(i), &c, r.stream)) printf("%s\n", arf_last_error()), exit(1);
               CK(cudaStreamEndCapture(r.stream, &g));
               CK(cudaGraphInstantiate(&r.graph, g, 0));
               CK(cudaGraphUpload(r.graph, r.stream));
@@ -147,17 +154,20 @@ int main(int argc, char** argv) {
             }
             std::vector<float> times;
             for (int rep = 0; rep < 9; ++rep) {
-              for (int i = 0; i < W; ++i) CK(cudaSetDevice(i)), CK(cudaGraphLaunch(ranks[i].graph, ranks[i].stream));
+              for (int i = 0; i < W; ++i) {
+                CK(cudaSetDevice(device_of(i)));
+                CK(cudaGraphLaunch(ranks[i].graph, ranks[i].stream));
+              }
               for (int i = 0; i < W; ++i) {
                 Rank& r = ranks[i];
-                CK(cudaSetDevice(i));
+                CK(cudaSetDevice(device_of(i)));
                 CK(cudaEventRecord(r.a, r.stream));
                 CK(cudaGraphLaunch(r.graph, r.stream));
                 CK(cudaEventRecord(r.b, r.stream));
               }
               float worst = 0;
               for (int i = 0; i < W; ++i) {
-                CK(cudaSetDevice(i));
+                CK(cudaSetDevice(device_of(i)));
                 CK(cudaStreamSynchronize(ranks[i].stream));
                 float ms;
                 CK(cudaEventElapsedTime(&ms, ranks[i].a, ranks[i].b));
@@ -166,13 +176,13 @@ int main(int argc, char** argv) {
               times.push_back(worst * 1e3f / N);
             }
             std::sort(times.begin(), times.end());
-            printf("  %s%s %6.2f", two ? "two" : "one", grid ? ("/" + std::to_string(grid)).c_str() : "", times[times.size() / 2]);
+            printf("  %s%s%s %6.2f", two ? "two" : "one", grid ? ("/" + std::to_string(grid)).c_str() : "", width ? (":" + std::to_string(width)).c_str() : "", times[times.size() / 2]);
             for (int i = 0; i < W; ++i) CK(cudaGraphExecDestroy(ranks[i].graph));
             if (form != 'p') continue;
             double worst = 0;
             for (int i = 0; i < W; ++i) {
               std::vector<unsigned short> o(T * H);
-              CK(cudaSetDevice(i));
+              CK(cudaSetDevice(device_of(i)));
               CK(cudaMemcpy(o.data(), ranks[i].norm, T * H * 2, cudaMemcpyDeviceToHost));
               CK(cudaMemset(ranks[i].norm, 0xFF, T * H * 2));
               for (long t = 0; t < T; t += std::max(1L, T / 5)) {
@@ -196,7 +206,7 @@ int main(int argc, char** argv) {
           }
         for (int i = 0; i < W; ++i) {
           arf_error_record e;
-          if (arf_read_error("bench", i, &e)) printf(" EXPIRED rank %u peer %u token %u\n", e.rank, e.peer, e.token), exit(1);
+          if (arf_read_error(group_of(i).c_str(), device_of(i), &e)) printf(" EXPIRED rank %u peer %u token %u\n", e.rank, e.peer, e.token), exit(1);
         }
         printf("\n");
         fflush(stdout);
