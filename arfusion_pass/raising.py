@@ -351,6 +351,8 @@ def _find_quantiser(site: RaisedSite) -> None:
                     site.note = site.note or f"{describe(quant.codes)} rounds to {quant.dtype}, the reduced is {dtype}"
                 elif quant.codes not in codes:
                     codes.add(quant.codes)
+                    views = path(site.norm.norm, value)
+                    quant = dataclasses.replace(quant, nodes=(*views, *quant.nodes))
                     if dtype == torch.float32 and quant.spec.unrounded:
                         spec = dataclasses.replace(quant.spec, unrounded=False)  # the same, and one kernel less
                         quant = dataclasses.replace(quant, spec=spec)

@@ -221,7 +221,7 @@ struct Epilogue {
   /* Norm and quantiser of row t; all threads call. Lanes without a vector hold zeros. given: the scale input. */
   ARF_DEVICE static void finish_row(const Params& p, Scratch& scratch, const Place& at, uint32_t t, Row& row, float given) {
     if (!p.need_norm) return;
-    const float mean = __fdiv_rn(sum_of_squares(p, scratch, at, row), p.hidden);
+    const float mean = __fmul_rn(sum_of_squares(p, scratch, at, row), p.inverse_hidden);
     const float rstd = __frsqrt_rn(__fadd_rn(mean, p.epsilon)); /* rsqrtf: 2 ulp, half of what an fp32 norm may be off */
 #pragma unroll
     for (int k = 0; k < K; ++k) {

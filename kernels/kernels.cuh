@@ -51,17 +51,17 @@ struct Kernel {
   ARF_DEVICE static void touch(const Params& p) {
     const uint32_t* words = reinterpret_cast<const uint32_t*>(&p);
     constexpr int kWords = sizeof(Params) / 4, kLine = 16;
+    uint32_t mix = words[kWords - 1];
 #pragma unroll
-    for (int i = 0; i < kWords; i += kLine) asm volatile("" ::"r"(words[i])); /* nothing but the load of its operand */
-    asm volatile("" ::"r"(words[kWords - 1]));
+    for (int i = 0; i < kWords; i += kLine) mix = mix * 31 + words[i];
+    if (mix == 0x5bd1e995u) __nanosleep(1); /* a use of the words that cannot be dropped; harmless the one time in 2^32 */
   }
 
   /* What needs no data of other kernels comes before the wait for them. */
-  ARF_DEVICE static Place begin(const Params& p, Scratch& scratch, unsigned cta) {
-    touch(p);
-    Place at = {{p.cluster > 1 ? cta % p.cluster : 0u, p.cluster}, 0, 0};
-    at.first = at.part.rank * blockDim.x;
+  ARF_DEVICE static Place begin(const Params& p, Scratch& scratch, const Position& position) {
+    const Place at = {position.part, position.part.rank * blockDim.x, 0};
     open_barriers(scratch.barriers, 4, at.part);
+    touch(p);
     wait_for_previous_kernel();
     if (p.flags & kTriggerEarly) let_next_kernel_start();
     return at;
@@ -75,9 +75,9 @@ struct Kernel {
     }
   }
 
-  ARF_DEVICE static void local(const Params& p, Scratch& scratch, unsigned cta, unsigned ctas) {
-    Place at = begin(p, scratch, cta);
-    const uint32_t first = cta / p.cluster, step = ctas / p.cluster;
+  ARF_DEVICE static void local(const Params& p, Scratch& scratch, const Position& position) {
+    Place at = begin(p, scratch, position);
+    const uint32_t cta = position.cta, ctas = position.ctas, first = position.first, step = position.step;
     float given = 0.0f;
     Own own = load_own(p, at, first);
     typename E::Residual residual = E::load_residual(p, first, at.vector(0), holds(p, at, 0));
@@ -105,9 +105,9 @@ struct Kernel {
     if (!(p.flags & kTriggerEarly)) let_next_kernel_start();
   }
 
-  ARF_DEVICE static void one_shot(const Params& p, Scratch& scratch, unsigned cta, unsigned ctas) {
-    Place at = begin(p, scratch, cta);
-    const uint32_t first = cta / p.cluster, step = ctas / p.cluster;
+  ARF_DEVICE static void one_shot(const Params& p, Scratch& scratch, const Position& position) {
+    Place at = begin(p, scratch, position);
+    const uint32_t cta = position.cta, ctas = position.ctas, first = position.first, step = position.step;
     Own own = load_own(p, at, first);
     Link link = open_link(p, cta);
     typename E::Residual residual[K];
@@ -146,8 +146,9 @@ struct Kernel {
 
   /* Token t belongs to rank t mod world. Buffer of a generation: world - 1 scatter slots of ceil(tokens / world) rows
    * (what each peer contributes to my tokens), then as many gather slots (each peer's sums); row t / world. */
-  ARF_DEVICE static void two_shot(const Params& p, Scratch& scratch, unsigned cta, unsigned ctas) {
-    Place at = begin(p, scratch, cta);
+  ARF_DEVICE static void two_shot(const Params& p, Scratch& scratch, const Position& position) {
+    Place at = begin(p, scratch, position);
+    const uint32_t cta = position.cta, ctas = position.ctas;
     Link link = open_link(p, cta);
     const uint32_t rows = (p.tokens + world(p) - 1) / world(p);
     const uint64_t gather = static_cast<uint64_t>(world(p) - 1) * p.slot_bytes;
@@ -247,12 +248,13 @@ struct Kernel {
 template <int D, int W, int F, int K, bool kTwoShot>
 __global__ void __launch_bounds__(kMaxThreads, 1) fused_kernel(const __grid_constant__ Params p) {
   __shared__ Scratch scratch;
+  const Position position = {blockIdx.x, gridDim.x, cluster_number(), cluster_count(), {rank_in_cluster(), p.cluster}};
   if constexpr (W == 1) {
-    Kernel<D, W, F, K>::local(p, scratch, blockIdx.x, gridDim.x);
+    Kernel<D, W, F, K>::local(p, scratch, position);
   } else if constexpr (kTwoShot) {
-    Kernel<D, W, F, K>::two_shot(p, scratch, blockIdx.x, gridDim.x);
+    Kernel<D, W, F, K>::two_shot(p, scratch, position);
   } else {
-    Kernel<D, W, F, K>::one_shot(p, scratch, blockIdx.x, gridDim.x);
+    Kernel<D, W, F, K>::one_shot(p, scratch, position);
   }
 }
 
@@ -262,15 +264,15 @@ template <int D, int F, bool kTwoShot>
 __global__ void __launch_bounds__(kMaxThreads, 1) simulated_kernel(const __grid_constant__ SimulatedParams all, int world) {
   __shared__ Scratch scratch;
   __shared__ Params p;
-  const uint32_t* from = reinterpret_cast<const uint32_t*>(&all.rank[blockIdx.x / all.rank[0].cluster % world]);
+  const uint32_t* from = reinterpret_cast<const uint32_t*>(&all.rank[cluster_number() % world]);
   for (unsigned i = threadIdx.x; i < sizeof(Params) / 4; i += blockDim.x) reinterpret_cast<uint32_t*>(&p)[i] = from[i];
   __syncthreads();
-  const unsigned cluster = p.cluster, cta = blockIdx.x / cluster / world * cluster + blockIdx.x % cluster;
-  const unsigned ctas = gridDim.x / world;
+  const uint32_t first = cluster_number() / world, part = rank_in_cluster();
+  const Position position = {first * p.cluster + part, gridDim.x / world, first, cluster_count() / world, {part, p.cluster}};
   if constexpr (kTwoShot) {
-    Kernel<D, 0, F, kMaxVectors<D>>::two_shot(p, scratch, cta, ctas);
+    Kernel<D, 0, F, kMaxVectors<D>>::two_shot(p, scratch, position);
   } else {
-    Kernel<D, 0, F, kMaxVectors<D>>::one_shot(p, scratch, cta, ctas);
+    Kernel<D, 0, F, kMaxVectors<D>>::one_shot(p, scratch, position);
   }
 }
 

@@ -271,6 +271,7 @@ void fill_quant(const arf_call& c, int64_t first, int64_t tokens, Params* p) {
   const int64_t group = (c.quant >> 32) - 1;
   p->quant = Quant{static_cast<uint32_t>(c.quant & 0xFFFFFFFF)};
   p->group = static_cast<int32_t>(group);
+  while (group > (int64_t{kVectorBytes / item_bytes(c.dtype)} << p->lane_shift)) ++p->lane_shift;
   p->bound = c.quant_bound;
   p->scale_value = c.scale_value;
   p->scale = c.scale;
@@ -329,7 +330,7 @@ void fill_params(const arf_call& c, const Plan& plan, int rank, int world, void*
   p->tiles = (plan.vectors + kWarp - 1) / kWarp;
   p->tile_span = 1;
   while (p->tile_span < p->tiles && p->tile_span < kWarp) p->tile_span *= 2;
-  p->hidden = static_cast<float>(c.hidden);
+  p->inverse_hidden = 1.0f / static_cast<float>(c.hidden);
   p->flags = static_cast<uint32_t>(c.flags);
   p->op = c.op;
   p->residual_fp32 = c.residual_fp32 && c.dtype != ARF_FP32;

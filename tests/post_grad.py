@@ -37,7 +37,9 @@ def _inner_compile(module: fx.GraphModule, example_inputs: Sequence[Any], **kwar
     return run
 
 
-def compiled(fn: Callable[..., Any], fusion: arf.AllReduceFusionPass, dynamic: bool | None = None) -> Callable[..., Any]:
+def compiled(
+    fn: Callable[..., Any], fusion: arf.AllReduceFusionPass, dynamic: bool | None = None
+) -> Callable[..., Any]:
     """``fn`` compiled with ``fusion`` as its post-grad pass."""
 
     def backend(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:

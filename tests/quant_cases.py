@@ -266,56 +266,144 @@ def int8_truncated(h: Tensor) -> tuple[Tensor, Tensor]:
 
 # Sites ----------------------------------------------------------------------------------------------------------------
 
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A model with one all-reduce. ``model(y, r, w, s)`` gets the reduced tensor."""
-
-    model: Callable[[Tensor, Tensor, Tensor, Tensor], Any]
-    pattern: str
-    spec: dict[str, Any] | None = None
-    scale: Any = 0.37
-    tokens: int = 6
-    dtype: torch.dtype = torch.bfloat16
-    weight: torch.dtype | None = None
-    dynamic: bool = False
-    outputs: tuple[str, ...] | None = None
-    shape: tuple[int, ...] | None = None
-    note: str | None = None
-    replaced: int | None = None
+Model = Callable[[Tensor, Tensor, Tensor, Tensor], Any]
+"""What follows an all-reduce: ``model(y, r, w, s)`` gets the reduced tensor, a residual, a weight, a scale."""
 
 
-def add_norm(
-    quantiser: Callable[..., Any], norm: Callable[..., Tensor] = llama, given: bool = False
-) -> Callable[..., Any]:
-    """``(r + y)`` normalised and quantised; the sum is an output."""
+def site(quantiser: Callable[..., Any], norm: Callable[..., Tensor] = llama, residual: str = "add") -> Model:
+    """A norm and a quantiser; the residual sum is an output (``add``), nobody's (``dead``) or not there (``none``)."""
+    given = quantiser.__name__.startswith("static")
 
     def model(y: Tensor, r: Tensor, w: Tensor, s: Tensor) -> Any:
-        r = r + y
-        h = norm(r, w)
-        return r, quantiser(h, s) if given else quantiser(h)
+        total = y if residual == "none" else r + y
+        h = norm(total, w)
+        out = quantiser(h, s) if given else quantiser(h)
+        return out if residual == "dead" else (total, out)
 
     return model
 
 
+def with_router(y: Tensor, r: Tensor, w: Tensor, s: Tensor) -> Any:
+    r = r + y
+    h = llama(r, w)
+    return r, static_div(h, s), h @ h.t()
+
+
+def with_output(y: Tensor, r: Tensor, w: Tensor, s: Tensor) -> Any:
+    r = r + y
+    h = gemma(r, w)
+    return r, token(h), h
+
+
+def with_indexer(y: Tensor, r: Tensor, w: Tensor, s: Tensor) -> Any:
+    r = r + y
+    h = llama(r, w)
+    return r, group(h), torch.nn.functional.linear(h, h[:4])
+
+
+def with_other_reader(y: Tensor, r: Tensor, w: Tensor, s: Tensor) -> Any:
+    r = r + y
+    h = llama(r, w)
+    return r, group(h), h.relu()
+
+
+def two_scales(y: Tensor, r: Tensor, w: Tensor, s: Tensor) -> Any:
+    h = llama(r + y, w)
+    return static_div(h, s), static_div(h, s * 2)
+
+
+def static_and_token(y: Tensor, r: Tensor, w: Tensor, s: Tensor) -> Any:
+    h = llama(r + y, w)
+    return static_div_f32(h, s), int8_token(h)
+
+
+def twins_static(y: Tensor, r: Tensor, w: Tensor, s: Tensor) -> Any:
+    h = llama(r + y, w)
+    return static_div(h, s), static_div(h.clone(), s)
+
+
+def twins_token(y: Tensor, r: Tensor, w: Tensor, s: Tensor) -> Any:
+    """Three linear layers that quantise their input each for itself; one does not read the scales."""
+    h = llama(r + y, w)
+    return token(h)[0], token(h), token_apart(h)
+
+
+def token_apart(h: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`token` in other words."""
+    s = h.abs().amax(-1).float().clamp_min(1e-12).unsqueeze(-1) / 448.0
+    return (h / s).clamp_max(448).clamp_min(-448.0).to(FP8), s
+
+
+def scale_alone(y: Tensor, r: Tensor, w: Tensor, s: Tensor) -> Any:
+    """Codes without their scales."""
+    return group(llama(r + y, w))[0]
+
+
+def inside_read(y: Tensor, r: Tensor, w: Tensor, s: Tensor) -> Any:
+    """The largest absolute value is an output: no kernel writes it."""
+    h = llama(r + y, w).float()
+    amax = h.abs().amax(-1, keepdim=True)
+    return (h / (amax / 448.0)).clamp(-448.0, 448.0).to(FP8), amax
+
+
+def three_dimensional(y: Tensor, r: Tensor, w: Tensor, s: Tensor) -> Any:
+    """Tokens in two dimensions, quantised as rows."""
+    h = llama(r + y, w).reshape(-1, y.shape[-1])
+    return group_column(h), h.shape[0]
+
+
+def three_dimensional_token(y: Tensor, r: Tensor, w: Tensor, s: Tensor) -> Any:
+    return token(llama(r + y, w))
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A site and what it must become.
+
+    Attributes:
+        model: what follows the all-reduce.
+        pattern: the pattern's name without ``AllReduce``.
+        spec: fields of the fused quantiser's spec that are not the default's; None where none is fused.
+        outputs: what the fused call writes, in short: allreduce, residual, norm, quant, scale.
+        scale: the scale's value, in the shape that it has.
+        shape, dtype, weight: of the reduced tensor, of it, of the weight.
+        dynamic: the number of tokens is symbolic.
+        counts: token counts that the same compiled graph is run with besides.
+        note: a part of the report's sentence on a quantiser that is left.
+        folds: the norm ends in a cast that a quantiser beginning with ``.float()`` undoes: torch 2.11 drops both.
+        exact: the compiled model's outputs have the eager model's very bits.
+    """
+
+    model: Model
+    pattern: str
+    spec: dict[str, Any] | None = None
+    outputs: str = "residual quant scale"
+    scale: Any = 0.37
+    shape: tuple[int, ...] = (6, HIDDEN)
+    dtype: torch.dtype = torch.bfloat16
+    weight: torch.dtype | None = None
+    dynamic: bool = False
+    counts: tuple[int, ...] = (9, 8)
+    note: str | None = None
+    folds: bool = False
+    exact: bool = True
+
+
 def inputs(case: Case, rank: int) -> tuple[Tensor, ...]:
-    """One rank's x, r, w and the scale."""
+    """One rank's x, r, w and the scale; the first token is all zero."""
     generator = torch.Generator().manual_seed(7)
-    shape = case.shape or (case.tokens, HIDDEN)
 
     def rand(*sizes: int) -> Tensor:
         return torch.randn(*sizes, generator=generator)
 
-    r, w = rand(*shape).to(case.dtype), (1 + 0.3 * rand(shape[-1])).to(case.weight or case.dtype)
-    xs = [rand(*shape).to(case.dtype) for _ in range(2)]
-    xs[0].view(-1, shape[-1])[0] = 0
-    xs[1].view(-1, shape[-1])[0] = 0
-    r.view(-1, shape[-1])[0] = 0  # an all-zero token
-    scale = torch.tensor(case.scale)
-    return xs[rank], r, w, scale
+    rows = [rand(*case.shape).to(case.dtype) for _ in range(3)]
+    for row in rows:
+        row.view(-1, case.shape[-1])[0] = 0
+    w = (1 + 0.3 * rand(case.shape[-1])).to(case.weight or case.dtype)
+    return rows[rank], rows[2], w, torch.tensor(case.scale)
 
 
-def reduced(model: Callable[..., Any]) -> Callable[..., Any]:
+def reduced(model: Model) -> Callable[..., Any]:
     """``model`` behind an all-reduce."""
 
     def whole(x: Tensor, r: Tensor, w: Tensor, s: Tensor) -> Any:

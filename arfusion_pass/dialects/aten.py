@@ -121,8 +121,8 @@ def _mean(node: fx.Node, square: fx.Node) -> tuple[fx.Node, ...] | Refused | Non
     if argument(node, "keepdim"):
         return (node,)
     unsqueeze = only_user(node)
-    if is_call(unsqueeze, aten.unsqueeze.default) and unsqueeze.args[1] in (-1, tensor.dim() - 1):  # type: ignore[union-attr]
-        return (node, unsqueeze)  # type: ignore[return-value]
+    if unsqueeze is not None and is_call(unsqueeze, aten.unsqueeze.default):
+        return (node, unsqueeze) if unsqueeze.args[1] in (-1, tensor.dim() - 1) else None
     return None
 
 
@@ -165,8 +165,8 @@ def _with_weight(
     norm, flags, weight = y, Flags.NONE, None
 
     user = only_user(y)
-    if is_cast(user, dtype) and not widens(user):
-        norm, nodes = user, (*nodes, user)  # type: ignore[assignment]
+    if user is not None and is_cast(user, dtype) and not widens(user):
+        norm, nodes = user, (*nodes, user)
         flags = Flags.ROUND_BEFORE_WEIGHT
         user = only_user(norm)
     if is_call(user, aten.mul.Tensor):
@@ -177,8 +177,8 @@ def _with_weight(
         assert user is not None
         norm, nodes = user, (*nodes, user)
         last = only_user(norm)
-        if dtype_of(norm) == torch.float32 and is_cast(last, dtype) and not widens(last):
-            norm, nodes = last, (*nodes, last)  # type: ignore[assignment]
+        if last is not None and dtype_of(norm) == torch.float32 and is_cast(last, dtype) and not widens(last):
+            norm, nodes = last, (*nodes, last)
         elif flags and dtype != torch.float32 == dtype_of(norm) and weight.bias == 0.0 and weight.wide is not None:
             # A weight in the tensor's dtype means a product in it; this product is fp32 because the weight was widened.
             weight = dataclasses.replace(weight, node=weight.wide)

@@ -1,0 +1,1 @@
+"""Hooks that put the pass into serving engines. No engine is imported before its hook is called."""

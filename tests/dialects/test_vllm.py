@@ -204,6 +204,16 @@ def f_group_ue8m0(x, r, w):  # type: ignore[no-untyped-def]
     return *per_group(norm, 64, ue8m0=True), total
 
 
+def f_group_dead_scales(x, r, w):  # type: ignore[no-untyped-def]
+    norm, total = ir_add(reduce(x), r, w)
+    return per_group(norm)[0], total
+
+
+def f_group_view(x, r, w):  # type: ignore[no-untyped-def]
+    norm, total = ir_add(reduce(x.view(2, TOKENS // 2, HIDDEN)), r.view(2, TOKENS // 2, HIDDEN), w)
+    return *per_group(norm.view(-1, HIDDEN)), total
+
+
 def f_group_packed(x, r, w):  # type: ignore[no-untyped-def]
     norm, total = ir_add(reduce(x), r, w)
     return *packed(norm), total
@@ -282,6 +292,9 @@ QUANT_CASES = {
     "group_column": Case(f_group_column, standard, (ADD + "GroupQuantFP8",)),
     "group_tma": Case(f_group_tma, standard, (ADD + "GroupQuantFP8",)),
     "group_ue8m0": Case(f_group_ue8m0, standard, (ADD + "GroupQuantFP8",)),
+    "group_tma_dynamic": Case(f_group_tma, standard, (ADD + "GroupQuantFP8",), dynamic=True),
+    "group_dead_scales": Case(f_group_dead_scales, standard, (ADD + "GroupQuantFP8",)),
+    "group_view": Case(f_group_view, standard, (ADD + "GroupQuantFP8",)),
     "group_packed": Case(f_group_packed, standard, (ADD + "GroupQuantFP8",)),
     "norm_static": Case(f_norm_static, with_scale, (PLAIN + "StaticQuantFP8",)),
     "add_norm_static": Case(f_add_norm_static, with_scale, (ADD + "StaticQuantFP8",)),

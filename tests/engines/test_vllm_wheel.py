@@ -1,0 +1,165 @@
+"""Against the real vLLM wheel: its op schemas, its pass manager with our plug-in, its IR ops and its all-reduce on two
+gloo ranks. Skipped where vLLM is not installed (``python -m venv; pip install vllm pytest``, on CPU too)."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import pathlib
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from arfusion_pass.dialects import vllm as dialect
+from tests.dialects.cases import COLLECTIVE, EPSILON, standard
+from tests.helpers import run_ranks
+
+if importlib.util.find_spec("vllm") is None:
+    pytest.skip("vLLM is not installed", allow_module_level=True)
+
+
+def cpu_config() -> Any:
+    from vllm.config import DeviceConfig, VllmConfig
+
+    return VllmConfig(device_config=DeviceConfig(device="cpu"))
+
+
+def binary_schemas() -> dict[str, str]:
+    """Schemas by name from the strings of vLLM's op library: it needs CUDA to load, not to be read."""
+    distribution = importlib.metadata.distribution("vllm")
+    library = pathlib.Path(str(distribution.locate_file("vllm/_C_stable_libtorch.abi3.so")))
+    text = re.findall(rb"[\x20-\x7e]{20,}", library.read_bytes())
+    found = (re.match(r"([a-z0-9_.]+)\((.*)\) -> ", each.decode()) for each in text)
+    return {f"_C::{match[1]}": match[2] for match in found if match}
+
+
+def argument_names(entry: Any) -> set[str]:
+    """The arguments that a table entry names."""
+    names = [entry.x]
+    names += [getattr(entry, field, None) for field in ("weight", "epsilon", "residual", "total", "norm")]
+    for quant in (entry, getattr(entry, "quant", None)):
+        names += [getattr(quant, field, None) for field in ("codes", "scales", "scale")]
+    return {name for name in names if isinstance(name, str)}
+
+
+@pytest.mark.parametrize("name", sorted(n for n in (*dialect.NORMS, *dialect.QUANTISERS) if n.startswith("_C::")))
+def test_binary_ops_have_the_arguments_that_the_tables_name(name: str) -> None:
+    """Every ``_C`` op of the tables is in the wheel, with each argument that its entry reads or writes."""
+    schemas = binary_schemas()
+    assert name in schemas, sorted(schemas)
+    entry = dialect.NORMS.get(name) or dialect.QUANTISERS[name]
+    for argument in argument_names(entry):
+        assert re.search(rf"\b{argument}\b(=|,|$)", schemas[name]), (argument, schemas[name])
+
+
+def test_binary_norms_take_an_optional_weight() -> None:
+    """The generation of kernels that the rounding of ``_C``'s norms was read from: ``Tensor? weight``."""
+    schemas = binary_schemas()
+    assert "Tensor? weight" in schemas["_C::rms_norm"]
+    assert "Tensor? weight" in schemas["_C::fused_add_rms_norm"]
+
+
+def test_plugin_is_idempotent_and_first() -> None:
+    """Registered twice, a new pass manager holds our pass once, behind nothing but passes that canonicalise; the entry
+    point names the function that does it."""
+    from vllm.compilation.passes.pass_manager import PostGradPassManager
+
+    from arfusion_pass.engines import vllm as plugin
+
+    plugin.register()
+    plugin.register()
+    manager = PostGradPassManager()
+    manager.configure(cpu_config())
+    names = [type(each).__name__ for each in manager.passes]
+    assert names.count("ArFusionPass") == 1
+    assert set(names[: names.index("ArFusionPass")]) <= set(plugin.CANONICALISING)
+    plugin.install(manager)
+    assert [type(each).__name__ for each in manager.passes] == names
+
+
+def test_pass_manager_key_follows_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's cache key changes when our pass's does, so that a stale graph is never taken from its cache."""
+    from vllm.compilation.passes.inductor_pass import pass_context
+    from vllm.compilation.passes.pass_manager import PostGradPassManager
+    from vllm.config.utils import Range
+
+    from arfusion_pass import cache_key
+    from arfusion_pass.engines import vllm as plugin
+
+    manager = PostGradPassManager()
+    manager.configure(cpu_config())
+    plugin.install(manager)
+    with pass_context(Range(1, 8)):
+        before = manager.uuid()
+        assert manager.uuid() == before
+        monkeypatch.setattr(cache_key, "source_hash", lambda: "other sources")
+        assert manager.uuid() != before
+
+
+def _layer(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> Any:
+    """The all-reduce and norms of a decoder layer, called as vLLM's models call them."""
+    from vllm import ir
+    from vllm.distributed import tensor_model_parallel_all_reduce
+
+    def reduce(y: torch.Tensor) -> torch.Tensor:  # what the last call is on a GPU; on CPU vLLM traces into it
+        return torch.ops.vllm.all_reduce(y, group_name="tp:0")
+
+    norm, residual = ir.ops.fused_add_rms_norm(reduce(x), residual, weight, EPSILON)
+    norm2, residual = ir.ops.fused_add_rms_norm(reduce(norm), residual, weight, 1e-5)
+    last = ir.ops.rms_norm(tensor_model_parallel_all_reduce(norm2), weight.float() + 1.0, EPSILON)
+    return last, residual
+
+
+def _rank(rank: int, world: int) -> dict[str, Any]:
+    from torch._inductor import config as inductor_config
+    from vllm.compilation.passes.inductor_pass import pass_context
+    from vllm.compilation.passes.pass_manager import PostGradPassManager
+    from vllm.config import set_current_vllm_config
+    from vllm.config.utils import Range
+    from vllm.distributed import parallel_state
+
+    from arfusion_pass.engines import vllm as plugin
+    from arfusion_pass.inspection import replay
+
+    plugin.register()
+    config = cpu_config()
+    with set_current_vllm_config(config):
+        parallel_state.init_distributed_environment(world, rank, local_rank=rank, backend="gloo")
+        parallel_state.initialize_model_parallel(world, backend="gloo")
+        torch.manual_seed(rank)
+        inputs = standard()
+        expected = _layer(*(value.clone() for value in inputs))  # on CPU vLLM reduces in place
+        manager = PostGradPassManager()
+        manager.configure(config)
+        manager.fix_functionalization = lambda graph: None  # it names ops of the CUDA library, and rewrites only those
+        patch = {
+            "post_grad_custom_post_pass": manager,
+            "enable_auto_functionalized_v2": False,
+            "fx_graph_cache": False,
+        }
+        with inductor_config.patch(patch), pass_context(Range(1, 8)), replay.recording() as recorder, torch.no_grad():
+            actual = torch.compile(_layer, fullgraph=True)(*inputs)
+        report = recorder.reports[0]
+        return {
+            "patterns": [site.pattern for site in report.fused],
+            "missed": [site.reason for site in report.missed],
+            "groups": [site.group for site in report.sites],
+            "problems": [check.detail for check in recorder.checks() if not check.ok],
+            "after": report.after,
+            "error": max((a.float() - b.float()).abs().max().item() for a, b in zip(actual, expected, strict=True)),
+        }
+
+
+def test_two_ranks_through_vllm() -> None:
+    """vLLM's own ops on its own groups, compiled through its pass manager: every site fuses, its all-reduce op under
+    vLLM's group name, no all-reduce is left, and each site is within the contract of the ops that it replaced."""
+    outcome = run_ranks(2, _rank, timeout=300.0)[0]
+    add = "AllReduceFusedAddRMSNorm"
+    assert outcome["patterns"] == [add, add, "AllReduceGemmaRMSNorm"], outcome
+    assert not outcome["missed"]
+    assert outcome["groups"][:2] == ["tp:0", "tp:0"], outcome["groups"]
+    assert not COLLECTIVE.findall(outcome["after"]), outcome["after"]
+    assert not outcome["problems"], (outcome["problems"], outcome["after"])
+    assert outcome["error"] < 0.2, outcome["error"]
