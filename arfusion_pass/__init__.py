@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from arfusion_pass import inspection as inspection
     from arfusion_pass.config import FusionConfig as FusionConfig
     from arfusion_pass.fusion_pass import AllReduceFusionPass as AllReduceFusionPass
-    from arfusion_pass.fusion_pass import enable as enable
     from arfusion_pass.fusion_pass import fuse as fuse
-    from arfusion_pass.fusion_pass import inductor_options as inductor_options
     from arfusion_pass.fusion_pass import reports as reports
     from arfusion_pass.groups import register_group as register_group
+    from arfusion_pass.install import enable as enable
+    from arfusion_pass.install import inductor_options as inductor_options
     from arfusion_pass.report import FusionReport as FusionReport
     from arfusion_pass.report import Reports as Reports
     from arfusion_pass.report import Site as Site
@@ -30,9 +30,9 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AllReduceFusionPass": "arfusion_pass.fusion_pass",
-    "enable": "arfusion_pass.fusion_pass",
+    "enable": "arfusion_pass.install",
     "fuse": "arfusion_pass.fusion_pass",
-    "inductor_options": "arfusion_pass.fusion_pass",
+    "inductor_options": "arfusion_pass.install",
     "reports": "arfusion_pass.fusion_pass",
     "FusionConfig": "arfusion_pass.config",
     "FusionReport": "arfusion_pass.report",

@@ -67,5 +67,8 @@ class FusionConfig:
 
 
 def canonical_epsilon(epsilon: float) -> float:
-    """The float32 nearest to ``epsilon``: 1e-6 and 9.999999974752427e-07 are one epsilon."""
-    return float(struct.unpack("<f", struct.pack("<f", epsilon))[0])
+    """The float32 nearest to ``epsilon``: 1e-6 and 9.999999974752427e-07 are one epsilon. Beyond float32: infinity."""
+    try:
+        return float(struct.unpack("<f", struct.pack("<f", epsilon))[0])
+    except OverflowError:
+        return math.copysign(math.inf, epsilon)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch.distributed as dist
 
 _registered: dict[str, dist.ProcessGroup] = {}
+_private: dict[str, dist.ProcessGroup] = {}
 
 
 def register_group(name: str, group: dist.ProcessGroup) -> None:
@@ -28,10 +29,25 @@ def registered_groups() -> dict[str, dist.ProcessGroup]:
     return dict(_registered)
 
 
+def register_private(name: str, group: dist.ProcessGroup) -> None:
+    """Make ``group`` known under a name that belongs to one eager workspace: resolvable, but no alias of the group.
+
+    :func:`registered_groups` does not list it, so that preparing the group for compiled graphs leaves it alone.
+    """
+    _private[name] = group
+
+
+def forget_private(name: str) -> None:
+    """Undo :func:`register_private`; an unknown name is ignored."""
+    _private.pop(name, None)
+
+
 def find_group(name: str) -> dist.ProcessGroup | None:
     """The process group called ``name``, or None."""
     if name in _registered:
         return _registered[name]
+    if name in _private:
+        return _private[name]
     if not dist.is_available():
         return None
     from torch.distributed.distributed_c10d import _resolve_process_group

@@ -26,6 +26,8 @@ class Site:
         dtype: of the reduced tensor, such as ``"bfloat16"``, or None where it is unknown.
         quantiser: the canonical quantiser op's name, or None.
         dialect: which dialects spelled the stages, such as ``"functional_collectives+aten"``.
+        note: what stood in the way of the quantiser behind a fused norm, one sentence; None where there is nothing
+            to say.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Site:
     dtype: str | None = None
     quantiser: str | None = None
     dialect: str = ""
+    note: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

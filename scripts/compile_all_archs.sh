@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Compile every kernels/**/*.cu with nvcc alone, for each architecture given (default: all that are supported),
-# and print the time each architecture took. Objects go to a temporary folder. No GPU needed.
+# Build the kernel library for each architecture given (default: all that are supported) as `arfusion build` does, in
+# a fresh cache, and print the time that each took. Needs nvcc and an installed package; no GPU.
 #
 #   scripts/compile_all_archs.sh [80 90a 100a 120a]
 set -euo pipefail
@@ -8,17 +8,16 @@ cd "$(dirname "$0")/.."
 
 archs=("$@")
 [ ${#archs[@]} -gt 0 ] || archs=(80 90a 100a 120a)
-jobs=${MAX_JOBS:-$(nproc)}
-out=$(mktemp -d)
-trap 'rm -rf "$out"' EXIT
+if [ -z "$(find kernels -maxdepth 1 -name '*.cu' -print -quit)" ]; then
+    echo "no CUDA sources under kernels/"
+    exit 0
+fi
 
-mapfile -t sources < <(find kernels -name '*.cu' | sort)
-[ ${#sources[@]} -gt 0 ] || { echo "no .cu files under kernels/"; exit 0; }
-
+ARFUSION_CACHE_DIR=$(mktemp -d)
+export ARFUSION_CACHE_DIR
+trap 'rm -rf "$ARFUSION_CACHE_DIR"' EXIT
 for arch in "${archs[@]}"; do
     start=$SECONDS
-    printf '%s\n' "${sources[@]}" | xargs -P "$jobs" -I{} bash -c '
-        nvcc -std=c++17 -O3 -Xcompiler -fPIC --expt-relaxed-constexpr -Ikernels \
-            -gencode "arch=compute_$1,code=sm_$1" -c "$2" -o "$3/$1_$(echo "$2" | tr / _).o"' _ "$arch" {} "$out"
-    printf 'sm_%s: %d files in %d s\n' "$arch" "${#sources[@]}" "$((SECONDS - start))"
+    "${PYTHON:-python}" -m arfusion_pass.cli build --arch "$arch" >/dev/null
+    printf 'sm_%s: %d s\n' "$arch" "$((SECONDS - start))"
 done

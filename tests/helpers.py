@@ -56,11 +56,13 @@ def _wait(processes: list[Any], directory: Path, timeout: float) -> None:
     """Until all ranks end well, one fails, or the time is up."""
     deadline = time.monotonic() + timeout
     while any(process.exitcode != 0 for process in processes):
-        for rank, process in enumerate(processes):
-            if process.exitcode not in (None, 0):
-                error = directory / f"error{rank}"
-                text = error.read_text() if error.exists() else "no traceback: the process was killed or crashed"
-                raise RuntimeError(f"rank {rank} ended with exit code {process.exitcode}\n{text}")
+        failed = [rank for rank, process in enumerate(processes) if process.exitcode not in (None, 0)]
+        if failed:
+            # The first to write its error is the cause: a peer that loses its connection fails after it.
+            errors = sorted(directory.glob("error*"), key=lambda path: path.stat().st_mtime_ns)
+            rank = int(errors[0].name.removeprefix("error")) if errors else failed[0]
+            text = errors[0].read_text() if errors else "no traceback: the process was killed or crashed"
+            raise RuntimeError(f"rank {rank} failed with exit code {processes[rank].exitcode or 1}\n{text}")
         if time.monotonic() > deadline:
             running = [rank for rank, process in enumerate(processes) if process.exitcode is None]
             raise TimeoutError(f"ranks {running} were still running after {timeout} s")
@@ -80,8 +82,12 @@ def _rank_main(
         try:
             torch.save(fn(rank, world, *args), f"{directory}/result{rank}")
             dist.barrier()  # nobody leaves while a peer still reads from it
+        except BaseException:
+            Path(f"{directory}/error{rank}").write_text(traceback.format_exc())  # before the peers can notice
+            raise
         finally:
             dist.destroy_process_group()
     except BaseException:
-        Path(f"{directory}/error{rank}").write_text(traceback.format_exc())
+        if not Path(f"{directory}/error{rank}").exists():
+            Path(f"{directory}/error{rank}").write_text(traceback.format_exc())
         raise SystemExit(1) from None

@@ -97,6 +97,11 @@ def dispatch(op: str, arguments: dict[str, Any]) -> bool:
     """
     if int(arguments.get("flags") or 0) & Flags.REFERENCE:
         return False
+    if int(arguments.get("flags") or 0) & Flags.FLASHINFER:
+        from arfusion_pass.backends import flashinfer
+
+        flashinfer.run(op, arguments)
+        return True
     if try_load() is not None:
         getattr(torch.ops.arfusion, op).default(**arguments)
         return True

@@ -10,7 +10,7 @@ import collections
 import difflib
 import operator
 import re
-from collections.abc import Callable
+import types
 from typing import Any
 
 import torch
@@ -35,7 +35,9 @@ def print_graph(graph: torch.fx.Graph) -> str:
         arguments = [_argument(argument) for argument in node.args]
         arguments += [f"{name}={_argument(value)}" for name, value in node.kwargs.items()]
         call = f"{_target(node.target)}({', '.join(arguments)})"
-        lines.append(f"  %{node.name} [{node.op[:9]}] {call}  -> {_value(node.meta.get('val'))}  users={len(node.users)}")
+        lines.append(
+            f"  %{node.name} [{node.op[:9]}] {call}  -> {_value(node.meta.get('val'))}  users={len(node.users)}"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -54,27 +56,32 @@ def op_counts(printed: str) -> collections.Counter[str]:
     return counts
 
 
-def op_table(before: str, after: str) -> str:
-    """The ops whose number changed, before and after, largest loss first; then the totals."""
+def changed_ops(before: str, after: str) -> list[tuple[str, int, int]]:
+    """(op, calls before, calls after) of every op whose number of calls changed, largest loss first."""
     old, new = op_counts(before), op_counts(after)
-    changed = [name for name in old.keys() | new.keys() if old[name] != new[name]]
-    changed.sort(key=lambda name: (new[name] - old[name], name))
-    rows = [(name, old[name], new[name]) for name in changed]
-    rows.append(("all calls", old.total(), new.total()))
+    changed = [(name, old[name], new[name]) for name in old.keys() | new.keys() if old[name] != new[name]]
+    return sorted(changed, key=lambda row: (row[2] - row[1], row[0]))
+
+
+def op_table(before: str, after: str) -> str:
+    """:func:`changed_ops` as a table, and the totals."""
+    rows = [*changed_ops(before, after), ("all calls", op_counts(before).total(), op_counts(after).total())]
     width = max(len("op"), *(len(name) for name, _, _ in rows))
     lines = [f"{'op':<{width}}  before  after  change"]
     lines += [f"{name:<{width}}  {b:>6}  {a:>5}  {a - b:>+6}" for name, b, a in rows]
     return "\n".join(lines) + "\n"
 
 
+def line_matcher(before: list[str], after: list[str]) -> difflib.SequenceMatcher[str]:
+    """Which lines of two printed graphs are the same. The number of a value's users is no difference of its line."""
+    return difflib.SequenceMatcher(None, [*map(_without_users, before)], [*map(_without_users, after)], autojunk=False)
+
+
 def unified(before: str, after: str, context: int = 2) -> str:
-    """The unified diff of two printed graphs. The number of a value's users is no difference of its own line."""
+    """The unified diff of two printed graphs."""
     old, new = before.splitlines(), after.splitlines()
-    matcher = difflib.SequenceMatcher(
-        None, [_without_users(line) for line in old], [_without_users(line) for line in new], autojunk=False
-    )
     lines = []
-    for group in matcher.get_grouped_opcodes(context):
+    for group in line_matcher(old, new).get_grouped_opcodes(context):
         first, last = group[0], group[-1]
         lines.append(f"@@ -{first[1] + 1},{last[2] - first[1]} +{first[3] + 1},{last[4] - first[3]} @@")
         for tag, a0, a1, b0, b1 in group:
@@ -123,7 +130,7 @@ def _argument(value: Any) -> str:
         return f"{{{', '.join(f'{key}: {_argument(item)}' for key, item in value.items())}}}"
     if isinstance(value, slice):
         return f"slice({_argument(value.start)}, {_argument(value.stop)}, {_argument(value.step)})"
-    if isinstance(value, torch._ops.OpOverload) or isinstance(value, Callable):  # type: ignore[arg-type]
+    if isinstance(value, (torch._ops.OperatorBase, types.FunctionType, types.BuiltinFunctionType)):
         return _target(value)
     return re.sub(r" at 0x[0-9a-f]+", "", str(value))
 

@@ -6,17 +6,18 @@ No script and no request to anywhere; opens from a file. jinja2 fills the page, 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import jinja2
 
-from arfusion_pass.inspection.graph_diff import _without_users, op_counts
+from arfusion_pass.inspection.graph_diff import changed_ops, line_matcher
 from arfusion_pass.inspection.tables import report_table
 
 if TYPE_CHECKING:
     from arfusion_pass.report import FusionReport
+
+TITLE = "arfusion-pass: graphs before and after"
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
@@ -63,17 +64,16 @@ class _Row:
     gap: int = 0
 
 
-def diff_page(reports: Sequence[FusionReport], title: str = "arfusion-pass: graphs before and after", context: int = 3) -> str:
+def diff_page(reports: Sequence[FusionReport], title: str = TITLE, context: int = 3) -> str:
     """The page as text. Graphs appear where they were recorded (``FusionReport.before`` and ``.after``)."""
     graphs = []
     for report in reports:
         before, after = report.before or "", report.after or ""
-        old, new = op_counts(before), op_counts(after)
-        changed = sorted((name for name in old.keys() | new.keys() if old[name] != new[name]), key=lambda n: (new[n] - old[n], n))
+        changed = changed_ops(before, after)
         graphs.append(
             {
                 "note": report.note or (None if report.before else "The graph was not recorded."),
-                "counts": [(name, old[name], new[name]) for name in changed],
+                "counts": changed,
                 "rows": _rows(before.splitlines(), after.splitlines(), context) if changed else [],
             }
         )
@@ -82,10 +82,9 @@ def diff_page(reports: Sequence[FusionReport], title: str = "arfusion-pass: grap
 
 
 def _rows(old: list[str], new: list[str], context: int) -> list[_Row]:
-    matcher = difflib.SequenceMatcher(None, [*map(_without_users, old)], [*map(_without_users, new)], autojunk=False)
     rows: list[_Row] = []
     seen = 0
-    for group in matcher.get_grouped_opcodes(context):
+    for group in line_matcher(old, new).get_grouped_opcodes(context):
         if group[0][1] > seen:
             rows.append(_Row(gap=group[0][1] - seen))
         for tag, a0, a1, b0, b1 in group:

@@ -43,20 +43,27 @@ def report_table(reports: Sequence[FusionReport], width: int | None = None) -> s
         if report.note:
             console.print(Text(f"graph {number}: {report.note}"))
 
-    fused = _group(reports, lambda site: site.fused, _fused_key)
-    if fused:
-        table = _table("fused", ["graph", "sites", "pattern", "dtype", "epsilon", "quantiser", "outputs", "group"])
-        for (number, *cells), names in fused.items():
-            table.add_row(*_row(number, str(len(names)), *cells, _short(names)))
-        console.print(table)
-
-    missed = _group(reports, lambda site: not site.fused, _missed_key)
-    if missed:
-        table = _table("missed", ["graph", "sites", "why", "dtype", "group"])
-        for (number, *cells), names in missed.items():
-            table.add_row(*_row(number, str(len(names)), *cells, _short(names)))
-        console.print(table)
+    for title, wanted, columns_of in (("fused", True, _FUSED), ("missed", False, _MISSED)):
+        rows = _rows(reports, wanted, columns_of)
+        if rows:
+            console.print(_table(title, [*columns_of], rows))
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()).rstrip()
+
+
+_Columns = dict[str, Callable[["Site"], str]]
+_FUSED: _Columns = {
+    "pattern": lambda site: site.pattern or "",
+    "dtype": lambda site: site.dtype or "",
+    "epsilon": lambda site: "" if site.epsilon is None else f"{site.epsilon:.6g}",
+    "quantiser": lambda site: site.quantiser or "",
+    "outputs": lambda site: ", ".join(name.removesuffix("_out") for name in site.outputs),
+    "group": lambda site: site.group,
+}
+_MISSED: _Columns = {
+    "why": lambda site: site.reason or "no reason given",
+    "dtype": lambda site: site.dtype or "",
+    "group": lambda site: site.group,
+}
 
 
 def _summary(reports: Sequence[FusionReport]) -> str:
@@ -70,40 +77,30 @@ def _summary(reports: Sequence[FusionReport]) -> str:
     return f"AllReduce fusion: {matched} of {total} sites fused, {missed}, in {graphs} ({seconds:.2f} s)"
 
 
-def _table(title: str, headers: list[str]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="", pad_edge=False)
-    for header in headers:
-        right = header in ("graph", "sites")
-        table.add_column(header, justify="right" if right else "left", no_wrap=right, overflow="fold")
-    table.add_column("all-reduce", overflow="fold")
-    return table
-
-
-def _fused_key(site: Site) -> tuple[str, ...]:
-    epsilon = "" if site.epsilon is None else f"{site.epsilon:.6g}"
-    outputs = ", ".join(name.removesuffix("_out") for name in site.outputs)
-    return (site.pattern or "", site.dtype or "", epsilon, site.quantiser or "-", outputs, site.group)
-
-
-def _missed_key(site: Site) -> tuple[str, ...]:
-    return (site.reason or "no reason given", site.dtype or "", site.group)
-
-
-def _group(
-    reports: Sequence[FusionReport], wanted: Callable[[Site], bool], key: Callable[[Site], tuple[str, ...]]
-) -> dict[tuple[str, ...], list[str]]:
+def _rows(reports: Sequence[FusionReport], fused: bool, columns: _Columns) -> dict[tuple[str, ...], list[str]]:
     """(graph number, *cells) -> names of the all-reduces that share them, in graph order."""
-    groups: dict[tuple[str, ...], list[str]] = {}
+    rows: dict[tuple[str, ...], list[str]] = {}
     for number, report in enumerate(reports):
         for site in report.sites:
-            if wanted(site):
-                groups.setdefault((str(number), *key(site)), []).append(site.name)
-    return groups
+            if site.fused == fused:
+                cells = (str(number) if len(reports) > 1 else "", *(cell(site) for cell in columns.values()))
+                rows.setdefault(cells, []).append(site.name)
+    return rows
+
+
+def _table(title: str, headers: list[str], rows: dict[tuple[str, ...], list[str]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="", pad_edge=False)
+    table.add_column("sites", justify="right", no_wrap=True)
+    table.add_column("all-reduce", overflow="fold")
+    shown = [index for index in range(len(headers) + 1) if any(cells[index] for cells in rows)]
+    for index in shown:
+        header = "graph" if index == 0 else headers[index - 1]
+        table.add_column(header, overflow="fold", no_wrap=header in ("pattern", "dtype", "epsilon"))
+    for cells, names in rows.items():
+        # Text, not str: a "[...]" in a reason is no markup
+        table.add_row(Text(str(len(names))), Text(_short(names)), *(Text(cells[index]) for index in shown))
+    return table
 
 
 def _short(names: list[str]) -> str:
     return ", ".join(names) if len(names) <= 2 else f"{names[0]} ... {names[-1]}"
-
-
-def _row(*cells: str) -> list[Text]:
-    return [Text(cell) for cell in cells]  # Text: a "[...]" in a reason is no markup

@@ -1,5 +1,12 @@
-"""Canonical one-stage ops: what dialects raise to and patterns match on. Importing this package defines them."""
+"""Canonical one-stage ops in namespace ``arfusion_ir``: what dialects raise to and patterns match."""
 
-from arfusion_pass.ir import ops
+from __future__ import annotations
 
-__all__ = ["ops"]
+import torch
+
+from arfusion_pass.ir import ops as _definitions  # noqa: F401  (defines the ops)
+from arfusion_pass.ir.quantisers import QUANTISERS, Quantiser
+
+ops = torch.ops.arfusion_ir
+
+__all__ = ["QUANTISERS", "Quantiser", "ops"]

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 
 from arfusion_pass.groups import resolve_group
-from arfusion_pass.ops import layouts, reference
+from arfusion_pass.ops import layouts, record, reference
 from arfusion_pass.ops.checks import FusedCall, check_call
 from arfusion_pass.ops.schema import NAMESPACE, OUTPUT_NAMES, SCHEMAS
+from arfusion_pass.ops.spec import Flags
 
 
 def native_dispatch(op: str, arguments: dict[str, Any]) -> bool:
@@ -110,13 +111,18 @@ def _implementations(name: str) -> tuple[Callable[..., None], Callable[..., None
 
     def real(*args: Any, **kwargs: Any) -> None:
         arguments = bind(args, kwargs)
+        if arguments["flags"] & Flags.RECORD:
+            record.observe(arguments, lambda plain: fused_op(name)(**plain))
+            return
         call = FusedCall.bind(name, arguments)
         check_call(call, eager=True)
         if not (call.x.is_cuda and native_dispatch(name, arguments)):
             _run(call)
 
     def fake(*args: Any, **kwargs: Any) -> None:
-        check_call(FusedCall.bind(name, bind(args, kwargs)), eager=False)
+        arguments = bind(args, kwargs)
+        arguments["flags"] = record.strip(arguments["flags"])
+        check_call(FusedCall.bind(name, arguments), eager=False)
 
     return real, fake
 

@@ -35,7 +35,8 @@ def gather_ranks(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
         return x.new_empty((world, *x.shape))
     mine = x.contiguous().view(-1).view(torch.uint8)
     everyone = torch.empty(world * mine.numel(), dtype=torch.uint8, device=x.device)
-    dist.all_gather_into_tensor(everyone, mine, group=group)
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the old name warns from 2.13 on
+    gather(everyone, mine, group=group)
     return everyone.view(x.dtype).view(world, *x.shape)
 
 

@@ -30,6 +30,8 @@ class Flags(enum.IntFlag):
     * ``TRIGGER_EARLY``: let the next kernel start before this one's epilogue; only safe before a kernel that
       synchronises on its grid dependency itself.
     * ``REFERENCE`` / ``FLASHINFER``: run on that backend instead of the native kernels.
+    * ``RECORD``: hand inputs and outputs to the recorder whose site number stands in bits 32 and up
+      (:mod:`arfusion_pass.inspection.replay`), and run as without it.
 
     Rounding inside the MoE prologues (none set: fp32 throughout, one rounding to ``T`` before the exchange):
 
@@ -48,6 +50,7 @@ class Flags(enum.IntFlag):
     TRIGGER_EARLY = 1 << 11
     REFERENCE = 1 << 12
     FLASHINFER = 1 << 13
+    RECORD = 1 << 14
     MOE_ROUND_PRODUCT = 1 << 16
     MOE_ROUND_PARTIAL = 1 << 17
     MOE_ROUND_SUM = 1 << 18

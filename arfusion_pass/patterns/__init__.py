@@ -1,0 +1,1 @@
+"""Pattern/replacement classes over the canonical ops; they know neither engines nor kernels."""

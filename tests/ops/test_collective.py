@@ -98,5 +98,5 @@ def fail_on_one(rank: int, world: int) -> None:
 
 def test_helper_reports_the_failing_rank() -> None:
     """``run_ranks`` raises the failing rank's own traceback and does not wait for the others."""
-    with pytest.raises(RuntimeError, match=r"rank 1 ended with exit code 1[\s\S]*told to fail"):
+    with pytest.raises(RuntimeError, match=r"rank 1 failed with exit code 1[\s\S]*told to fail"):
         run_ranks(2, fail_on_one)

@@ -1,0 +1,46 @@
+"""What Inductor's caches must know of the pass: its sources, its config and the groups it would see."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import pathlib
+from typing import Any
+
+import torch.distributed as dist
+
+from arfusion_pass.config import FusionConfig
+from arfusion_pass.groups import registered_groups
+
+PACKAGE = pathlib.Path(__file__).resolve().parent
+OUTSIDE_THE_REWRITE = ("inspection", "comm", "cli.py", "demo.py", "demo", "_kernels")
+"""What cannot change a rewrite: how graphs are shown, the eager API, the command line, the kernels."""
+
+
+@functools.cache
+def source_hash() -> str:
+    """Hash over every source file of the package that shapes the rewrite or the ops in it."""
+    digest = hashlib.sha256()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        relative = path.relative_to(PACKAGE)
+        if relative.parts[0] not in OUTSIDE_THE_REWRITE:
+            digest.update(str(relative).encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def group_sizes() -> dict[str, int]:
+    """World size of every process group by name: c10d's own and those of ``register_group``."""
+    sizes = {name: group.size() for name, group in registered_groups().items()}
+    if dist.is_available() and dist.is_initialized():
+        from torch.distributed import distributed_c10d
+
+        for group, name in distributed_c10d._world.pg_names.items():
+            sizes.setdefault(name, group.size())
+    return sizes
+
+
+def pass_key(config: FusionConfig) -> str:
+    """The ``uuid`` of a pass: any change in the sources, the config or a group's size gives another."""
+    parts: list[Any] = ["arfusion_pass", source_hash(), repr(config), sorted(group_sizes().items())]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()

@@ -1,0 +1,152 @@
+"""What stands around a norm in aten ops, whoever spelled the norm itself: the residual add in front, and its weight.
+
+    %total  = aten.add.Tensor(%residual, %value)                # either operand order, in the tensor's dtype or fp32
+    %weight = aten.add.Tensor(convert_element_type(%w, f32), 1.0)   # Gemma; or any [H] vector, viewed or widened
+
+Every dialect of norms uses these, so that aten's add may be followed by an engine's norm.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from arfusion_pass.graph import (
+    VIEWS,
+    argument,
+    constant,
+    dtype_of,
+    is_call,
+    is_cast,
+    last_dim,
+    other_operand,
+    peel,
+    row_views,
+    same_shape,
+    tensor_of,
+    users_of,
+    widens,
+)
+from arfusion_pass.ops.spec import Flags
+
+aten = torch.ops.aten
+
+EPSILON_ADVICE = (
+    "epsilon is a graph input ({node}), as torch.compile(dynamic=True) makes it; mark the token dimension dynamic "
+    "with torch._dynamo.mark_dynamic instead, so that epsilon stays a number"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sum:
+    """What a norm may read: the reduced value itself, or its sum with a residual.
+
+    Attributes:
+        start: the node that the norm reads.
+        nodes: the nodes between the value and ``start``, ``start`` included; empty for the value itself.
+        residual: the other operand, without lossless casts.
+        total: the node that stands for the sum.
+        flags: ``UNROUNDED_SUM`` where ``start`` is the fp32 sum.
+        dtype: of the value, where ``start`` is the fp32 sum.
+    """
+
+    start: fx.Node
+    nodes: tuple[fx.Node, ...] = ()
+    residual: fx.Node | None = None
+    total: fx.Node | None = None
+    flags: Flags = Flags.NONE
+    dtype: torch.dtype | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """A norm's ``[H]`` weight and what is added to it in fp32; ``wide`` is the fp32 ``[H]`` node that the
+    multiplication reads where ``node`` is in a lower dtype."""
+
+    node: fx.Node
+    bias: float = 0.0
+    wide: fx.Node | None = None
+
+
+def sums(value: fx.Node) -> Iterator[Sum]:
+    """The adds of ``value`` with a residual of its shape, in its dtype or in fp32."""
+    wide = [user for user in value.users if widens(user) and user is not value]
+    for operand in (value, *wide):
+        for add in users_of(operand, aten.add.Tensor):
+            other = other_operand(add, operand)
+            if not isinstance(other, fx.Node) or argument(add, "alpha", 1) != 1:
+                continue
+            residual = peel(other)
+            if dtype_of(residual) not in (dtype_of(value), torch.float32):
+                residual = other  # a bf16 residual widened for an fp32 tensor
+            if not same_shape(add, value) or not same_shape(residual, add):
+                continue
+            casts = () if operand is value else (operand,)
+            if dtype_of(residual) not in (dtype_of(value), torch.float32):
+                continue
+            if dtype_of(add) == dtype_of(value):
+                yield Sum(add, (*casts, add), residual, add)
+            elif dtype_of(add) == torch.float32:
+                yield Sum(add, (*casts, add), residual, add, Flags.UNROUNDED_SUM, dtype_of(value))
+                for rounded in users_of(add, torch.ops.prims.convert_element_type.default):
+                    # An fp32 residual whose sum is rounded before the norm is no form that the kernels have.
+                    if dtype_of(rounded) == dtype_of(value) == dtype_of(residual):
+                        yield Sum(rounded, (*casts, add, rounded), residual, rounded)
+
+
+def readable_total(candidate: Sum, nodes: tuple[fx.Node, ...]) -> fx.Node | None:
+    """The node that stands for the sum: an fp32 sum that others read only rounded is written rounded."""
+    total = candidate.total
+    if total is None or not candidate.flags & Flags.UNROUNDED_SUM:
+        return total
+    readers = {
+        user for view in row_views(total) if view is total or view in nodes for user in view.users if user not in nodes
+    }
+    if len(readers) == 1 and is_cast(reader := readers.pop(), candidate.dtype) and reader.args[0] is total:
+        return reader
+    return total
+
+
+def weight_of(node: Any, hidden: int | None, dtype: torch.dtype | None) -> Weight | None:
+    """The ``[H]`` weight that a multiplication holds, Gemma's ``weight + 1`` in fp32 taken apart.
+
+    Args:
+        node: the operand; an fp32 one is given back without lossless casts.
+        hidden: ``H``.
+        dtype: ``T``, the dtype of the tensor that is reduced.
+    """
+    node = _vector(node)
+    tensor = tensor_of(node)
+    if tensor is None or tensor.dim() != 1 or last_dim(node) != hidden:
+        return None
+    if is_call(node, aten.add.Tensor, aten.add.Scalar) and dtype_of(node) == torch.float32:
+        first, second = node.args[0], node.args[1]
+        if argument(node, "alpha", 1) == 1:
+            for base, number in ((first, second), (second, first)):
+                bias = constant(number)
+                base = _vector(peel(base))
+                if bias is None or not math.isfinite(bias):
+                    continue
+                if dtype_of(base) in (dtype, torch.float32) and last_dim(base) == hidden:
+                    return Weight(base, bias)
+    base = _vector(peel(node))
+    if dtype_of(base) in (dtype, torch.float32) and last_dim(base) == hidden:
+        return Weight(base, wide=node if base is not node else None)
+    return Weight(node) if dtype_of(node) == torch.float32 else None
+
+
+def _vector(node: Any) -> Any:
+    """``node`` without views of a ``[H]`` tensor as ``[1, ..., H]``."""
+    while is_call(node, *VIEWS, aten.expand.default) and isinstance(node.args[0], fx.Node):
+        inner = tensor_of(node.args[0])
+        if inner is None or inner.dim() == 0 or last_dim(node.args[0]) != last_dim(node):
+            break
+        if tensor_of(node).dim() == 1 and inner.dim() == 1:  # type: ignore[union-attr]
+            break
+        node = node.args[0]
+    return node

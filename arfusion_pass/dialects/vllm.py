@@ -1,0 +1,192 @@
+"""vLLM's ops: its all-reduce, its IR norms, and the norms and quantisers of ``_C``. Schemas as in vLLM 0.32 and 0.33.
+
+    %ar   = vllm.all_reduce.default(%x, "tp:0")                   # arf.register_group("tp:0", group); the plug-in does
+    %both = vllm_ir.fused_add_rms_norm.default(%ar, %residual, %weight, 1e-06)     # or vllm_ir.rms_norm
+    %norm = getitem(%both, 0); %total = getitem(%both, 1)
+    %af   = auto_functionalized(_C.static_scaled_fp8_quant.default, result=%empty, input=%norm, scale=%s)
+    %q    = getitem(%af, 1)
+
+What the ops compute, read in vLLM's sources; ``T`` is the dtype of ``x``:
+
+``vllm_ir``
+    ``x.float() (+ residual.float())``; the variance is taken of that unrounded sum (``UNROUNDED_SUM``), the sum is
+    returned rounded to ``T``; ``(x * rsqrt).to(weight.dtype) * weight`` rounds before a weight in ``T``
+    (``ROUND_BEFORE_WEIGHT``) and not before an fp32 one, such as Gemma's ``weight.float() + 1``; without a weight
+    there is one rounding.
+    These are the op's own (native) semantics. vLLM may lower the op to a kernel that rounds elsewhere.
+``_C::rms_norm``, ``_C::fused_add_rms_norm``
+    The sum is rounded to ``T`` and the norm reads that. ``Tensor? weight`` in the schema: ``T(x * rsqrt * weight)``
+    in fp32. ``Tensor weight`` (before vLLM's norms were IR ops, up to 0.19): ``T(x * rsqrt) * weight`` in ``T``.
+    vLLM changed this twice more on the way (its #40860, #42379, #46070), in versions whose graphs hold ``vllm_ir``.
+``_C::rms_norm_static_fp8_quant`` and with add
+    As the norm of the same library, rounded to ``T``, then quantised.
+``_C::rms_norm_dynamic_per_token_quant``, ``_C::rms_norm_per_block_quant``
+    The *unrounded* sum, ``T(x * rsqrt) * weight`` in ``T``, then quantised; the residual is written rounded.
+Quantisers
+    :mod:`arfusion_pass.dialects.custom_quantisers`. Packed group scales round up by their bits, unpacked power-of-two
+    ones by ``exp2(ceil(log2()))``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from arfusion_pass.dialects.custom_ops import CustomOpDialect, NormOp, OpCall, QuantOp, functional_all_reduce
+from arfusion_pass.dialects.custom_quantisers import (
+    FP8_MIN_SCALE,
+    INT8_MIN_SCALE,
+    fp8_range,
+    group_fp8,
+    group_layout,
+    mxfp8_spec,
+    nvfp4_spec,
+    static_fp8,
+    token_fp8,
+)
+from arfusion_pass.graph import last_dim
+from arfusion_pass.ops.spec import Apply, Bound, Flags, QuantFormat, QuantSpec, ScaleLayout, ScaleRound
+
+
+def _ir_flags(call: OpCall, dtype: torch.dtype, weight: torch.dtype | None, add: bool) -> Flags:
+    flags = Flags.UNROUNDED_SUM if add else Flags.NONE
+    return flags | (Flags.ROUND_BEFORE_WEIGHT if weight == dtype else Flags.NONE)
+
+
+def _kernel_flags(call: OpCall, dtype: torch.dtype, weight: torch.dtype | None, add: bool) -> Flags:
+    in_fp32 = weight is None or call.is_optional("weight") or _weight_in_fp32()
+    return Flags.NONE if in_fp32 else Flags.ROUND_BEFORE_WEIGHT
+
+
+def _dynamic_flags(call: OpCall, dtype: torch.dtype, weight: torch.dtype | None, add: bool) -> Flags:
+    return Flags.ROUND_BEFORE_WEIGHT | (Flags.UNROUNDED_SUM if add else Flags.NONE)
+
+
+def _weight_in_fp32() -> bool:
+    """Whether this process's ``_C::rms_norm`` is of the generation that takes no weight, and multiplies it in fp32."""
+    packet = getattr(torch.ops._C, "rms_norm", None)
+    if packet is None:
+        return False
+    return any(
+        argument.name == "weight" and isinstance(argument.type, torch.OptionalType)
+        for argument in packet.default._schema.arguments
+    )
+
+
+def _whole_variance(call: OpCall) -> str | None:
+    size = call["variance_size"]
+    return None if size is None else f"{call.node.name} takes its variance over {size} columns, not over the whole row"
+
+
+def _no_upper_bound(call: OpCall) -> str | None:
+    return None if call["scale_ub"] is None else f"{call.node.name} bounds its scales from above (scale_ub)"
+
+
+def _token(call: OpCall, x: fx.Node) -> Any:
+    return _no_upper_bound(call) or token_fp8(call, x)
+
+
+def _norm_token(call: OpCall, x: fx.Node) -> Any:
+    """FP8 or INT8 per token, by the dtype of the result's buffer."""
+    result = call.operand("result")
+    if result is not None and result.dtype == torch.int8:
+        spec = QuantSpec(QuantFormat.INT8, group=-1, bound_on=Bound.SCALE, bound=INT8_MIN_SCALE, apply=Apply.RECIPROCAL)
+        return "quant_int8_token", spec
+    return token_fp8(call, x)
+
+
+def _norm_block(call: OpCall, x: fx.Node) -> Any:
+    group, hidden, scales = call["group_size"], last_dim(x), call.operand("scale")
+    if not isinstance(group, int) or hidden is None or scales is None or group <= 0 or hidden % group:
+        return f"{call.node.name} quantises groups of {group!r} in rows of {hidden}"
+    layout = group_layout(x, scales, hidden // group)
+    if layout is None or (layout != ScaleLayout.ROW) != bool(call["is_scale_transposed"]):
+        return f"the scales of {call.node.name} have sizes {scales.size} and strides {scales.stride}"
+    spec = QuantSpec(QuantFormat.FP8, group=group, layout=layout, bound_on=Bound.SCALE, bound=FP8_MIN_SCALE)
+    return "quant_fp8_group", spec
+
+
+def _group(call: OpCall, x: fx.Node) -> Any:
+    rounding = ScaleRound.POW2_LOG2 if call["scale_ue8m0"] else ScaleRound.FP32
+    reason = fp8_range(call, "fp8_min", "fp8_max")
+    return reason or group_fp8(call, x, call.operand("output_s"), call["group_size"], call["eps"], rounding)
+
+
+def _packed(call: OpCall, x: fx.Node) -> Any:
+    reason = fp8_range(call, "fp8_min", "fp8_max")
+    scales = call.operand("output_s_packed")
+    return reason or group_fp8(call, x, scales, call["group_size"], call["eps"], ScaleRound.POW2)
+
+
+def _nvfp4(call: OpCall, x: fx.Node) -> Any:
+    swizzled = call["is_sf_swizzled_layout"]
+    return nvfp4_spec(call, x, ScaleLayout.SWIZZLED_128X4 if swizzled else ScaleLayout.LINEAR)
+
+
+def _mxfp8(call: OpCall, x: fx.Node) -> Any:
+    swizzled = call["is_sf_swizzled_layout"]
+    return mxfp8_spec(call, x, ScaleLayout.SWIZZLED_128X4 if swizzled else ScaleLayout.LINEAR)
+
+
+NORMS = {
+    "vllm_ir::rms_norm": NormOp("x", norm=0, flags=_ir_flags, weight_in_x_dtype=False, refuse=_whole_variance),
+    "vllm_ir::fused_add_rms_norm": NormOp(
+        "x", norm=0, flags=_ir_flags, residual="x_residual", total=1, weight_in_x_dtype=False, refuse=_whole_variance
+    ),
+    "vllm_ir::fused_add_rms_norm.maybe_inplace": NormOp(
+        "x", norm=0, flags=_ir_flags, residual="x_residual", total=1, weight_in_x_dtype=False, refuse=_whole_variance
+    ),
+    "_C::rms_norm": NormOp("input", norm="result", flags=_kernel_flags),
+    "_C::fused_add_rms_norm": NormOp("input", norm="input", flags=_kernel_flags, residual="residual", total="residual"),
+    "_C::rms_norm_static_fp8_quant": NormOp(
+        "input", norm=None, flags=_kernel_flags, quant=QuantOp("input", "result", static_fp8, scale="scale")
+    ),
+    "_C::fused_add_rms_norm_static_fp8_quant": NormOp(
+        "input",
+        norm=None,
+        flags=_kernel_flags,
+        residual="residual",
+        total="residual",
+        quant=QuantOp("input", "result", static_fp8, scale="scale"),
+    ),
+    "_C::rms_norm_dynamic_per_token_quant": NormOp(
+        "input",
+        norm=None,
+        flags=_dynamic_flags,
+        residual="residual",
+        total="residual",
+        refuse=_no_upper_bound,
+        quant=QuantOp("input", "result", _norm_token, scales="scale"),
+    ),
+    "_C::rms_norm_per_block_quant": NormOp(
+        "input",
+        norm=None,
+        flags=_dynamic_flags,
+        residual="residual",
+        total="residual",
+        refuse=_no_upper_bound,
+        quant=QuantOp("input", "result", _norm_block, scales="scale"),
+    ),
+}
+
+QUANTISERS = {
+    "_C::static_scaled_fp8_quant": QuantOp("input", "result", static_fp8, scale="scale"),
+    "_C::dynamic_per_token_scaled_fp8_quant": QuantOp("input", "result", _token, scales="scale"),
+    "_C::per_token_group_fp8_quant": QuantOp("input", "output_q", _group, scales="output_s"),
+    "_C::per_token_group_fp8_quant_packed": QuantOp("input", "output_q", _packed, scales="output_s_packed"),
+    "_C::scaled_fp4_quant": QuantOp("input", 0, _nvfp4, scales=1, scale="input_scale"),
+    "_C::scaled_fp4_quant.out": QuantOp("input", "output", _nvfp4, scales="output_scale", scale="input_scale"),
+    "vllm::flashinfer_nvfp4_quantize": QuantOp(
+        "a", 0, lambda call, x: nvfp4_spec(call, x, ScaleLayout.SWIZZLED_8X4), scales=1, scale="a_global_sf"
+    ),
+    "vllm::mxfp8_quantize": QuantOp("x", 0, _mxfp8, scales=1),
+    "vllm::flashinfer_mxfp8_quantize_8x4": QuantOp(
+        "a", 0, lambda call, x: mxfp8_spec(call, x, ScaleLayout.SWIZZLED_8X4), scales=1
+    ),
+}
+
+DIALECT = CustomOpDialect(
+    "vllm", {"vllm::all_reduce": functional_all_reduce("tensor", "group_name")}, NORMS, QUANTISERS
+)

@@ -1,0 +1,164 @@
+"""The pass: raise, fuse, commit, and one report for every graph it sees."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from typing import Any
+
+from torch import fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+import arfusion_pass.ops  # noqa: F401  (a compiled artefact imports nothing: the ops must exist before it runs)
+from arfusion_pass import cache_key
+from arfusion_pass.commit import Committer, Plan
+from arfusion_pass.config import FusionConfig, canonical_epsilon
+from arfusion_pass.graph import dtype_of
+from arfusion_pass.inspection import replay
+from arfusion_pass.pass_manager import FusionPassManager
+from arfusion_pass.raising import RaisedSite, build_shadow, find_sites
+from arfusion_pass.report import FusionReport, Reports, Site
+
+log = logging.getLogger("arfusion_pass")
+
+_all_reports: list[FusionReport] = []
+
+
+class AllReduceFusionPass(CustomGraphPass):
+    """Fuses ``all_reduce -> (add +) RMSNorm -> quantise`` in post-grad graphs.
+
+    Install it as Inductor's ``post_grad_custom_post_pass``: :func:`arfusion_pass.inductor_options`,
+    :func:`arfusion_pass.enable`, or by hand.
+
+    Args:
+        config: settings; the defaults if None.
+    """
+
+    def __init__(self, config: FusionConfig | None = None) -> None:
+        if config is not None and not isinstance(config, FusionConfig):
+            raise ValueError(f"AllReduceFusionPass: expected a FusionConfig, got {config!r}")
+        self.config = config or FusionConfig()
+        self._reports: list[FusionReport] = []
+
+    def __call__(self, graph: fx.Graph) -> None:
+        """Rewrite ``graph`` in place. Never raises, unless ``config.raise_errors``."""
+        report = run(graph, self.config)
+        self._reports.append(report)
+        _all_reports.append(report)
+
+    def uuid(self) -> Any:
+        """Inductor's cache key for this pass (:mod:`arfusion_pass.cache_key`); None, no caching, while recording."""
+        return None if replay.active() is not None else cache_key.pass_key(self.config)
+
+    @property
+    def reports(self) -> Reports:
+        """One report for each graph this pass has seen, in order."""
+        return Reports(self._reports)
+
+    @property
+    def report(self) -> Reports:
+        """The same as :attr:`reports`: prints as one table over all graphs."""
+        return self.reports
+
+
+def fuse(graph_module: fx.GraphModule, config: FusionConfig | None = None) -> FusionReport:
+    """Fuse a post-AOT graph module in place, for other back-ends and tests.
+
+    Args:
+        graph_module: a functional aten graph whose nodes carry ``meta["val"]``.
+        config: settings; the defaults if None.
+
+    Raises:
+        ValueError: if ``graph_module`` is no GraphModule.
+    """
+    if not isinstance(graph_module, fx.GraphModule):
+        raise ValueError(f"fuse: expected a torch.fx.GraphModule, got {type(graph_module).__name__}")
+    report = run(graph_module.graph, config or FusionConfig())
+    _all_reports.append(report)
+    if report.matched_count:
+        graph_module.recompile()
+    return report
+
+
+def reports() -> Reports:
+    """The reports of every graph that any pass of this process has seen."""
+    return Reports(_all_reports)
+
+
+def run(graph: fx.Graph, config: FusionConfig) -> FusionReport:
+    """Raise, fuse and commit one graph."""
+    begin = time.perf_counter()
+    note = None
+    sites: list[RaisedSite] = []
+    written: list[tuple[Plan, fx.Node]] = []
+    recorder = replay.active()
+    before = after = None if recorder is None else replay.print_graph(graph)
+    described: list[Site] = []
+    replays: list[replay.ReplaySite] = []
+    try:
+        sites = find_sites(graph, config)
+        described = [_describe(site) for site in sites]
+        if any(site.reason is None for site in sites):
+            shadow = build_shadow(sites)
+            calls = FusionPassManager(config).apply(shadow)
+            _reject_unmatched(sites, {call.meta["site"] for call in calls})
+            committer = Committer(graph, shadow, calls)
+            plans = committer.plan()
+            if recorder is not None:
+                replays = [recorder.take(plan) for plan in plans]
+            described = [_describe(site) for site in sites]
+            written = committer.apply()
+            if recorder is not None:
+                after = replay.print_graph(graph)
+                recorder.mark(replays, [call for _, call in written])
+    except Exception as error:
+        if config.raise_errors:
+            raise
+        log.warning("arfusion left a graph as it was: %s: %s", type(error).__name__, error, exc_info=True)
+        note = f"the pass met something it did not expect and left the graph as it was: {type(error).__name__}: {error}"
+    fused = {id(plan.site): plan for plan, _ in written}
+    final = tuple(
+        _finish(text, fused[id(site)]) if id(site) in fused else _missed(site, text, note)
+        for site, text in zip(sites, described, strict=True)
+    )
+    report = FusionReport(
+        sites=final,
+        seconds=time.perf_counter() - begin,
+        note=note,
+        before=before,
+        after=after,
+    )
+    if recorder is not None:
+        recorder.add(report, replays)
+    return report
+
+
+def _reject_unmatched(sites: list[RaisedSite], matched: set[int]) -> None:
+    for index, site in enumerate(sites):
+        if site.reason is None and index not in matched:
+            site.reason = "no registered pattern matches what was recognised behind it"
+
+
+def _describe(site: RaisedSite) -> Site:
+    """What a report says of a site, taken before its nodes may be erased."""
+    return Site(
+        name=site.node.name,
+        group=site.group,
+        fused=False,
+        nodes=tuple(node.name for node in site.nodes) or (site.node.name,),
+        epsilon=None if site.norm is None else canonical_epsilon(site.norm.epsilon),
+        dtype=None if site.reduced is None else str(dtype_of(site.reduced.x)).removeprefix("torch."),
+        quantiser=None if site.quant is None else site.quant.op,
+        dialect="+".join(dict.fromkeys(site.dialects)),
+        note=site.note,
+    )
+
+
+def _finish(text: Site, plan: Plan) -> Site:
+    return dataclasses.replace(text, fused=True, pattern=plan.call.meta["pattern"], outputs=tuple(plan.buffers))
+
+
+def _missed(site: RaisedSite, text: Site, note: str | None) -> Site:
+    return dataclasses.replace(text, reason=site.reason or note)
+

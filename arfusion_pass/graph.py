@@ -1,0 +1,230 @@
+"""Questions about the nodes of a post-grad FX graph. The one home of predicates such as :func:`is_view`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+VIEWS: frozenset[Any] = frozenset(
+    {
+        aten.view.default,
+        aten.reshape.default,
+        aten._unsafe_view.default,
+        aten._reshape_alias.default,
+        aten.unsqueeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.squeeze.default,
+        aten.flatten.using_ints,
+        aten.alias.default,
+        aten.detach.default,
+    }
+)
+"""Ops that give the same elements in the same order another shape."""
+
+CASTS: frozenset[Any] = frozenset(
+    {prims.convert_element_type.default, aten._to_copy.default, aten.to.dtype, aten.type_as.default}
+)
+
+
+def value_of(node: Any) -> Any:
+    """``meta["val"]`` of a node, or None; a literal is its own value."""
+    return node.meta.get("val") if isinstance(node, fx.Node) else node
+
+
+def tensor_of(node: Any) -> torch.Tensor | None:
+    """The fake tensor that a node stands for, or None."""
+    value = value_of(node)
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def dtype_of(node: Any) -> torch.dtype | None:
+    """The dtype of a node's tensor, or None where it is no tensor."""
+    tensor = tensor_of(node)
+    return None if tensor is None else tensor.dtype
+
+
+def last_dim(node: Any) -> int | None:
+    """The size of the last dimension as a plain int; None if there is none or it is symbolic."""
+    tensor = tensor_of(node)
+    if tensor is None or tensor.dim() == 0:
+        return None
+    size = tensor.shape[-1]
+    return size if isinstance(size, int) else None
+
+
+def statically_equal(a: Any, b: Any) -> bool:
+    """Whether two sizes are equal for sure; adds no guard."""
+    return statically_known_true(a == b)
+
+
+def same_shape(a: Any, b: Any) -> bool:
+    """Whether two nodes' tensors have the same shape for sure; adds no guard."""
+    ta, tb = tensor_of(a), tensor_of(b)
+    if ta is None or tb is None or ta.dim() != tb.dim():
+        return False
+    return all(map(statically_equal, ta.shape, tb.shape))
+
+
+def known_contiguous(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is contiguous for sure; adds no guard."""
+    expected: Any = 1
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
+        if not statically_known_true(size == 1) and not statically_known_true(stride == expected):
+            return False
+        expected = expected * size
+    return True
+
+
+def is_call(node: Any, *targets: Any) -> bool:
+    """Whether ``node`` calls one of ``targets``."""
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
+
+
+def argument(node: fx.Node, name: str, default: Any = None) -> Any:
+    """One argument of an op call by its schema's name, however the call spells it."""
+    if name in node.kwargs:
+        return node.kwargs[name]
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return default
+    for index, parameter in enumerate(schema.arguments):
+        if parameter.name == name:
+            if index < len(node.args):
+                return node.args[index]
+            return parameter.default_value if parameter.has_default_value() else default
+    return default
+
+
+def is_cast(node: Any, dtype: torch.dtype | None = None) -> bool:
+    """Whether ``node`` only changes its input's dtype (to ``dtype``, where given)."""
+    if not (isinstance(node, fx.Node) and node.op == "call_function" and node.target in CASTS):
+        return False
+    if dtype_of(node) is None or (dtype is not None and dtype_of(node) != dtype):
+        return False
+    if node.target is aten._to_copy.default:
+        moved = [k for k, v in node.kwargs.items() if v is not None and k not in ("dtype", "non_blocking")]
+        source = tensor_of(node.args[0])
+        if "device" in moved and source is not None and source.device == tensor_of(node).device:  # type: ignore[union-attr]
+            moved.remove("device")
+        return not moved
+    return True
+
+
+def widens(node: Any) -> bool:
+    """Whether ``node`` is a cast that loses nothing (bf16 or fp16 to fp32)."""
+    return (
+        is_cast(node, torch.float32)
+        and dtype_of(node.args[0]) in (torch.bfloat16, torch.float16, torch.float32)
+    )
+
+
+def peel(node: Any) -> Any:
+    """``node`` without the lossless casts around it."""
+    while widens(node):
+        node = node.args[0]
+    return node
+
+
+def keeps_rows(node: Any) -> bool:
+    """Whether ``node`` is a view of its first argument that keeps the last dimension."""
+    return (
+        is_call(node, *VIEWS)
+        and isinstance(node.args[0], fx.Node)
+        and last_dim(node) is not None
+        and last_dim(node) == last_dim(node.args[0])
+    )
+
+
+def row_views(node: fx.Node) -> Iterator[fx.Node]:
+    """``node`` and every view of it (of a view of it, ...) that keeps the last dimension, in no special order."""
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        yield current
+        stack.extend(user for user in current.users if keeps_rows(user) and user.args[0] is current)
+
+
+def path(start: fx.Node, end: fx.Node) -> tuple[fx.Node, ...]:
+    """The views between ``start`` and ``end`` (one of its :func:`row_views`), ``end`` included."""
+    views: list[fx.Node] = []
+    while end is not start:
+        views.append(end)
+        end = end.args[0]  # type: ignore[assignment]
+    return tuple(reversed(views))
+
+
+def users_of(node: fx.Node, *targets: Any) -> list[fx.Node]:
+    """The users of ``node`` that call one of ``targets``, in graph order."""
+    return [user for user in node.users if is_call(user, *targets)]
+
+
+def only_user(node: fx.Node) -> fx.Node | None:
+    """The single user of ``node``, or None."""
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def other_operand(node: fx.Node, operand: fx.Node) -> Any:
+    """The other operand of a binary call; None unless ``operand`` is exactly one of the two."""
+    if len(node.args) < 2 or (node.args[0] is operand) == (node.args[1] is operand):
+        return None
+    return node.args[1] if node.args[0] is operand else node.args[0]
+
+
+def is_pure(node: fx.Node) -> bool:
+    """Whether ``node`` only computes a value: it may be moved, repeated or dropped."""
+    if node.op == "get_attr":
+        return True
+    if node.op != "call_function" or node.is_impure():
+        return False
+    schema = getattr(node.target, "_schema", None)
+    return schema is None or not schema.is_mutable
+
+
+def mutated_arguments(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose memory a call writes to. ``auto_functionalized`` calls write to none: they copy."""
+    schema = getattr(node.target, "_schema", None)
+    if node.op != "call_function" or schema is None or not schema.is_mutable:
+        return []
+    written: list[fx.Node] = []
+    for index, parameter in enumerate(schema.arguments):
+        if parameter.alias_info is None or not parameter.alias_info.is_write:
+            continue
+        value = node.kwargs.get(parameter.name, node.args[index] if index < len(node.args) else None)
+        values = value if isinstance(value, (list, tuple)) else [value]
+        written.extend(v for v in values if isinstance(v, fx.Node))
+    return written
+
+
+def describe(node: fx.Node) -> str:
+    """``name (target)`` for a reason's sentence."""
+    if node.op == "output":
+        return "the graph's output"
+    return f"{node.name} ({node.target})"
+
+
+def constant(node: Any) -> float | None:
+    """The number that an argument is: a Python number, or a node that holds a constant; else None."""
+    if isinstance(node, (int, float)) and not isinstance(node, bool):
+        return float(node)
+    value = None
+    if is_call(node, aten.full.default) and not node.args[0]:
+        value = node.args[1]
+    elif is_call(node, aten.scalar_tensor.default):
+        value = node.args[0]
+    dtype = dtype_of(node)
+    if not isinstance(value, (int, float)) or dtype is None:
+        return None
+    if dtype.is_floating_point and dtype.itemsize < 4:
+        with unset_fake_temporarily():
+            return torch.tensor(value, dtype=dtype, device="cpu").item()
+    return float(value) if dtype.is_floating_point else float(int(value))
+

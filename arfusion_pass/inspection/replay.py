@@ -1,0 +1,366 @@
+"""Check every fused site against the subgraph it replaced, on the inputs that it really met.
+
+::
+
+    with replay.recording() as recorder:
+        compiled(x)                      # compiled inside: each fused call keeps a copy of its inputs and outputs
+    for check in recorder.checks():      # the matched subgraph, interpreted eagerly with the same all-reduce
+        assert check.ok, check.detail
+
+The contract (DESIGN, "Exact"): all-reduce and residual are bit-equal; a bf16 or fp16 norm differs in at most
+``max(1, 0.1 %)`` elements, each by one value; an fp32 norm by at most 4 ulp; codes and scales are bit-equal to the
+subgraph's quantiser applied to the norm that was produced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from arfusion_pass.groups import resolve_group
+from arfusion_pass.inspection.graph_diff import print_graph
+from arfusion_pass.ops import record
+from arfusion_pass.ops.reference import ordered_all_reduce
+from arfusion_pass.ops.schema import OUTPUT_NAMES
+from arfusion_pass.ops.spec import QuantSpec
+from arfusion_pass.output_views import codes_layout, scale_layout
+from arfusion_pass.report import FusionReport, Site
+
+if TYPE_CHECKING:
+    from arfusion_pass.commit import Plan
+
+NORM_SHARE = 0.001
+"""A 16-bit norm may differ from the subgraph's in this share of its elements (or in one), each by one value."""
+NORM_ULPS_FP32 = 4
+"""An fp32 norm may differ by so many units in the last place."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputCheck:
+    """How one output compares: elements that differ, elements in all, and the largest distance in representable
+    values (0 where all bits agree)."""
+
+    mismatched: int
+    total: int
+    max_ulp: int
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteCheck:
+    """The outcome for one call of one fused site."""
+
+    site: Site
+    ok: bool
+    detail: str
+    outputs: dict[str, OutputCheck]
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One call of a fused op: its arguments (tensors copied before it ran), what it wrote, and how to run it again."""
+
+    arguments: dict[str, Any]
+    outputs: dict[str, torch.Tensor]
+    run: Callable[[dict[str, Any]], None]
+
+
+@dataclasses.dataclass
+class ReplaySite:
+    """A fused site's subgraph, and the calls of the fused op that were seen."""
+
+    subgraph: fx.GraphModule
+    inputs: dict[str, str]
+    group: str
+    prologue: fx.GraphModule | None = None
+    calls: list[Call] = dataclasses.field(default_factory=list)
+    unsupported: str | None = None
+    site: Site | None = None
+
+    def observe(self, arguments: dict[str, Any], run: Callable[[dict[str, Any]], None]) -> None:
+        """Keep a copy of a call's inputs and outputs."""
+        kept = {
+            name: value.detach().clone() if isinstance(value, torch.Tensor) and name not in OUTPUT_NAMES else value
+            for name, value in arguments.items()
+        }
+        run(arguments)
+        outputs = {name: arguments[name].detach().clone() for name in OUTPUT_NAMES if arguments[name] is not None}
+        self.calls.append(Call(kept, outputs, run))
+
+
+class Recorder:
+    """Every fused site of the graphs compiled inside :func:`recording`."""
+
+    def __init__(self) -> None:
+        self.reports: list[FusionReport] = []
+        self.sites: list[ReplaySite] = []
+
+    def take(self, plan: Plan) -> ReplaySite:
+        """Copy what a plan is about to replace, while it still stands in the graph."""
+        return _extract(plan)
+
+    def mark(self, replays: list[ReplaySite], calls: list[fx.Node]) -> None:
+        """Let each written call report to its recorder."""
+        for replay, call in zip(replays, calls, strict=True):
+            flags = call.kwargs["flags"]
+            assert isinstance(flags, int)
+            call.update_kwarg("flags", flags | record.add_observer(replay.observe))
+
+    def add(self, report: FusionReport, replays: list[ReplaySite]) -> None:
+        """Keep a graph's report; its fused sites are the replays, in the report's order."""
+        self.reports.append(report)
+        by_name = {site.name: site for site in report.fused}
+        for replay in replays:
+            replay.site = by_name[replay.subgraph.meta["site"]]
+            self.sites.append(replay)
+
+    def checks(self) -> list[SiteCheck]:
+        """Compare every recorded call with its subgraph. Collective: every rank calls it, in the same order."""
+        results = []
+        for replay in self.sites:
+            assert replay.site is not None
+            if replay.unsupported is not None or not replay.calls:
+                detail = replay.unsupported or "its fused call never ran"
+                results.append(SiteCheck(replay.site, False, detail, {}))
+            results += [_check(replay, call) for call in replay.calls]
+        return results
+
+
+_active: list[Recorder] = []
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[Recorder]:
+    """Record every fused site of what is compiled and run inside. Inductor's caches do not keep such graphs."""
+    recorder = Recorder()
+    _active.append(recorder)
+    try:
+        yield recorder
+    finally:
+        _active.remove(recorder)
+
+
+def active() -> Recorder | None:
+    """The innermost recorder, or None."""
+    return _active[-1] if _active else None
+
+
+def _extract(plan: Plan) -> ReplaySite:
+    """The subgraphs of a site: from a prologue's inputs to what is reduced, and from there to the written values."""
+    site = plan.site
+    assert site.reduced is not None and site.norm is not None
+    given = {"reduced": site.reduced.value}
+    given.update({role: node for role, node in site.inputs.items() if role in ("residual", "weight", "scale")})
+    wanted = {role: site.values[role] for role in plan.buffers if role in site.values}
+    norm = site.norm.norm  # None where the norm's own op quantises it: no node holds the norm
+    if norm is not None:
+        wanted.setdefault("norm_out", norm)
+    module, names, env, unknown = _subgraph(given, wanted)
+    module.meta.update(site=site.node.name, norm=None if norm is None else env[norm].name)
+    prologue = None
+    if site.prologue is not None:
+        prologue, prologue_names, _, more = _subgraph(site.prologue.inputs, {"x": site.prologue.x})
+        prologue.meta["inputs"] = prologue_names
+        unknown += more
+    reason = f"its subgraph reads {', '.join(unknown)}, which the fused call does not take" if unknown else None
+    return ReplaySite(module, names, site.group, prologue, unsupported=reason)
+
+
+def _subgraph(
+    given: dict[str, fx.Node], wanted: dict[str, fx.Node]
+) -> tuple[fx.GraphModule, dict[str, str], dict[fx.Node, fx.Node], list[str]]:
+    """What computes ``wanted`` from ``given``: a module that returns a dict, its placeholders' names by role, the
+    copies of nodes, and the names of values that neither role nor symbolic size gives."""
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    names: dict[str, str] = {}
+    unknown: list[str] = []
+
+    def placeholder(node: fx.Node, role: str) -> None:
+        if node not in env:
+            env[node] = graph.placeholder(role)
+            env[node].meta["val"] = node.meta.get("val")
+        names[role] = env[node].name
+
+    for role, node in given.items():
+        placeholder(node, role)
+
+    def copy(node: fx.Node) -> fx.Node:
+        stack = [node]
+        while stack:
+            current = stack[-1]
+            missing = [inner for inner in current.all_input_nodes if inner not in env]
+            if current in env:
+                stack.pop()
+            elif current.op == "placeholder" or current.op == "get_attr":
+                if isinstance(current.meta.get("val"), torch.SymInt):
+                    placeholder(current, f"size_{current.name}")
+                else:
+                    unknown.append(current.name)
+                    placeholder(current, f"unknown_{current.name}")
+                stack.pop()
+            elif missing:
+                stack += missing
+            else:
+                env[current] = graph.node_copy(current, env.__getitem__)
+                stack.pop()
+        return env[node]
+
+    graph.output({role: copy(node) for role, node in wanted.items()})
+    return fx.GraphModule(torch.nn.Module(), graph), names, env, unknown
+
+
+class _WithNorm(fx.Interpreter):
+    """Interprets a subgraph; the node called ``name`` takes a given value instead of its own."""
+
+    def __init__(self, module: fx.GraphModule, name: str | None, value: torch.Tensor | None) -> None:
+        super().__init__(module)
+        self.name, self.value = name, value
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.name == self.name and self.value is not None:
+            return self.value
+        return super().run_node(n)
+
+
+def _check(replay: ReplaySite, call: Call) -> SiteCheck:
+    assert replay.site is not None
+    arguments, produced = call.arguments, call.outputs
+    x = arguments["x"] if replay.prologue is None else _prologue(replay.prologue, arguments)
+    reduced = ordered_all_reduce(x, resolve_group(replay.group) if replay.group else None)
+    wanted = _interpret(replay, arguments, reduced, None)
+    checks: dict[str, OutputCheck] = {}
+    problems: list[str] = []
+    if "quant_out" in produced:
+        norm, changed = _norm_of(call, wanted["norm_out"])
+        again = _interpret(replay, arguments, reduced, norm.view(wanted["norm_out"].shape))
+        wanted = {**wanted, **{role: again[role] for role in ("quant_out", "scale_out") if role in again}}
+        problems += [f"{role}: another result when run again" for role in changed]
+    for role, value in produced.items():
+        if role not in wanted:
+            continue  # scales that nobody reads
+        expected = wanted[role]
+        value = _as_in_graph(role, value, expected, wanted["norm_out"].shape, arguments)
+        checks[role] = compare(value.reshape(expected.shape), expected)
+        problem = _problem(role, checks[role], expected.dtype)
+        if problem is not None:
+            problems.append(f"{role}: {problem}")
+    return SiteCheck(replay.site, not problems, "; ".join(problems) or "within the contract", checks)
+
+
+def _norm_of(call: Call, like: torch.Tensor) -> tuple[torch.Tensor, list[str]]:
+    """The norm that a call quantised, and the outputs that differ where the call is run once more to see it.
+
+    A call that does not write its norm is run again with ``norm_out``: the fused ops are deterministic.
+    """
+    if "norm_out" in call.outputs:
+        return call.outputs["norm_out"], []
+    outputs = {name: torch.empty_like(value) for name, value in call.outputs.items()}
+    outputs["norm_out"] = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    call.run({**call.arguments, **outputs})
+    changed = [name for name, value in call.outputs.items() if compare(outputs[name], value).mismatched]
+    return outputs["norm_out"], changed
+
+
+def _as_in_graph(
+    role: str, value: torch.Tensor, expected: torch.Tensor, shape: torch.Size, arguments: dict[str, Any]
+) -> torch.Tensor:
+    """What the graph sees of a buffer: quantised outputs are views of it."""
+    if role not in ("quant_out", "scale_out"):
+        return value
+    spec = QuantSpec.unpack(arguments["quant"], arguments["quant_bound"])
+    layout = (codes_layout if role == "quant_out" else scale_layout)(shape, spec, expected)
+    if layout is None:
+        raise ValueError(f"replay: {role} of {spec} cannot be viewed as {list(expected.shape)}, {expected.stride()}")
+    return layout.view(value.view(layout.dtype).view(layout.shape))
+
+
+def _problem(role: str, check: OutputCheck, dtype: torch.dtype) -> str | None:
+    """What breaks the contract, or None."""
+    if check.mismatched == 0:
+        return None
+    allowed = max(1, int(NORM_SHARE * check.total))
+    summary = f"{check.mismatched} of {check.total} elements differ, by up to {check.max_ulp} values"
+    if role != "norm_out":
+        return summary
+    if dtype == torch.float32:
+        return None if check.max_ulp <= NORM_ULPS_FP32 else summary
+    return None if check.mismatched <= allowed and check.max_ulp <= 1 else summary
+
+
+def _interpret(
+    replay: ReplaySite, arguments: dict[str, Any], reduced: torch.Tensor, norm: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    """The subgraph's values for one call's inputs; with ``norm`` given, the norm's node takes that value."""
+    real: dict[str, Any] = {"reduced": reduced}
+    real.update({role: arguments[role] for role in ("residual", "weight", "scale") if arguments[role] is not None})
+    values = _placeholder_values(replay.subgraph, replay.inputs, real)
+    return _WithNorm(replay.subgraph, replay.subgraph.meta["norm"], norm).run(*values)
+
+
+def _prologue(module: fx.GraphModule, arguments: dict[str, Any]) -> torch.Tensor:
+    """What a MoE prologue's subgraph computes from a call's inputs."""
+    values = _placeholder_values(module, module.meta["inputs"], arguments)
+    return fx.Interpreter(module).run(*values)["x"]
+
+
+def _placeholder_values(module: fx.GraphModule, names: dict[str, str], real: dict[str, Any]) -> list[Any]:
+    """A value for each placeholder of a subgraph, in the shape that the graph gave it."""
+    placeholders = list(module.graph.find_nodes(op="placeholder"))
+    by_name = {name: real[role] for role, name in names.items() if role in real}
+    bindings: dict[Any, int] = {}
+    for node in placeholders:
+        fake = node.meta.get("val")
+        if isinstance(fake, torch.Tensor) and node.name in by_name:
+            value = by_name[node.name]
+            by_name[node.name] = value.reshape(_concrete(fake, value, bindings)).to(fake.dtype)
+    return [by_name[node.name] if node.name in by_name else _size(node.meta["val"], bindings) for node in placeholders]
+
+
+def _concrete(fake: torch.Tensor, real: torch.Tensor, bindings: dict[Any, int]) -> list[int]:
+    """The real sizes of a fake tensor, given a real tensor of as many elements; binds plain symbols."""
+    if real.dim() == fake.dim():
+        for size, actual in zip(fake.shape, real.shape, strict=True):
+            if isinstance(size, torch.SymInt):
+                bindings.setdefault(size.node.expr, actual)
+        return list(real.shape)
+    return [_size(size, bindings) for size in fake.shape]
+
+
+def _size(value: Any, bindings: dict[Any, int]) -> Any:
+    if isinstance(value, torch.SymInt):
+        expression = value.node.expr
+        return bindings[expression] if expression in bindings else int(expression.subs(bindings))
+    return value
+
+
+def compare(actual: torch.Tensor, expected: torch.Tensor) -> OutputCheck:
+    """Elements that differ and the largest distance in representable values; all NaNs are one value."""
+    if actual.dtype != expected.dtype:
+        raise ValueError(f"compare: {actual.dtype} against {expected.dtype}")
+    a, b = _ordered(actual), _ordered(expected)
+    distance = (a - b).abs()
+    if actual.dtype.is_floating_point and actual.dtype.itemsize > 1:
+        both_nan = actual.isnan() & expected.isnan()
+        distance = torch.where(both_nan.reshape(distance.shape), torch.zeros_like(distance), distance)
+    differs = distance != 0
+    return OutputCheck(int(differs.sum()), differs.numel(), int(distance.max()) if distance.numel() else 0)
+
+
+def _ordered(value: torch.Tensor) -> torch.Tensor:
+    """int64 that grows with the value: neighbours in the dtype differ by 1; -0.0 and +0.0 differ by 1 as well."""
+    value = value.contiguous()
+    if value.dtype.is_floating_point:
+        size = value.dtype.itemsize
+        bits = value.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]).to(torch.int64)
+        bits = bits & ((1 << (8 * size)) - 1) if size < 8 else bits
+        sign = 1 << (8 * size - 1)
+        return torch.where(bits >= sign, sign - 1 - bits, bits)
+    return value.to(torch.int64)
+
+
+__all__ = ["OutputCheck", "Recorder", "SiteCheck", "active", "compare", "print_graph", "recording"]

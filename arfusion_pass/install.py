@@ -1,0 +1,82 @@
+"""Ways to switch the pass on for ``torch.compile``: an options dict, or a context."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch._inductor
+from torch import fx
+from torch._inductor import config as inductor_config
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+from arfusion_pass.config import FusionConfig
+from arfusion_pass.fusion_pass import AllReduceFusionPass
+
+HOOK = "post_grad_custom_post_pass"
+
+
+class PassChain(CustomGraphPass):
+    """Runs several graph passes in order; torch 2.11 takes no list of them.
+
+    Its ``uuid`` is that of all members, or None (no caching) if one of them has none.
+    """
+
+    def __init__(self, *passes: Callable[[fx.Graph], None]) -> None:
+        self.passes = passes
+
+    def __call__(self, graph: fx.Graph) -> None:
+        for member in self.passes:
+            member(graph)
+
+    def uuid(self) -> Any:
+        keys = [member.uuid() if isinstance(member, CustomGraphPass) else None for member in self.passes]
+        return None if None in keys else tuple(keys)
+
+
+def chained(existing: Any, fusion: AllReduceFusionPass) -> Any:
+    """``fusion`` behind whatever is installed already: nothing, a pass, a callable, or a list of them."""
+    members = list(existing) if isinstance(existing, (list, tuple)) else [existing] if existing is not None else []
+    flat = [inner for member in members for inner in (member.passes if isinstance(member, PassChain) else (member,))]
+    flat = [member for member in flat if not isinstance(member, AllReduceFusionPass)]
+    return PassChain(*flat, fusion) if flat else fusion
+
+
+def inductor_options(
+    config: FusionConfig | None = None, *, mode: str | None = None, **options: Any
+) -> dict[str, Any]:
+    """Options for ``torch.compile(model, options=...)`` that switch the pass on.
+
+    Args:
+        config: settings of the pass; the defaults if None.
+        mode: one of torch.compile's modes, expanded here because torch takes no ``mode`` beside ``options``.
+        **options: further Inductor options. A pass given here, or installed globally, keeps running, before ours.
+
+    Raises:
+        ValueError: on an unknown mode.
+    """
+    expanded: dict[str, Any] = {}
+    if mode is not None and mode != "default":
+        modes = torch._inductor.list_mode_options()
+        if mode not in modes:
+            raise ValueError(f"inductor_options: unknown mode {mode!r}; torch.compile knows {sorted(modes)}")
+        expanded.update(modes[mode])
+    expanded.update(options)
+    existing = expanded.get(HOOK, getattr(inductor_config, HOOK))
+    expanded[HOOK] = chained(existing, AllReduceFusionPass(config))
+    return expanded
+
+
+@contextlib.contextmanager
+def enable(config: FusionConfig | None = None) -> Iterator[AllReduceFusionPass]:
+    """Everything that Inductor compiles inside the context is fused; a pass installed before keeps running.
+
+    Note that ``torch.compile`` compiles at the first call, which must be inside.
+
+    Yields:
+        the pass, with its reports.
+    """
+    fusion = AllReduceFusionPass(config)
+    with inductor_config.patch({HOOK: chained(getattr(inductor_config, HOOK), fusion)}):
+        yield fusion

@@ -1,0 +1,217 @@
+"""The workspace of the eager API: its group, its size, its lifetime; sub-groups on four gloo ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from arfusion_pass import comm
+from arfusion_pass.groups import find_group, registered_groups, resolve_group
+from tests.comm.test_patterns import BF16, FP32, values
+from tests.helpers import run_ranks
+
+HIDDEN = 256
+
+
+def make(**changes: Any) -> comm.AllReduceFusionWorkspace:
+    return comm.create_allreduce_fusion_workspace(
+        **{"max_token_num": 16, "hidden_dim": HIDDEN, "dtype": BF16, "device": "cpu", **changes}
+    )
+
+
+def message(**changes: Any) -> str:
+    """What a wrong workspace says."""
+    try:
+        make(**changes).destroy()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+class Backend:
+    """A comm_backend as FlashInfer's TorchDistBackend is: it keeps its process group."""
+
+    def __init__(self, group: dist.ProcessGroup | None, rank: int, size: int) -> None:
+        self._group, self._rank, self._size = group, rank, size
+
+    def Get_rank(self) -> int:
+        return self._rank
+
+    def Get_size(self) -> int:
+        return self._size
+
+
+def sums(workspace: comm.AllReduceFusionWorkspace, tokens: int = 3, dtype: torch.dtype = BF16) -> torch.Tensor:
+    x = values(dist.get_rank(), (tokens, HIDDEN), dtype)
+    return comm.allreduce_fusion(x, workspace, comm.AllReduceFusionPattern.kAllReduce)
+
+
+def rank_main(rank: int, world: int) -> dict[str, Any]:
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    pair = pairs[rank // 2]
+    results: dict[str, Any] = {}
+    with make(group=pair, world_size=2, rank=rank % 2) as first, make(group=pair) as second, make() as everyone:
+        results["numbers"] = [(w.world_size, w.rank, w.tp_size, w.tp_rank) for w in (first, second, everyone)]
+        results["names"] = [w.group_name for w in (first, second, everyone)]
+        results["aliases"] = registered_groups()
+        results["groups"] = [find_group(w.group_name) is g for w, g in ((first, pair), (everyone, dist.group.WORLD))]
+        # Interleaved over sub-groups and the whole, larger than declared, other dtypes, one token, none.
+        results["pair"] = [sums(first), sums(second)]
+        results["world"] = sums(everyone)
+        results["shapes"] = [sums(first, tokens, dtype) for tokens, dtype in ((40, BF16), (1, FP32), (0, BF16))]
+        results["after"] = sums(first)
+        name = first.group_name
+        second.destroy()
+        results["other survives"] = sums(first)
+        results["reprs"] = (repr(first), repr(second))
+    results["forgotten"] = find_group(name) is None
+    try:
+        resolve_group(name)
+    except ValueError as error:
+        results["op error"] = str(error)
+    with make(comm_backend=Backend(pair, rank % 2, 2)) as held, make(comm_backend=Backend(None, rank, 4)) as default:
+        results["comm_backend"] = (sums(held), sums(default))
+    results["messages"] = [
+        message(world_size=2, rank=rank % 2),
+        message(group=pair, world_size=4),
+        message(group=pair, rank=rank % 2 + 2),
+        message(comm_backend=Backend(None, 0, 2)),
+        message(group=pairs[1 - rank // 2]),
+    ]
+    mapping = type("Mapping", (), {"world_size": 2, "rank": rank % 2})
+    mnnvl = comm.MNNVLAllReduceFusionWorkspace(mapping, 16, HIDDEN, BF16, group=pair)
+    by_bytes = comm.MNNVLAllReduceFusionWorkspace(
+        mapping, dtype=BF16, hidden_dim=HIDDEN, buffer_size_in_bytes=16 * HIDDEN * 2, group=pair
+    )
+    by_factory = make(backend="mnnvl", group=pair)
+    results["mnnvl"] = [
+        (isinstance(w, comm.MNNVLAllReduceFusionWorkspace), w.max_token_num, sums(w))
+        for w in (mnnvl, by_bytes, by_factory)
+    ]
+    for workspace in (mnnvl, by_bytes, by_factory):
+        workspace.destroy()
+    with make(backend="reference") as one, make(backend="trtllm") as two:
+        results["backends"] = (one.backend, two.backend)
+        results["reference"] = (sums(one), sums(two))
+    return results
+
+
+@pytest.fixture(scope="module")
+def results() -> list[dict[str, Any]]:
+    return run_ranks(4, rank_main)
+
+
+def expected(ranks: tuple[int, ...], tokens: int = 3, dtype: torch.dtype = BF16) -> torch.Tensor:
+    """The sum in rank order, in fp32."""
+    total = torch.zeros(tokens, HIDDEN)
+    for rank in ranks:
+        total = total + values(rank, (tokens, HIDDEN), dtype).float()
+    return total.to(dtype)
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_sub_groups(results: list, rank: int) -> None:
+    """Four ranks as 2 x 2: each pair sums its own, the whole sums all, interleaved on several workspaces."""
+    got, pair = results[rank], (0, 1) if rank < 2 else (2, 3)
+    assert got["numbers"] == [(2, rank % 2, 2, rank % 2)] * 2 + [(4, rank, 4, rank)]
+    assert got["groups"] == [True, True]
+    for tensor in (*got["pair"], got["after"], got["other survives"], got["comm_backend"][0]):
+        assert torch.equal(tensor, expected(pair))
+    for tensor in (got["world"], got["comm_backend"][1], *got["reference"]):
+        assert torch.equal(tensor, expected((0, 1, 2, 3)))
+
+
+def test_any_size(results: list) -> None:
+    """One workspace serves more tokens than it was made for, another dtype, one token and none."""
+    for tensor, (tokens, dtype) in zip(results[0]["shapes"], ((40, BF16), (1, FP32), (0, BF16)), strict=True):
+        assert torch.equal(tensor, expected((0, 1), tokens, dtype))
+
+
+def test_names(results: list) -> None:
+    """A workspace has its own name, the same on all its ranks, gone after destroy, and no alias of the group."""
+    assert len(set(results[0]["names"])) == 3
+    assert results[0]["names"] == results[1]["names"]
+    assert all(result["aliases"] == {} for result in results)
+    assert all(result["forgotten"] for result in results)
+    assert "no process group is called 'arfusion.comm/" in results[0]["op error"]
+    assert "rank 0 of 2, 16 x 256 bfloat16, reference" in results[0]["reprs"][0]
+    assert "destroyed" in results[0]["reprs"][1]
+
+
+def test_group_messages(results: list) -> None:
+    """World size, rank or comm_backend that do not fit the group; a group that this rank is not in."""
+    size, other_size, other_rank, backend, foreign = results[0]["messages"]
+    assert "world_size=2, but in process group" in size
+    assert "it is 4; for a sub-group pass group=" in size
+    assert "world_size=4, but in process group" in other_size
+    assert "rank=2, but in process group" in other_rank
+    assert "world_size=2, but in process group" in backend
+    assert "group must be a torch.distributed.ProcessGroup of this rank" in foreign
+
+
+def test_mnnvl_workspace(results: list) -> None:
+    """FlashInfer's MNNVL constructor (a mapping with a size or bytes) and backend='mnnvl' give the same thing."""
+    for is_mnnvl, tokens, tensor in results[1]["mnnvl"]:
+        assert is_mnnvl
+        assert tokens == 16
+        assert torch.equal(tensor, expected((0, 1)))
+
+
+def test_backend_names(results: list) -> None:
+    """Without CUDA the reference runs, whatever name of FlashInfer's was asked for."""
+    assert results[0]["backends"] == ("reference", "reference")
+
+
+def test_is_buffer_size_sufficient() -> None:
+    """Bytes count, not shapes; another world does not fit; the strategy makes no difference."""
+    with make(world_size=1) as workspace:
+        fits = workspace.is_buffer_size_sufficient
+        assert fits(1, 16, HIDDEN, BF16)
+        assert fits(1, 32, HIDDEN // 2, BF16)
+        assert fits(1, 8, HIDDEN, FP32, use_oneshot=True)
+        assert not fits(1, 17, HIDDEN, BF16)
+        assert not fits(1, 9, HIDDEN, FP32)
+        assert not fits(2, 16, HIDDEN, BF16)
+    mapping = type("Mapping", (), {"tp_size": 1, "tp_rank": 0})
+    workspace = comm.MNNVLAllReduceFusionWorkspace(mapping, 16, HIDDEN, BF16, device="cpu")
+    assert workspace.is_buffer_size_sufficient(1, 16, HIDDEN, BF16, comm.MNNVLAllreduceFusionStrategy.ONESHOT)
+    assert not workspace.is_buffer_size_sufficient(1, 17, HIDDEN, BF16)
+    assert workspace.get_required_buffer_size_bytes(1, 16, HIDDEN, BF16) == 16 * HIDDEN * 2
+    workspace.destroy()
+    for arguments in ({}, {"buffer_size_in_bytes": 1.5}):
+        with pytest.raises(ValueError, match=r"max_num_tokens, hidden_dim and dtype, or|must be an integer, got 1\.5"):
+            comm.MNNVLAllReduceFusionWorkspace(mapping, **arguments)
+    with pytest.raises(ValueError, match="mapping must have tp_size and tp_rank"):
+        comm.MNNVLAllReduceFusionWorkspace(object(), 16, HIDDEN, BF16)
+
+
+def test_float_scale_is_no_tensor() -> None:
+    """A float scale travels as a number: no host-to-device copy, so a captured graph may hold it."""
+    seen: list[Any] = []
+    x, gamma = torch.ones(2, HIDDEN, dtype=BF16), torch.ones(HIDDEN, dtype=BF16)
+
+    class Spy(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append((str(func), args))
+            return func(*args, **(kwargs or {}))
+
+    with make(world_size=1) as workspace, Spy():
+        comm.allreduce_fusion(x, workspace, 2, residual_in=x, rms_gamma=gamma, scale_factor=0.5)
+    names = [name for name, _ in seen]
+    assert "arfusion.allreduce_rms_norm.default" in names
+    before = names[: names.index("arfusion.allreduce_rms_norm.default")]
+    assert [name for name in before if name != "aten.view.default"] == ["aten.empty.memory_format"]  # quant_out
+    args = next(args for name, args in seen if name.startswith("arfusion"))
+    assert args[3] is None  # scale
+    assert args[9] == 0.5  # scale_value
+
+
+def test_one_rank_has_no_name() -> None:
+    """A world of one rank communicates with nobody, and needs no torch.distributed."""
+    with make(world_size=1) as workspace:
+        assert workspace.group_name == ""
+        assert workspace.group is None
+        assert torch.equal(comm.allreduce_fusion(torch.ones(2, 8), workspace, 0), torch.ones(2, 8))

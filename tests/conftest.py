@@ -1,0 +1,20 @@
+"""Options and fixtures of the whole suite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.simulate import fake_world
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write tests/golden anew instead of comparing")
+
+
+@pytest.fixture
+def world() -> Iterator[None]:
+    """A fake world of two ranks (:mod:`tests.simulate`)."""
+    with fake_world(2):
+        yield

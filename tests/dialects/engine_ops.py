@@ -1,0 +1,394 @@
+"""Engines' ops under their own schemas, with CPU implementations of what their kernels compute.
+
+Registered in a test's process only where the engine itself is not there. The formulas are written out here once more
+from the engines' sources, independent of the specs that the dialects make of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+FP8_MAX = 448.0
+
+_libraries: dict[str, torch.library.Library] = {}
+
+
+def define(name: str, schema: str, meaning: Callable[..., object], fake: Callable[..., object] | None = None) -> None:
+    """Register ``namespace::op`` once a process; an op that only writes to its arguments needs no fake."""
+    namespace, op = name.split("::")
+    library = _libraries.setdefault(namespace, torch.library.Library(namespace, "FRAGMENT"))
+    base, _, overload = op.partition(".")
+    if overload in getattr(torch.ops, namespace).__getattr__(base).overloads() if _has(namespace, base) else False:
+        return
+    if not overload and _has(namespace, base) and "default" in getattr(getattr(torch.ops, namespace), base).overloads():
+        return
+    library.define(op + schema)
+    library.impl(op, meaning, "CompositeExplicitAutograd")
+    torch.library.register_fake(name, fake or (lambda *args, **kwargs: None), lib=library)
+
+
+def _has(namespace: str, base: str) -> bool:
+    return hasattr(getattr(torch.ops, namespace), base)
+
+
+def all_reduce(x: torch.Tensor) -> torch.Tensor:
+    """The sum over all ranks."""
+    result = x.clone()
+    dist.all_reduce(result)
+    return result
+
+
+def rms(x: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """``x / RMS(x)`` in fp32."""
+    x = x.float()
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon)
+
+
+def to_fp8(x: torch.Tensor) -> torch.Tensor:
+    return x.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+
+
+def divide(x: torch.Tensor, y: float) -> torch.Tensor:
+    return x / torch.full((), y)
+
+
+def groups(x: torch.Tensor, size: int) -> torch.Tensor:
+    return x.float().reshape(-1, x.shape[-1] // size, size)
+
+
+def like(x: torch.Tensor, *_: object) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+# vLLM ----------------------------------------------------------------------------------------------------------------
+
+
+def _ir_rms_norm(x, weight, epsilon, variance_size=None):  # type: ignore[no-untyped-def]
+    wide = x.float()
+    part = wide if variance_size is None else wide[..., :variance_size]
+    y = wide * torch.rsqrt(part.pow(2).mean(-1, keepdim=True) + epsilon)
+    return (y if weight is None else y.to(weight.dtype) * weight).to(x.dtype)
+
+
+def _ir_fused_add_rms_norm(x, x_residual, weight, epsilon, variance_size=None):  # type: ignore[no-untyped-def]
+    total = x.float() + x_residual.float()
+    y = rms(total, epsilon)
+    return (y if weight is None else y.to(weight.dtype) * weight).to(x.dtype), total.to(x.dtype)
+
+
+def _c_rms_norm(result, input, weight, epsilon):  # type: ignore[no-untyped-def]
+    y = rms(input, epsilon)
+    result.copy_(y if weight is None else y * weight.float())
+
+
+def _c_fused_add_rms_norm(input, residual, weight, epsilon):  # type: ignore[no-untyped-def]
+    residual.copy_(input + residual)
+    y = rms(residual, epsilon)
+    input.copy_(y if weight is None else y * weight.float())
+
+
+def _c_static_fp8(result, input, scale, group_shape=None):  # type: ignore[no-untyped-def]
+    result.copy_(to_fp8(input.float() * (1.0 / scale.float())))
+
+
+def _token_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    scale = divide(x.float().abs().amax(-1, keepdim=True), FP8_MAX).clamp(min=1 / (FP8_MAX * 512))
+    return to_fp8(x.float() / scale), scale
+
+
+def _c_token_fp8(result, input, scale, scale_ub):  # type: ignore[no-untyped-def]
+    codes, scales = _token_fp8(input)
+    result.copy_(codes)
+    scale.copy_(scales)
+
+
+def _c_group_fp8(  # type: ignore[no-untyped-def]
+    input, output_q, output_s, group_size, eps, fp8_min, fp8_max, scale_ue8m0, transposed, tma
+):
+    grouped = groups(input, group_size)
+    scale = divide(grouped.abs().amax(-1).clamp(min=eps), fp8_max)
+    if scale_ue8m0:
+        scale = torch.exp2(torch.ceil(torch.log2(scale.clamp(min=1e-10))))
+    output_q.copy_(to_fp8(grouped / scale.unsqueeze(-1)).reshape(input.shape))
+    output_s.copy_(scale.reshape(output_s.shape))
+
+
+def _c_group_packed(input, output_q, output_s_packed, group_size, eps, fp8_min, fp8_max):  # type: ignore[no-untyped-def]
+    grouped = groups(input, group_size)
+    scale = divide(grouped.abs().amax(-1).clamp(min=eps), fp8_max).clamp(min=1e-10)
+    bits = scale.contiguous().view(torch.int32)
+    exponent = (bits >> 23 & 0xFF) + ((bits & 0x7FFFFF) != 0).to(torch.int32)
+    scale = (exponent << 23).view(torch.float32)
+    output_q.copy_(to_fp8(grouped / scale.unsqueeze(-1)).reshape(input.shape))
+    columns = output_s_packed.shape[1]
+    words = torch.zeros(grouped.shape[0], 4 * columns, dtype=torch.uint8)
+    words[:, : grouped.shape[1]] = exponent.to(torch.uint8)
+    output_s_packed.copy_(words.view(torch.int32))
+
+
+def _c_norm_static(result, input, weight, scale, epsilon):  # type: ignore[no-untyped-def]
+    _c_static_fp8(result, (rms(input, epsilon) * weight.float()).to(input.dtype), scale)
+
+
+def _c_add_norm_static(result, input, residual, weight, scale, epsilon):  # type: ignore[no-untyped-def]
+    residual.copy_(input + residual)
+    _c_norm_static(result, residual, weight, scale, epsilon)
+
+
+def _round_first(input, residual, weight, epsilon):  # type: ignore[no-untyped-def]
+    total = input.float() if residual is None else input.float() + residual.float()
+    if residual is not None:
+        residual.copy_(total)
+    return rms(total, epsilon).to(input.dtype) * weight
+
+
+def _c_norm_token(result, input, weight, scale, epsilon, scale_ub, residual):  # type: ignore[no-untyped-def]
+    norm = _round_first(input, residual, weight, epsilon)
+    if result.dtype == torch.int8:
+        scales = divide(norm.float().abs().amax(-1, keepdim=True), 127.0).clamp(min=2.0**-23)
+        codes = torch.round(norm.float() * (1.0 / scales)).clamp(-128, 127).to(torch.int8)
+    else:
+        codes, scales = _token_fp8(norm)
+    result.copy_(codes)
+    scale.copy_(scales)
+
+
+def _c_norm_block(  # type: ignore[no-untyped-def]
+    result, input, weight, scale, epsilon, scale_ub, residual, group_size, is_scale_transposed
+):
+    grouped = groups(_round_first(input, residual, weight, epsilon), group_size)
+    scales = divide(grouped.abs().amax(-1), FP8_MAX).clamp(min=1 / (FP8_MAX * 512))
+    result.copy_(to_fp8(grouped / scales.unsqueeze(-1)).reshape(input.shape))
+    scale.copy_(scales)
+
+
+def register_vllm(optional_weight: bool = True) -> None:
+    """vLLM 0.32's ops; ``optional_weight=False`` gives ``_C``'s norms the schema of vLLM 0.19 and before."""
+    weight = "Tensor? weight" if optional_weight else "Tensor weight"
+    define(
+        "vllm::all_reduce",
+        "(Tensor tensor, str group_name) -> Tensor",
+        lambda tensor, group_name: all_reduce(tensor),
+        like,
+    )
+    define(
+        "vllm_ir::rms_norm",
+        "(Tensor x, Tensor? weight, float epsilon, SymInt? variance_size=None) -> Tensor",
+        _ir_rms_norm,
+        like,
+    )
+    define(
+        "vllm_ir::fused_add_rms_norm",
+        "(Tensor x, Tensor x_residual, Tensor? weight, float epsilon, SymInt? variance_size=None) -> (Tensor, Tensor)",
+        _ir_fused_add_rms_norm,
+        lambda x, *_: (torch.empty_like(x), torch.empty_like(x)),
+    )
+    define("_C::rms_norm", f"(Tensor! result, Tensor input, {weight}, float epsilon) -> ()", _c_rms_norm)
+    define(
+        "_C::fused_add_rms_norm",
+        f"(Tensor! input, Tensor! residual, {weight}, float epsilon) -> ()",
+        _c_fused_add_rms_norm,
+    )
+    define(
+        "_C::static_scaled_fp8_quant",
+        "(Tensor! result, Tensor input, Tensor scale, int[]? group_shape=None) -> ()",
+        _c_static_fp8,
+    )
+    define(
+        "_C::dynamic_per_token_scaled_fp8_quant",
+        "(Tensor! result, Tensor input, Tensor! scale, Tensor? scale_ub) -> ()",
+        _c_token_fp8,
+    )
+    define(
+        "_C::per_token_group_fp8_quant",
+        "(Tensor input, Tensor! output_q, Tensor! output_s, int group_size, float eps, float fp8_min, float fp8_max, "
+        "bool scale_ue8m0, bool dummy_is_scale_transposed, bool dummy_is_tma_aligned) -> ()",
+        _c_group_fp8,
+    )
+    define(
+        "_C::per_token_group_fp8_quant_packed",
+        "(Tensor input, Tensor! output_q, Tensor! output_s_packed, int group_size, float eps, float fp8_min, "
+        "float fp8_max) -> ()",
+        _c_group_packed,
+    )
+    define(
+        "_C::rms_norm_static_fp8_quant",
+        "(Tensor! result, Tensor input, Tensor weight, Tensor scale, float epsilon) -> ()",
+        _c_norm_static,
+    )
+    define(
+        "_C::fused_add_rms_norm_static_fp8_quant",
+        "(Tensor! result, Tensor input, Tensor! residual, Tensor weight, Tensor scale, float epsilon) -> ()",
+        _c_add_norm_static,
+    )
+    define(
+        "_C::rms_norm_dynamic_per_token_quant",
+        "(Tensor! result, Tensor input, Tensor weight, Tensor! scale, float epsilon, Tensor? scale_ub, "
+        "Tensor!? residual) -> ()",
+        _c_norm_token,
+    )
+    define(
+        "_C::rms_norm_per_block_quant",
+        "(Tensor! result, Tensor input, Tensor weight, Tensor! scale, float epsilon, Tensor? scale_ub, "
+        "Tensor!? residual, int group_size, bool is_scale_transposed) -> ()",
+        _c_norm_block,
+    )
+    define(
+        "vllm::rocm_unquantized_gemm",
+        "(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor",
+        lambda x, weight, bias=None: x @ weight.t(),
+        lambda x, weight, bias=None: x.new_empty((*x.shape[:-1], weight.shape[0])),
+    )
+
+
+# FlashInfer's norms, under the names of those who register them ------------------------------------------------------
+
+
+def _fi_norm(weight_bias: float):  # type: ignore[no-untyped-def]
+    def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return (rms(x, eps) * (weight_bias + weight.float())).to(x.dtype)
+
+    return norm
+
+
+def _fi_write(weight_bias: float):  # type: ignore[no-untyped-def]
+    def write(output, input, weight, eps, enable_pdl=None):  # type: ignore[no-untyped-def]
+        output.copy_(_fi_norm(weight_bias)(input, weight, eps))
+
+    return write
+
+
+def _fi_add(weight_bias: float):  # type: ignore[no-untyped-def]
+    def add(input, residual, weight, eps=1e-6, enable_pdl=None):  # type: ignore[no-untyped-def]
+        total = input.float() + residual.float()
+        residual.copy_(total)
+        input.copy_(rms(total, eps) * (weight_bias + weight.float()))
+
+    return add
+
+
+def _fi_add_quant(out, input, residual, weight, scale, eps=1e-6, enable_pdl=None):  # type: ignore[no-untyped-def]
+    total = input.float() + residual.float()
+    residual.copy_(total)
+    out.copy_(to_fp8(rms(total, eps) * weight.float() * (1.0 / scale)))
+
+
+def _sgl_token(input, output_q, output_s):  # type: ignore[no-untyped-def]
+    scale = divide(input.float().abs().amax(-1, keepdim=True), FP8_MAX)
+    output_q.copy_(to_fp8(input.float() * (1.0 / scale)))
+    output_s.copy_(scale)
+
+
+def _sgl_group(  # type: ignore[no-untyped-def]
+    input, output_q, output_s, group_size, eps, fp8_min, fp8_max, scale_ue8m0, fuse_silu_and_mul=False, masked_m=None
+):
+    if output_s.dtype == torch.int32:
+        _c_group_packed(input, output_q, output_s, group_size, eps, fp8_min, fp8_max)
+    else:
+        _c_group_fp8(input, output_q, output_s, group_size, eps, fp8_min, fp8_max, False, False, False)
+
+
+def _inplace_all_reduce(tensor: torch.Tensor, group_name: str) -> None:
+    tensor.copy_(all_reduce(tensor))
+
+
+def register_sglang() -> None:
+    """SGLang's all-reduces and sgl-kernel 0.3.21's norms and FP8 quantisers."""
+    define(
+        "sglang::outplace_all_reduce",
+        "(Tensor tensor, str group_name, str outplace_all_reduce_method) -> Tensor",
+        lambda tensor, group_name, outplace_all_reduce_method: all_reduce(tensor),
+        like,
+    )
+    define(
+        "sglang::inplace_all_reduce",
+        "(Tensor! tensor, str group_name) -> ()",
+        _inplace_all_reduce,
+    )
+    for prefix, bias in (("", 0.0), ("gemma_", 1.0)):
+        define(
+            f"sgl_kernel::{prefix}rmsnorm",
+            "(Tensor! output, Tensor input, Tensor weight, float eps, bool enable_pdl) -> ()",
+            _fi_write(bias),
+        )
+        define(
+            f"sgl_kernel::{prefix}fused_add_rmsnorm",
+            "(Tensor! input, Tensor! residual, Tensor weight, float eps, bool enable_pdl) -> ()",
+            _fi_add(bias),
+        )
+    define(
+        "sgl_kernel::sgl_per_tensor_quant_fp8",
+        "(Tensor input, Tensor! output_q, Tensor! output_s, bool is_static) -> ()",
+        lambda input, output_q, output_s, is_static: _c_static_fp8(output_q, input, output_s),
+    )
+    define(
+        "sgl_kernel::sgl_per_token_quant_fp8", "(Tensor input, Tensor! output_q, Tensor! output_s) -> ()", _sgl_token
+    )
+    group = (
+        "(Tensor input, Tensor! output_q, Tensor! output_s, int group_size, float eps, float fp8_min, float fp8_max, "
+        "bool scale_ue8m0"
+    )
+    define("sgl_kernel::sgl_per_token_group_quant_8bit", group + ") -> ()", _sgl_group)
+    define(
+        "sgl_kernel::sgl_per_token_group_quant_8bit_v2",
+        group + ", bool fuse_silu_and_mul, Tensor? masked_m) -> ()",
+        _sgl_group,
+    )
+
+
+def register_flashinfer() -> None:
+    """FlashInfer's norms, were they registered."""
+    for prefix, bias in (("", 0.0), ("gemma_", 1.0)):
+        define(
+            f"flashinfer::{prefix}rmsnorm",
+            "(Tensor! out, Tensor input, Tensor weight, float eps, bool? enable_pdl) -> ()",
+            _fi_write(bias),
+        )
+        define(
+            f"flashinfer::{prefix}fused_add_rmsnorm",
+            "(Tensor! input, Tensor! residual, Tensor weight, float eps=1e-6, bool? enable_pdl=None) -> ()",
+            _fi_add(bias),
+        )
+    define(
+        "flashinfer::fused_add_rmsnorm_quant",
+        "(Tensor! out, Tensor input, Tensor! residual, Tensor weight, Tensor scale, float eps=1e-6, "
+        "bool? enable_pdl=None) -> ()",
+        _fi_add_quant,
+    )
+
+
+def register_tensorrt_llm() -> None:
+    """TensorRT-LLM's all-reduce (its ``op`` NONE), and FlashInfer's norms under its names."""
+    define(
+        "trtllm::allreduce",
+        "(Tensor input, Tensor? residual, Tensor? norm_weight, Tensor? scale, Tensor? bias, Tensor? workspace, "
+        "int[] group, int strategy, int op, float eps, bool trigger_completion_at_end) -> Tensor[]",
+        lambda input, *rest: [all_reduce(input)],
+        lambda input, *rest: [torch.empty_like(input)],
+    )
+    define(
+        "trtllm::flashinfer_rmsnorm",
+        "(Tensor input, Tensor weight, float eps) -> Tensor",
+        _fi_norm(0.0),
+        like,
+    )
+    define(
+        "trtllm::flashinfer_fused_add_rmsnorm",
+        "(Tensor! input, Tensor! residual, Tensor weight, float eps) -> ()",
+        _fi_add(0.0),
+    )
+    define(
+        "tensorrt_llm::static_quantize_e4m3_per_tensor",
+        "(Tensor input, Tensor scales) -> (Tensor, Tensor)",
+        lambda input, scales: (to_fp8(input.float() / scales), scales.clone()),
+        lambda input, scales: (torch.empty_like(input, dtype=torch.float8_e4m3fn), torch.empty_like(scales)),
+    )
+
+
+def register_symm_mem() -> None:
+    """torch's own op, of which a CPU build has no implementation."""
+    library = _libraries.setdefault("symm_mem", torch.library.Library("symm_mem", "IMPL"))
+    library.impl("one_shot_all_reduce", lambda input, reduce_op, group_name: all_reduce(input), "CPU")

@@ -1,0 +1,324 @@
+"""Quantisers as people write them in plain torch, each behind an all-reduce and a norm."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as fc
+
+FP8 = torch.float8_e4m3fn
+Tensor = torch.Tensor
+HIDDEN = 256
+
+
+# Norms ----------------------------------------------------------------------------------------------------------------
+
+
+def llama(x: Tensor, w: Tensor, eps: float = 1e-6) -> Tensor:
+    h = x.float()
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+    return w * h.to(x.dtype)
+
+
+def torch_norm(x: Tensor, w: Tensor, eps: float = 1e-6) -> Tensor:
+    return torch.nn.functional.rms_norm(x, (x.shape[-1],), w, eps)
+
+
+def gemma(x: Tensor, w: Tensor, eps: float = 1e-6) -> Tensor:
+    h = x.float()
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+    return (h * (1.0 + w.float())).to(x.dtype)
+
+
+# Quantisers -----------------------------------------------------------------------------------------------------------
+
+
+def static_div(h: Tensor, s: Tensor) -> Tensor:
+    return (h / s).clamp(-448, 448).to(FP8)
+
+
+def static_div_f32(h: Tensor, s: Tensor) -> Tensor:
+    return (h.float() / s).clamp(-448.0, 448.0).to(FP8)
+
+
+def static_reciprocal(h: Tensor, s: Tensor) -> Tensor:
+    return (h.float() * s.reciprocal()).clamp(min=-448.0, max=448.0).to(FP8)
+
+
+def static_encode(h: Tensor, s: Tensor) -> Tensor:
+    return (h.float() * s).clamp(-448.0, 448.0).to(FP8)
+
+
+def static_max_first(h: Tensor, s: Tensor) -> Tensor:
+    return (h.float() / s).clamp_max(448.0).clamp_min(-448).to(FP8)
+
+
+def static_no_clamp(h: Tensor, s: Tensor) -> Tensor:
+    return (h.float() / s).to(FP8)
+
+
+def static_number(h: Tensor, s: Tensor) -> Tensor:
+    return (h / 0.0517).clamp(-448, 448).to(FP8)
+
+
+def static_number_mul(h: Tensor, s: Tensor) -> Tensor:
+    return (h.float() * 7.3).clamp(-448, 448).to(FP8)
+
+
+def static_detour(h: Tensor, s: Tensor) -> Tensor:
+    return (h / s).float().clamp(-448, 448).to(torch.bfloat16).to(FP8)
+
+
+def token(h: Tensor) -> tuple[Tensor, Tensor]:
+    v = h.float()
+    s = v.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 448.0
+    return (v / s).clamp(-448.0, 448.0).to(FP8), s
+
+
+def token_vllm(h: Tensor) -> tuple[Tensor, Tensor]:
+    amax = h.abs().amax(-1).unsqueeze(-1).float()
+    s = (amax / 448.0).clamp(min=1.0 / (448.0 * 512.0))
+    return (h.float() * s.reciprocal()).clamp(-448.0, 448.0).to(FP8), s
+
+
+def token_torchao(h: Tensor) -> tuple[Tensor, Tensor]:
+    s = (h.abs().amax(1, keepdim=True) / 448.0).float()
+    return (h.float() / s).clamp(-448.0, 448.0).to(FP8), s
+
+
+def token_squeezed(h: Tensor) -> tuple[Tensor, Tensor]:
+    q, s = token(h)
+    return q, s.squeeze(-1)
+
+
+def token_low(h: Tensor) -> tuple[Tensor, Tensor]:
+    s = h.abs().amax(-1, keepdim=True).clamp(min=1e-4) / 448.0
+    return (h / s).clamp(-448.0, 448.0).to(FP8), s.float()
+
+
+def group(h: Tensor, g: int = 128) -> tuple[Tensor, Tensor]:
+    t = h.shape[0]
+    v = h.reshape(t, h.shape[-1] // g, g).float()
+    s = v.abs().amax(-1, keepdim=True).clamp(min=1e-10) / 448.0
+    return (v / s).clamp(-448.0, 448.0).to(FP8).reshape(t, h.shape[-1]), s.squeeze(-1)
+
+
+def group_64(h: Tensor) -> tuple[Tensor, Tensor]:
+    return group(h, 64)
+
+
+def group_32(h: Tensor) -> tuple[Tensor, Tensor]:
+    return group(h, 32)
+
+
+def group_minus_one(h: Tensor) -> tuple[Tensor, Tensor]:
+    v = h.view(h.shape[0], -1, 128)
+    amax = v.abs().float().amax(dim=2).view(h.shape[0], -1).clamp(1e-4)
+    q = (v * (448.0 / amax.unsqueeze(2))).to(FP8).view(h.shape)
+    return q, (amax / 448.0).view(h.shape[0], -1)
+
+
+def group_vllm(h: Tensor) -> tuple[Tensor, Tensor]:
+    v = h.reshape(-1, h.shape[-1] // 128, 128)
+    amax = v.abs().max(dim=-1, keepdim=True)[0].float()
+    s = (amax / 448.0).clamp(min=1.0 / (448.0 * 512.0))
+    return (v / s).clamp(-448.0, 448.0).to(FP8).reshape(h.shape), s.reshape(h.shape[0], -1)
+
+
+def group_flat(h: Tensor) -> tuple[Tensor, Tensor]:
+    v = h.reshape(-1, 128).float()
+    s = v.abs().amax(-1, keepdim=True).clamp(min=1e-10) / 448.0
+    return (v / s).clamp(-448.0, 448.0).to(FP8).view(h.shape), s.view(h.shape[0], -1)
+
+
+def group_as_is(h: Tensor) -> tuple[Tensor, Tensor]:
+    v = h.reshape(h.shape[0], -1, 128).float()
+    s = v.abs().amax(-1, keepdim=True).clamp(min=1e-10) / 448.0
+    return (v / s).clamp(-448.0, 448.0).to(FP8), s
+
+
+def group_column(h: Tensor) -> tuple[Tensor, Tensor]:
+    q, s = group(h)
+    return q, s.t().contiguous().t()
+
+
+def group_transposed(h: Tensor) -> tuple[Tensor, Tensor]:
+    q, s = group(h)
+    return q, s.permute(1, 0).contiguous()
+
+
+def group_column_empty(h: Tensor) -> tuple[Tensor, Tensor]:
+    q, s = group(h)
+    out = torch.empty(s.shape[1], s.shape[0], device=s.device, dtype=s.dtype).t()
+    out.copy_(s)
+    return q, out
+
+
+def group_tma(h: Tensor) -> tuple[Tensor, Tensor]:
+    q, s = group(h)
+    t = h.shape[0]
+    return q, torch.nn.functional.pad(s.t(), (0, (t + 3) // 4 * 4 - t)).t()[:t]
+
+
+def group_tma_strided(h: Tensor) -> tuple[Tensor, Tensor]:
+    q, s = group(h)
+    t = h.shape[0]
+    out = torch.empty_strided((t, s.shape[1]), (1, (t + 3) // 4 * 4), device=s.device, dtype=s.dtype)
+    out.copy_(s)
+    return q, out
+
+
+def group_tma_deepgemm(h: Tensor) -> tuple[Tensor, Tensor]:
+    q, s = group(h)
+    m, n = s.shape
+    aligned = torch.empty(1, n, (m + 3) // 4 * 4, device=s.device, dtype=s.dtype).transpose(1, 2)
+    aligned[:, :m, :] = s.unsqueeze(0)
+    return q, aligned[:, :m, :].squeeze(0)
+
+
+def _group_pow2(h: Tensor, up: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    v = h.reshape(h.shape[0], -1, 128).float()
+    s = up(v.abs().amax(-1, keepdim=True).clamp(min=1e-4) / 448.0)
+    return (v / s).clamp(-448.0, 448.0).to(FP8).reshape(h.shape), s.squeeze(-1)
+
+
+def group_pow2_log2(h: Tensor) -> tuple[Tensor, Tensor]:
+    return _group_pow2(h, lambda s: torch.exp2(torch.ceil(torch.log2(s))))
+
+
+def group_pow2_pow(h: Tensor) -> tuple[Tensor, Tensor]:
+    return _group_pow2(h, lambda s: torch.pow(2.0, torch.ceil(torch.log2(s.abs()))))
+
+
+def group_pow2_mask(h: Tensor) -> tuple[Tensor, Tensor]:
+    return _group_pow2(h, lambda s: ((s.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32))
+
+
+def _bits(s: Tensor) -> Tensor:
+    bits = s.abs().view(torch.int)
+    exponent = ((bits >> 23) & 0xFF) + (bits & 0x7FFFFF).bool().int()
+    return (exponent.clamp(1, 254) << 23).view(torch.float)
+
+
+def group_pow2_bits(h: Tensor) -> tuple[Tensor, Tensor]:
+    return _group_pow2(h, _bits)
+
+
+def int8_token(h: Tensor) -> tuple[Tensor, Tensor]:
+    v = h.float()
+    s = v.abs().amax(-1, keepdim=True).clamp(min=1e-5) / 127.0
+    return torch.round(v / s).clamp(-128, 127).to(torch.int8), s
+
+
+def int8_token_low(h: Tensor) -> tuple[Tensor, Tensor]:
+    s = h.abs().amax(-1, keepdim=True).float() / 127
+    return (h * (1.0 / s)).clamp(-127, 127).round().to(torch.int8), s
+
+
+# Not to be matched ----------------------------------------------------------------------------------------------------
+
+
+def tensor_dynamic(h: Tensor) -> tuple[Tensor, Tensor]:
+    s = h.float().abs().max() / 448.0
+    return (h.float() / s).clamp(-448.0, 448.0).to(FP8), s
+
+
+def token_added(h: Tensor) -> tuple[Tensor, Tensor]:
+    s = (h.float().abs().amax(-1, keepdim=True) + 1e-6) / 448.0
+    return (h.float() / s).clamp(-448.0, 448.0).to(FP8), s
+
+
+def token_240(h: Tensor) -> tuple[Tensor, Tensor]:
+    s = h.float().abs().amax(-1, keepdim=True) / 240.0
+    return (h.float() / s).clamp(-240.0, 240.0).to(FP8), s
+
+
+def token_upper(h: Tensor) -> tuple[Tensor, Tensor]:
+    s = h.float().abs().amax(-1, keepdim=True).clamp(max=100.0) / 448.0
+    return (h.float() / s).clamp(-448.0, 448.0).to(FP8), s
+
+
+def group_96(h: Tensor) -> tuple[Tensor, Tensor]:
+    return group(h, 16)
+
+
+def group_of_columns(h: Tensor) -> tuple[Tensor, Tensor]:
+    v = h.reshape(h.shape[0], -1, 128).float()
+    s = v.abs().amax(1, keepdim=True).clamp(min=1e-10) / 448.0
+    return (v / s).clamp(-448.0, 448.0).to(FP8).reshape(h.shape), s
+
+
+def group_other_scale(h: Tensor) -> tuple[Tensor, Tensor]:
+    """The scales of groups of 64 meet groups of 128 by way of a transposition: never a quantiser."""
+    v = h.reshape(h.shape[0], 2, 128).float()
+    s = (v.abs().amax(-1, keepdim=True) / 448.0).flip(1)
+    return (v / s).clamp(-448.0, 448.0).to(FP8).reshape(h.shape), s
+
+
+def int8_truncated(h: Tensor) -> tuple[Tensor, Tensor]:
+    s = h.float().abs().amax(-1, keepdim=True) / 127.0
+    return (h.float() / s).clamp(-128, 127).to(torch.int8), s
+
+
+# Sites ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model with one all-reduce. ``model(y, r, w, s)`` gets the reduced tensor."""
+
+    model: Callable[[Tensor, Tensor, Tensor, Tensor], Any]
+    pattern: str
+    spec: dict[str, Any] | None = None
+    scale: Any = 0.37
+    tokens: int = 6
+    dtype: torch.dtype = torch.bfloat16
+    weight: torch.dtype | None = None
+    dynamic: bool = False
+    outputs: tuple[str, ...] | None = None
+    shape: tuple[int, ...] | None = None
+    note: str | None = None
+    replaced: int | None = None
+
+
+def add_norm(
+    quantiser: Callable[..., Any], norm: Callable[..., Tensor] = llama, given: bool = False
+) -> Callable[..., Any]:
+    """``(r + y)`` normalised and quantised; the sum is an output."""
+
+    def model(y: Tensor, r: Tensor, w: Tensor, s: Tensor) -> Any:
+        r = r + y
+        h = norm(r, w)
+        return r, quantiser(h, s) if given else quantiser(h)
+
+    return model
+
+
+def inputs(case: Case, rank: int) -> tuple[Tensor, ...]:
+    """One rank's x, r, w and the scale."""
+    generator = torch.Generator().manual_seed(7)
+    shape = case.shape or (case.tokens, HIDDEN)
+
+    def rand(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=generator)
+
+    r, w = rand(*shape).to(case.dtype), (1 + 0.3 * rand(shape[-1])).to(case.weight or case.dtype)
+    xs = [rand(*shape).to(case.dtype) for _ in range(2)]
+    xs[0].view(-1, shape[-1])[0] = 0
+    xs[1].view(-1, shape[-1])[0] = 0
+    r.view(-1, shape[-1])[0] = 0  # an all-zero token
+    scale = torch.tensor(case.scale)
+    return xs[rank], r, w, scale
+
+
+def reduced(model: Callable[..., Any]) -> Callable[..., Any]:
+    """``model`` behind an all-reduce."""
+
+    def whole(x: Tensor, r: Tensor, w: Tensor, s: Tensor) -> Any:
+        return model(fc.all_reduce(x, "sum", dist.group.WORLD), r, w, s)
+
+    return whole

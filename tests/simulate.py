@@ -1,0 +1,255 @@
+"""One process that stands for a whole group: graphs are traced against fake process groups and run on simulated ranks.
+
+Tracing needs nothing but the groups' names and sizes, and a graph means the same whatever the other ranks send as
+long as fused and unfused receive the same. So most of the suite needs no second process: :func:`all_reduce` makes up
+the other ranks' tensors from this rank's, differently for each group, and stands in for the collective both in the
+graph as it came and in the fused op. ``test_ranks.py`` does the same on real ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import fx
+from torch._inductor.decomposition import select_decomp_table
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import arfusion_pass as arf
+from arfusion_pass.groups import find_group
+from arfusion_pass.inspection import replay
+from arfusion_pass.inspection.graph_diff import print_graph
+from arfusion_pass.ops import reference
+
+c10d = torch.ops._c10d_functional
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+STRICT = arf.FusionConfig(raise_errors=True)
+
+
+@contextlib.contextmanager
+def fake_world(size: int = 2) -> Iterator[None]:
+    """A world of ``size`` ranks, this process being rank 0; its group is called ``"0"``."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def all_reduce(x: torch.Tensor, group: Any) -> torch.Tensor:
+    """The sum over the simulated ranks of ``group`` (a name or a ProcessGroup): another one for every group."""
+    group = find_group(group) if isinstance(group, str) else group
+    assert group is not None
+    salt = sum(map(ord, group.group_name)) % 97 + 1
+    flat = x.reshape(-1)
+    ranks = [flat] + [flat.flip(0) * (0.25 + rank + salt / 64) for rank in range(1, group.size())]
+    return reference.sum_in_rank_order(torch.stack(ranks)).view(x.shape)
+
+
+@contextlib.contextmanager
+def simulated_ranks() -> Iterator[None]:
+    """The fused ops and the replays reduce with :func:`all_reduce`."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (reference, replay):
+            patch.setattr(module, "ordered_all_reduce", all_reduce)
+        yield
+
+
+class Interpreter(fx.Interpreter):
+    """Runs a graph node by node, its collectives by :func:`all_reduce`."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is c10d.all_reduce.default:
+            return all_reduce(args[0], args[2])
+        if target is c10d.wait_tensor.default:
+            return args[0]
+        return super().call_function(target, args, kwargs)
+
+
+def trace(fn: Callable[..., Any], *args: Any, functional: bool = True) -> fx.GraphModule:
+    """``fn`` as a post-grad graph: decomposed as Inductor does, with ``meta["val"]``.
+
+    With ``functional=False`` mutations stay as written.
+    """
+    traced = make_fx(
+        torch.func.functionalize(fn) if functional else fn,
+        decomposition_table=select_decomp_table(),
+        tracing_mode="fake",
+    )(*args)
+    if functional:  # the C++ composite of rms_norm adds epsilon in place; AOT autograd leaves no such node
+        for node in traced.graph.find_nodes(op="call_function", target=aten.add_.Scalar):
+            node.target = aten.add.Scalar
+    return traced
+
+
+def tensors(*shapes: Sequence[int], dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:
+    """Example inputs for :func:`trace`; only their shapes, dtypes and strides matter."""
+    return [torch.empty(tuple(shape), dtype=dtype) for shape in shapes]
+
+
+def symbolic(*shapes: Sequence[int | str], dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:
+    """Like :func:`tensors`, but a size that is a string is a symbol of that name: ``("s", 32)``. All in one fake mode.
+
+    A name stands for one symbol by its hint: equal hints give one symbol, as they do in Dynamo.
+    """
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    hints: dict[str, int] = {}
+    made = []
+    for shape in shapes:
+        sizes = [size if isinstance(size, int) else hints.setdefault(size, 5 + 2 * len(hints)) for size in shape]
+        dynamic = [DimDynamic.STATIC if isinstance(size, int) else DimDynamic.DUCK for size in shape]
+        context = StatelessSymbolicContext(dynamic_sizes=dynamic)
+        made.append(mode.from_tensor(torch.empty(sizes, dtype=dtype), symbolic_context=context))
+    return made
+
+
+def copied(module: fx.GraphModule) -> fx.GraphModule:
+    """Another module with the same graph and the same fake values."""
+    graph = fx.Graph()
+    output = graph.graph_copy(module.graph, env := {})
+    graph.output(output)
+    for old, new in env.items():
+        new.meta = copy.copy(old.meta)
+    return fx.GraphModule(module, graph)
+
+
+def random_inputs(module: fx.GraphModule, seed: int = 0, **symbols: int) -> list[Any]:
+    """Real inputs for a graph's placeholders; ``symbols`` gives the sizes, in order of appearance: ``tokens=5``."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = list(symbols.values())
+    bound: dict[Any, int] = {}
+
+    def size(value: Any) -> int:
+        if isinstance(value, int):
+            return value
+        expression = value.node.expr
+        if expression.is_Symbol and expression not in bound:
+            bound[expression] = sizes[min(len(bound), len(sizes) - 1)] if sizes else 5
+        return int(expression.subs(bound))
+
+    inputs: list[Any] = []
+    placeholders = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
+    for value in placeholders:
+        if isinstance(value, torch.Tensor):
+            shape = [size(dim) for dim in value.shape]
+            data = torch.randn(shape, generator=generator, dtype=torch.float32)
+            real = data.to(value.dtype)
+            if not value.is_contiguous() and not any(isinstance(dim, torch.SymInt) for dim in value.shape):
+                real = torch.empty_strided(shape, value.stride(), dtype=value.dtype).copy_(data)
+            inputs.append(real)
+        else:
+            inputs.append(size(value))
+    return inputs
+
+
+def run(module: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
+    """The outputs of ``module`` on the simulated ranks; the inputs are copied first."""
+    own = [value.clone() if isinstance(value, torch.Tensor) else value for value in inputs]
+    with simulated_ranks():
+        result = Interpreter(module).run(*own)
+    results = list(result) if isinstance(result, (list, tuple)) else [result]
+    return [*results, *own]  # what was written to an input counts as well
+
+
+def fused_copy(
+    module: fx.GraphModule, config: arf.FusionConfig = STRICT
+) -> tuple[fx.GraphModule, arf.FusionReport]:
+    """A fused copy of ``module``, linted, and its report."""
+    fused = copied(module)
+    report = arf.fuse(fused, config)
+    fused.graph.lint()
+    return fused, report
+
+
+def check_same(
+    module: fx.GraphModule, fused: fx.GraphModule, seed: int = 0, ulps: int = 0, **symbols: int
+) -> None:
+    """Every output and every input afterwards agrees bit for bit, in dtype, shape and value.
+
+    On the CPU reference, fused and unfused are the same torch ops, so this is stricter than the *exact* contract;
+    ``ulps`` is for a graph that spells the root otherwise.
+    """
+    inputs = random_inputs(module, seed, **symbols)
+    wanted, got = run(module, inputs), run(fused, inputs)
+    assert len(wanted) == len(got)
+    for index, (a, b) in enumerate(zip(wanted, got, strict=True)):
+        if not isinstance(a, torch.Tensor):
+            assert a == b
+            continue
+        assert (a.dtype, a.shape) == (b.dtype, b.shape), f"output {index}"
+        if a.dtype.is_floating_point:
+            difference = replay.compare(b, a)
+            assert difference.max_ulp <= ulps, f"output {index}: {difference}\n{print_graph(fused.graph)}"
+        else:
+            assert torch.equal(a, b), f"output {index}"
+
+
+def check_fused(
+    module: fx.GraphModule, count: int, config: arf.FusionConfig = STRICT, ulps: int = 0, **symbols: int
+) -> arf.FusionReport:
+    """Fuse a copy: ``count`` sites, none missed, no all-reduce or wait left beside them, the same bits."""
+    fused, report = fused_copy(module, config)
+    assert (report.matched_count, [site.reason for site in report.missed]) == (count, []), str(report)
+    assert calls(fused, c10d.all_reduce.default, c10d.wait_tensor.default) == 0
+    assert calls(fused, torch.ops.higher_order.auto_functionalized) == count
+    check_same(module, fused, ulps=ulps, **symbols)
+    return report
+
+
+def check_unchanged(module: fx.GraphModule, config: arf.FusionConfig = STRICT) -> arf.FusionReport:
+    """Fusing leaves ``module`` node for node as it was: names, targets, arguments, order, even the node objects."""
+    before, nodes = print_graph(module.graph), list(module.graph.nodes)
+    report = arf.fuse(module, config)
+    assert report.matched_count == 0, str(report)
+    assert print_graph(module.graph) == before
+    assert all(a is b for a, b in zip(nodes, module.graph.nodes, strict=True))
+    assert all(site.reason for site in report.sites)
+    return report
+
+
+def calls(module: fx.GraphModule, *targets: Any) -> int:
+    """How many nodes call one of ``targets``."""
+    return sum(node.op == "call_function" and node.target in targets for node in module.graph.nodes)
+
+
+class _Captured(Exception):  # noqa: N818  (no error: it ends a compilation)
+    pass
+
+
+def captured(
+    model: Any, inputs: Sequence[torch.Tensor], dynamic: int | None = None, options_dynamic: bool | None = None
+) -> fx.GraphModule:
+    """The graph that torch.compile hands to Inductor's post-grad hook; the compilation ends there.
+
+    Args:
+        dynamic: every dimension of this size is marked dynamic.
+        options_dynamic: ``torch.compile``'s own ``dynamic``.
+    """
+    found: list[fx.GraphModule] = []
+
+    def take(graph: fx.Graph) -> None:
+        found.append(copied(fx.GraphModule(graph.owning_module, graph)))
+        raise _Captured
+
+    torch._dynamo.reset()
+    for tensor in inputs:
+        for dim, size in enumerate(tensor.shape):
+            if size == dynamic:
+                torch._dynamo.mark_dynamic(tensor, dim)
+    options = {"post_grad_custom_post_pass": take}
+    try:
+        torch.compile(model, fullgraph=True, options=options, dynamic=options_dynamic)(*inputs)
+    except Exception:  # the compiler wraps ours in its own
+        if not found:
+            raise
+    return found[0]

@@ -1,0 +1,378 @@
+"""Writing fused calls into a graph: order, liveness, aliasing and mutation. Each case was, or could be, a wrong graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+
+from arfusion_pass.graph import mutated_arguments
+from tests.models import Tensor, fp32_result, gemma, llama, reduce
+from tests.simulate import (
+    aten,
+    c10d,
+    calls,
+    check_fused,
+    check_same,
+    check_unchanged,
+    copied,
+    fused_copy,
+    symbolic,
+    tensors,
+    trace,
+)
+
+HIDDEN = 32
+X, W = (4, HIDDEN), (HIDDEN,)
+EPS = 1e-6
+
+pytestmark = pytest.mark.usefixtures("world")
+
+
+# Which values are written -------------------------------------------------------------------------------------------
+
+
+def test_value_returned_twice() -> None:
+    """A value may be read by any number of readers, the output several times."""
+
+    def model(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        total = r + reduce(x)
+        norm = llama(total, w, EPS)
+        return norm, total, norm.relu(), norm @ norm.t(), norm, total
+
+    report = check_fused(trace(model, *tensors(X, X, W)), 1)
+    assert report.fused[0].outputs == ("residual_out", "norm_out")
+
+
+def test_dead_residual() -> None:
+    """The last layer's residual is read by nobody: it is not written."""
+
+    def model(x: Tensor, r: Tensor, w: Tensor) -> Tensor:
+        return llama(r + reduce(x), w, EPS)
+
+    assert check_fused(trace(model, *tensors(X, X, W)), 1).fused[0].outputs == ("norm_out",)
+
+
+def test_nobody_reads() -> None:
+    """A site that nobody reads (dead code) has nothing to write; the op refuses such a call, so it is not made."""
+    module = trace(lambda x, w: (x * 2, llama(reduce(x), w, EPS)), *tensors(X, W))
+    output = module.graph.output_node()
+    output.args = ((output.args[0][0],),)  # type: ignore[index]
+    assert "nobody reads" in check_unchanged(module).missed[0].reason
+
+
+def test_two_norms_of_one_all_reduce() -> None:
+    """One norm is fused, the other reads the all-reduce that the call writes."""
+
+    def model(x: Tensor, w: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        y = reduce(x)
+        return llama(y, w, EPS), gemma(y, v, 1e-5)
+
+    assert check_fused(trace(model, *tensors(X, W, W)), 1).fused[0].outputs == ("allreduce_out", "norm_out")
+
+
+def test_norm_of_the_sum_and_of_the_all_reduce() -> None:
+    """Both follow one all-reduce; whichever is fused, the other's input is written."""
+
+    def model(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        y = reduce(x)
+        total = y + r
+        return llama(y, w, EPS), gemma(total, w, 1e-5), total
+
+    check_fused(trace(model, *tensors(X, X, W)), 1)
+
+
+def test_add_of_two_all_reduces() -> None:
+    """Only one of them can be fused; the other says so and stays, as the residual."""
+
+    def model(x: Tensor, z: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        total = reduce(x) + reduce(z)
+        return llama(total, w, EPS), total
+
+    module = trace(model, *tensors(X, X, W))
+    fused, report = fused_copy(module)
+    assert (report.matched_count, calls(fused, c10d.all_reduce.default)) == (1, 1)
+    assert "is fused with" in report.missed[0].reason
+    check_same(module, fused)
+
+
+def test_embedding_and_attention() -> None:
+    """Hugging Face's first layer: the embedding's all-reduce has a norm of its own and is the residual of the next."""
+
+    def model(x: Tensor, z: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        embedded = reduce(x)
+        hidden = llama(embedded, w, EPS)
+        total = embedded + reduce(z * hidden)
+        return llama(total, w, EPS), total
+
+    check_fused(trace(model, *tensors(X, X, W)), 2)
+
+
+def test_all_reduce_of_a_norm() -> None:
+    """A site whose tensor is another's norm, with symbolic token counts that no node of the graph holds."""
+
+    def model(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        total = r + reduce(x)
+        again = total + reduce(llama(total, w, EPS))
+        return llama(again, w, EPS), again
+
+    for tokens in (4, 1):
+        check_fused(trace(model, *symbolic(("s", HIDDEN), ("s", HIDDEN), W)), 2, tokens=tokens)
+
+
+def test_cast_that_others_read_stays() -> None:
+    """A cast inside the site that others read stays, and reads what the call writes."""
+
+    def model(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        h = (r + reduce(x)).float()
+        return (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + EPS) * w).to(x.dtype), h.relu()
+
+    check_fused(trace(model, *tensors(X, X, W)), 1)
+
+
+# Order ---------------------------------------------------------------------------------------------------------------
+
+
+def test_pure_input_is_hoisted() -> None:
+    """A weight that is computed late, but from what is there early, moves up to the call."""
+
+    def model(x: Tensor, r: Tensor, w: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        total = r + reduce(x)
+        early = total.relu()
+        return llama(total, (w + v).tanh(), EPS), early
+
+    check_fused(trace(model, *tensors(X, X, W, W)), 1)
+
+
+def test_hoisted_for_two_sites() -> None:
+    """A late weight of two sites moves to the first of them (it went to the second, behind the first's call)."""
+
+    def model(x: Tensor, r: Tensor, z: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        first = r + reduce(x)
+        a = first.relu()
+        second = reduce(z) + a
+        b = second.relu()
+        late = w * 3
+        return llama(first, late, EPS), llama(second, late, EPS), a, b
+
+    check_fused(trace(model, *tensors(X, X, X, W)), 2)
+
+
+def test_neighbour_that_fails() -> None:
+    """A site that counted on a neighbour, whose plan then fails, is planned anew (it was written behind a reader)."""
+
+    def model(x: Tensor, r: Tensor, z: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        first = r + reduce(x)
+        second = first + reduce(z)  # goes with the second site, if that is fused
+        early = second.relu()
+        weight = early.sum(0)  # but its weight is computed from its own sum
+        return llama(first, weight * w, EPS), llama(second, weight, EPS)
+
+    module = trace(model, *tensors(X, X, X, W))
+    fused, report = fused_copy(module)
+    assert len(report.missed) == 2
+    check_same(module, fused)
+
+
+def test_circular_input() -> None:
+    """A residual that is computed from the all-reduce itself."""
+    module = trace(lambda x, w: llama((y := reduce(x)).relu() + y, w, EPS), *tensors(X, W))
+    assert "would produce" in check_unchanged(module).missed[0].reason
+
+
+def test_all_reduce_added_to_itself() -> None:
+    """Both operands are the all-reduce: there is no residual."""
+    check_unchanged(trace(lambda x, w: llama((y := reduce(x)) + y, w, EPS), *tensors(X, W)))
+
+
+def test_reader_before_late_input() -> None:
+    """A weight that only another reader of the sum makes possible: refused, the reader is named."""
+
+    def model(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        total = r + reduce(x)
+        early = total.relu()
+        return llama(total, early.amax(0) + w, EPS), early
+
+    assert check_unchanged(trace(model, *tensors(X, X, W))).missed[0].reason
+
+
+def test_random_numbers_keep_their_order() -> None:
+    """A random weight that stands late is not moved before another random number."""
+
+    def model(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        total = r + reduce(x)
+        early, other = total.relu(), torch.rand_like(w)
+        return llama(total, torch.rand_like(w), EPS), early, other
+
+    check_unchanged(trace(model, *tensors(X, X, W)))
+
+
+def test_circle_through_two_sites() -> None:
+    """Each site's call would need the other's result first: at most one is fused, in a valid order."""
+
+    def model(x: Tensor, z: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        a, b = reduce(x), reduce(z)
+        first, second = a + b.relu(), b + a.relu()
+        return llama(first, w, EPS), llama(second, w, EPS), first, second
+
+    module = trace(model, *tensors(X, X, W))
+    fused, report = fused_copy(module)
+    assert report.matched_count + len(report.missed) == 2
+    assert calls(fused, c10d.all_reduce.default) == len(report.missed)
+    check_same(module, fused)
+
+
+# Memory --------------------------------------------------------------------------------------------------------------
+
+
+def mutated(fn: Any, *shapes: tuple[int, ...]) -> fx.GraphModule:
+    """A graph with in-place ops, whose later readers read the memory itself, not the in-place op's result."""
+    module = trace(fn, *tensors(*shapes), functional=False)
+    for node in module.graph.nodes:
+        if mutated_arguments(node):
+            node.replace_all_uses_with(node.args[0])
+    return module
+
+
+def test_copies_back_to_inputs() -> None:
+    """``dist.all_reduce`` on a graph input: ``copy_`` after everything reads what the call writes."""
+
+    def model(x: Tensor, r: Tensor, w: Tensor) -> Tensor:
+        y = reduce(x)
+        total = r + y
+        norm = llama(total, w, EPS)
+        aten.copy_.default(x, y)
+        aten.copy_.default(r, total)
+        return norm
+
+    module = mutated(model, X, X, W)
+    assert check_fused(module, 1).fused[0].outputs == ("allreduce_out", "residual_out", "norm_out")
+
+
+@pytest.mark.parametrize("what", ["x", "residual", "weight", "sum"])
+def test_mutation_in_between(what: str) -> None:
+    """An input or a value of the site that is written between its first and its last node: refused."""
+
+    def model(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        y = reduce(x)
+        total = r + y
+        aten.add_.Tensor({"x": x, "residual": r, "weight": w, "sum": total}[what], 1.0)
+        return llama(total, w, EPS), total
+
+    assert "writes to" in check_unchanged(mutated(model, X, X, W)).missed[0].reason
+
+
+def test_mutation_afterwards() -> None:
+    """What is written after the site's last node sees, and changes, the written values as it did the old ones."""
+
+    def model(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        total = r + reduce(x)
+        norm = llama(total, w, EPS)
+        view = total.view(-1)
+        total.add_(1)
+        r.mul_(2)
+        return norm, total, view
+
+    check_fused(mutated(model, X, X, W), 1)
+
+
+@pytest.mark.parametrize("piece", ["split", "select", "slice", "transpose"])
+def test_residual_that_views_what_is_mutated(piece: str) -> None:
+    """Views are followed to what owns the memory, through tuples as well (``split``'s pieces were taken for owners)."""
+
+    def model(x: Tensor, big: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        if piece == "split":
+            r = aten.split.Tensor(big, 4)[0]
+        elif piece == "select":
+            r = aten.select.int(big.view(2, 4, HIDDEN), 0, 1)
+        elif piece == "slice":
+            r = aten.slice.Tensor(big, 0, 0, 4)
+        else:
+            r = aten.slice.Tensor(aten.permute.default(big, [1, 0]).t(), 0, 0, 4)
+        y = reduce(x)
+        aten.mul_.Tensor(big, 2)
+        total = r + y
+        return llama(total, w, EPS), total
+
+    check_unchanged(mutated(model, X, (8, HIDDEN), W))
+
+
+def test_nothing_is_hoisted_over_a_mutation() -> None:
+    """A late weight is computed from memory that is written in between: it must not move up."""
+
+    def model(x: Tensor, r: Tensor, w: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        total = r + reduce(x)
+        early = total.relu()
+        aten.copy_.default(w, v)
+        return llama(total, w * 3, EPS), early
+
+    assert "writes to" in check_unchanged(mutated(model, X, X, W, W)).missed[0].reason
+
+
+# Strides -------------------------------------------------------------------------------------------------------------
+
+
+def test_strided_inputs() -> None:
+    """Strided tensors, residuals and weights are copied for the op: it takes contiguous ones (it raised at run time)."""
+
+    def model(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        total = r.t() + reduce(x.t())
+        return llama(total, w[:, 0], EPS), total
+
+    check_fused(trace(model, *tensors((HIDDEN, 4), (HIDDEN, 4), (HIDDEN, 2))), 1)
+
+
+def test_reader_by_strides() -> None:
+    """``as_strided`` of a strided sum would read other elements of a contiguous one."""
+
+    def model(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        total = r.t() + reduce(x.t())
+        return llama(total, w, EPS), aten.as_strided.default(total, [HIDDEN, 4], [4, 1])
+
+    module = trace(model, *tensors((HIDDEN, 4), (HIDDEN, 4), W))
+    assert "strides" in check_unchanged(module).missed[0].reason
+
+
+# Sizes ---------------------------------------------------------------------------------------------------------------
+
+
+def test_no_tokens() -> None:
+    """Zero tokens."""
+
+    def model(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        total = r + reduce(x)
+        return llama(total, w, EPS), total
+
+    check_fused(trace(model, *tensors((0, HIDDEN), (0, HIDDEN), W)), 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rows_that_are_no_multiple_of_16_bytes(dtype: torch.dtype) -> None:
+    """The kernels move 16 bytes at a time: other rows are refused with their size."""
+    module = trace(lambda x, w: llama(reduce(x), w, EPS), *tensors((4, 33), (33,), dtype=dtype))
+    assert "multiple of 16" in check_unchanged(module).missed[0].reason
+
+
+def test_weight_is_also_the_tensor() -> None:
+    """One node in several roles: tensor and residual, and one weight for all sites."""
+
+    def model(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        first = x + reduce(x)
+        norm = llama(first, w, EPS)
+        second = first + reduce(norm)
+        return fp32_result(second, w, EPS), second
+
+    check_fused(trace(model, *tensors(X, W)), 2)
+
+
+def test_one_row_is_its_own_weight() -> None:
+    """A one-dimensional tensor that is at once what is reduced, residual and weight."""
+    check_fused(trace(lambda x: llama(x + reduce(x), x, EPS), *tensors(W)), 1)
+
+
+def test_copied_graph_is_equal() -> None:
+    """The suite's own copy of a graph means the same, so that the comparisons above compare what they should."""
+    module = trace(lambda x, w: llama(reduce(x), w, EPS), *tensors(X, W))
+    check_same(module, copied(module))

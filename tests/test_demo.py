@@ -1,0 +1,149 @@
+"""The main job: two gloo ranks, a tensor-parallel model, every site fused and exact."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import arfusion_pass
+from arfusion_pass.demo import run
+from arfusion_pass.demo.model import NORMS, Decoder, ModelConfig, initialise
+from arfusion_pass.demo.run import Options, Result
+from arfusion_pass.demo.text import Comparison, comparison_table
+from arfusion_pass.inspection.replay import OutputCheck, SiteCheck
+from arfusion_pass.report import FusionReport, Reports, Site
+
+CPU = Options(device="cpu", layers=1, hidden=64, tokens=8)
+
+
+def test_two_ranks_fuse_everything_exactly(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    assert run.main(dataclasses.replace(CPU, layers=2, html=str(page))) == 0
+    text = capsys.readouterr().out
+    assert "5 of 5 sites fused, none missed, in 1 graph" in text
+    assert re.search(r"_c10d_functional.all_reduce.default +5 +0 +-5", text)
+    assert re.search(r"arfusion.allreduce_rms_norm.default +0 +5 +\+5", text)
+    assert text.count(" yes\n") == 5
+    assert "PASSED" in text
+    assert "all_reduce_4" in page.read_text()
+
+
+def test_dynamic_token_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(dataclasses.replace(CPU, norm="torch", dtype="float16", dynamic=True, diff=False)) == 0
+    first, second = capsys.readouterr().out.split("torch.compile(dynamic=True)")
+    assert "3 of 3 sites fused, none missed, in 1 graph" in first, "one graph serves both token counts"
+    assert first.count(" yes\n") == 6, "each site is checked for both"
+    assert re.search(r"3 of 3 sites fused|3 missed", second)
+
+
+def refuse_every_epsilon(rank: int, options: Options, folder: str) -> None:
+    """A rank whose pass is configured to miss every site."""
+    config = arfusion_pass.FusionConfig(epsilons=(0.5,))
+    run._Demo._inductor_options = lambda self: arfusion_pass.inductor_options(config)  # type: ignore[method-assign]
+    run._rank_main(rank, options, folder)
+
+
+def test_a_missed_site_fails_the_demo(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    spawn = run.mp.spawn
+    monkeypatch.setattr(run.mp, "spawn", lambda _, *args, **kwargs: spawn(refuse_every_epsilon, *args, **kwargs))
+    assert run.main(dataclasses.replace(CPU, diff=False)) == 1
+    text = capsys.readouterr().out
+    assert "FAILED" in text
+    assert "all_reduce was not fused: " in text
+    assert "0 sites were fused, expected 3" in text
+
+
+def write_results(*results: Result) -> Any:
+    """A stand-in for ``mp.spawn`` whose ranks found this."""
+
+    def spawn(_: object, args: tuple[Options, str], **__: object) -> None:
+        for rank, result in enumerate(results):
+            (Path(args[1]) / f"rank{rank}.json").write_text(json.dumps(dataclasses.asdict(result)))
+
+    return spawn
+
+
+def test_one_rank_that_complains_is_enough(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run.mp, "spawn", write_results(Result(["text"]), Result([], ["site x is not exact"])))
+    assert run.main(CPU) == 1
+    assert "* site x is not exact" in capsys.readouterr().out
+    monkeypatch.setattr(run.mp, "spawn", write_results(Result(["text"]), Result()))
+    assert run.main(CPU) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"world": 1}, "at least two ranks"),
+        ({"dynamic": True, "tokens": 1}, "two or more"),
+        ({"device": "cuda", "world": 99}, "GPU\\(s\\) visible"),
+    ],
+)
+def test_impossible_options_are_refused(changes: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        run.main(dataclasses.replace(CPU, **changes))
+
+
+class TestVerdicts:
+    """What counts as a failure, on made-up findings."""
+
+    site = Site("all_reduce", "0", fused=True, pattern="AllReduceRMSNorm")
+
+    @pytest.fixture
+    def demo(self) -> run._Demo:
+        demo = run._Demo.__new__(run._Demo)
+        demo.options, demo.rank, demo.result, demo.expected_sites = CPU, 0, Result(), 3
+        return demo
+
+    def test_too_few_sites(self, demo: run._Demo) -> None:
+        demo._expect_all_fused(Reports([FusionReport((self.site,))]))
+        assert demo.result.failures == ["1 sites were fused, expected 3 (2 * layers + 1)"]
+
+    def test_dynamic_refusals_need_a_reason(self, demo: run._Demo) -> None:
+        refused = dataclasses.replace(self.site, fused=False, pattern=None, reason="use mark_dynamic")
+        demo._expect_fused_or_advised(Reports([FusionReport((self.site, refused, refused))]))
+        assert demo.result.failures == []
+        mute = dataclasses.replace(refused, reason=None)
+        demo._expect_fused_or_advised(Reports([FusionReport((self.site, refused, mute))]))
+        assert len(demo.result.failures) == 1
+
+    @pytest.mark.parametrize(("fused", "fails"), [(1.0, False), (1.1, False), (1.11, True), (float("nan"), True)])
+    def test_whole_model_error(self, demo: run._Demo, fused: float, fails: bool) -> None:
+        demo._whole_model(Comparison("e", 1.0, 1.0), Comparison("c", 9.0, 9.0), Comparison("f", fused, 1.0))
+        assert bool(demo.result.failures) == fails
+
+    def test_table_shows_what_differs(self) -> None:
+        check = SiteCheck(self.site, False, "residual_out: 2 of 10", {"residual_out": OutputCheck(2, 10, 7)})
+        table = comparison_table([check])
+        assert "residual 2/10 (<= 7 ulp)" in table
+        assert "NO: residual_out: 2 of 10" in table
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_model_norms_agree_with_the_textbook(norm: Any) -> None:
+    config = ModelConfig.for_ranks(2, layers=1, hidden=64, norm=norm)
+    model = Decoder(config)
+    initialise(model, seed=1)
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    weight = model.norm.weight.detach() + (1 if norm == "gemma" else 0)
+    wanted = x * (x.square().mean(-1, keepdim=True) + config.epsilon).rsqrt() * weight
+    torch.testing.assert_close(model.norm(x).detach(), wanted)
+
+
+@pytest.mark.parametrize("world", [2, 3, 5, 8])
+def test_model_is_divisible(world: int) -> None:
+    config = ModelConfig.for_ranks(world, layers=1, hidden=72, norm="llama")
+    assert config.heads % world == config.vocab % world == config.intermediate % world == 0
+
+
+def test_error_is_relative() -> None:
+    exact = torch.full((2, 2), 10.0)
+    found = Comparison.of("x", exact + 1, exact)
+    assert found.error == pytest.approx(0.1)
+    assert found.largest == pytest.approx(1.0)

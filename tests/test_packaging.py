@@ -1,0 +1,115 @@
+"""What is in the wheel, what an import costs, and that the documents and CI agree."""
+
+from __future__ import annotations
+
+import email
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import arfusion_pass
+from arfusion_pass import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+
+pytestmark = pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="needs the source tree")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """The wheel, built by the build back-end alone: no isolated environment, so no network."""
+    pytest.importorskip("hatchling")
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (path,) = folder.glob("*.whl")
+    return zipfile.ZipFile(path)
+
+
+def test_wheel_holds_every_module_and_py_typed(wheel: zipfile.ZipFile) -> None:
+    names = set(wheel.namelist())
+    package = ROOT / "arfusion_pass"
+    modules = {str(path.relative_to(ROOT)) for path in package.rglob("*.py")}
+    assert modules <= names
+    assert "arfusion_pass/py.typed" in names
+
+
+def test_wheel_holds_the_kernels(wheel: zipfile.ZipFile) -> None:
+    names = set(wheel.namelist())
+    sources = {path.name for path in (ROOT / "kernels").iterdir() if path.suffix in (".cu", ".cuh", ".h", ".cpp")}
+    assert {f"arfusion_pass/_kernels/{name}" for name in sources} <= names
+    assert "arfusion_pass/_kernels/README.md" in names
+
+
+def test_wheel_holds_nothing_else(wheel: zipfile.ZipFile) -> None:
+    tops = {name.split("/")[0] for name in wheel.namelist()}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"arfusion_pass"}
+    assert not [name for name in wheel.namelist() if name.endswith((".so", ".o", ".pyc"))]
+
+
+def test_metadata(wheel: zipfile.ZipFile) -> None:
+    (name,) = (name for name in wheel.namelist() if name.endswith("METADATA"))
+    metadata = email.message_from_bytes(wheel.read(name))
+    assert metadata["Version"] == arfusion_pass.__version__
+    assert metadata["License-Expression"] == "Apache-2.0"
+    required = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
+    assert {line.split(">")[0] for line in required} == {"click", "depyf", "jinja2", "rich", "torch"}
+    assert "torch>=2.11" in required, "no upper bound"
+    assert set(metadata.get_all("Provides-Extra", [])) == {"flashinfer", "hf", "test"}
+    assert any(item.endswith("licenses/LICENSE") for item in wheel.namelist())
+    entry_points = next(item for item in wheel.namelist() if item.endswith("entry_points.txt"))
+    assert b"arfusion = arfusion_pass.cli:main" in wheel.read(entry_points)
+
+
+def test_every_public_name_resolves() -> None:
+    for name in arfusion_pass.__all__:
+        assert getattr(arfusion_pass, name) is not None
+        assert name in dir(arfusion_pass)
+    for name in arfusion_pass.inspection.__all__:
+        assert getattr(arfusion_pass.inspection, name) is not None
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = arfusion_pass.no_such_name  # type: ignore[attr-defined]
+
+
+def test_import_registers_the_ops_and_loads_no_tools() -> None:
+    code = (
+        "import sys, torch; import arfusion_pass; torch.ops.arfusion.allreduce_rms_norm.default;"
+        "heavy = {'torch._inductor.compile_fx', 'rich', 'click', 'depyf', 'jinja2', 'transformers'} & set(sys.modules);"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_readme_names_what_exists() -> None:
+    text = (ROOT / "README.md").read_text()
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        compile(block, "README.md", "exec")
+    names = re.findall(r"\barf\.([\w.]+)", text)
+    assert names
+    for name in names:
+        target = arfusion_pass
+        for part in name.split("."):
+            target = getattr(target, part)
+    for path in re.findall(r"\bexamples/\w+\.py", text):
+        assert (ROOT / path).is_file()
+    for command in re.findall(r"^\| `arfusion (\w+)", text, re.MULTILINE):
+        assert command in cli.main.commands
+    options = {
+        option for command in cli.main.commands.values() for parameter in command.params for option in parameter.opts
+    }
+    assert (
+        set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) - {"--nproc-per-node", "--check", "--its-own", "--model"}
+        <= options
+    )
+
+
+def test_ci_runs_the_command_that_the_readme_gives() -> None:
+    command = "pip install '.[test]' && pytest"
+    assert command in (ROOT / "README.md").read_text()
+    assert f'bash -c "{command}"' in (ROOT / ".ci" / "run").read_text()
