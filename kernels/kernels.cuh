@@ -116,12 +116,21 @@ struct Kernel {
     push_row(p, link, at, first, own);
     float given = 0.0f;
     start(p, at, cta, ctas, given);
+    const bool ahead = p.op == ARF_OP_ALLREDUCE; /* a MoE row is not gathered twice */
     for (uint32_t t = first; t < p.tokens; t += step, ++at.row) {
-      /* The next row travels while this one is awaited. */
-      Own next = {};
-      if (t + step < p.tokens) {
-        next = load_own(p, at, t + step);
-        push_row(p, link, at, t + step, next);
+      if (t != first) {
+        own = load_own(p, at, t);
+        if (!ahead) push_row(p, link, at, t, own);
+#pragma unroll
+        for (int k = 0; k < K; ++k) residual[k] = E::load_residual(p, t, at.vector(k), holds(p, at, k));
+      }
+      /* The next row travels while this one is awaited; it is read again then, from L2, rather than held in registers. */
+      if (ahead && t + step < p.tokens) {
+        push_row(p, link, at, t + step, load_own(p, at, t + step));
+#pragma unroll
+        for (int k = 0; k < K; ++k) {
+          if (holds(p, at, k)) E::prefetch_residual(p, t + step, at.vector(k));
+        }
       }
       float row[K][N];
 #pragma unroll
@@ -132,11 +141,6 @@ struct Kernel {
         float sum[N];
         receive_sum<D, W>(p, link, cta, p.own + offset_of(p, link, at, t, k), t, own.x[k], sum);
         E::finish_sum(p, t, at.vector(k), sum, residual[k], row[k]);
-      }
-      own = next;
-      if (t + step < p.tokens) {
-#pragma unroll
-        for (int k = 0; k < K; ++k) residual[k] = E::load_residual(p, t + step, at.vector(k), holds(p, at, k));
       }
       if (t == first) await_fetches(), join_cluster(at.part);
       E::finish_row(p, scratch, at, t, row, given);
