@@ -243,7 +243,7 @@ struct Kernel {
     for (int k = 0; k < K; ++k) {
       if (!holds(p, at, k)) continue;
       const uint64_t offset = offset_of(p, link, at, u.q, k);
-      for (int r = 0; r < world(p); ++r) {
+      for (int r = 0; p.split > 1 && r < world(p); ++r) { /* with many rows a CTA the prefetches only compete with the pushes */
         const uint32_t t = u.q * world(p) + r;
         if (t < p.tokens && shares(p, u, r)) E::prefetch_residual(p, t, at.vector(k));
       }
