@@ -41,6 +41,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--hidden", default=",".join(map(str, HIDDEN)))
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
     parser.add_argument("--quantised", default=",".join(QUANTISED), help="quantisers to time too; empty: none")
+    parser.add_argument(
+        "--tune", action="store_true", help="measure the strategy table, write thresholds.json, and end"
+    )
     parser.add_argument("--only-ours", action="store_true")
     parser.add_argument("--budget", type=float, default=200, help="seconds, after which no further cell is begun")
     parser.add_argument("--iterations", type=int, default=200, help="calls in a graph; fewer above 1 MiB")
@@ -56,6 +59,11 @@ def main() -> int:
     arguments = parse()
     if arguments.rank >= 0:
         return rank_main(arguments)
+    if arguments.tune:
+        from arfusion_pass.backends import tune
+
+        print(tune.run(arguments.world))
+        return 0
     arguments.out.mkdir(parents=True, exist_ok=True)
     started = time.time()
     prototype = run_prototype(arguments.floor, arguments.budget / 2) if arguments.floor else {}

@@ -11,6 +11,7 @@
  * not appear in it, so a token has the same bits wherever and with whomever it is computed. */
 #pragma once
 #include "cluster.cuh"
+#include "exchange.cuh"
 #include "quantise.cuh"
 
 namespace arf {
@@ -76,6 +77,11 @@ struct Epilogue {
       }
     }
     return r;
+  }
+
+  /* Ahead of load_residual by the time of an exchange: from L2 it hides behind the row in front, from memory it does not. */
+  ARF_DEVICE static void prefetch_residual(const Params& p, uint32_t t, uint32_t v) {
+    if (p.residual) prefetch(static_cast<const uint4*>(p.residual) + t * p.residual_stride + (kWide && p.residual_fp32 ? 2 * v : v));
   }
 
   /* Starts fetching the weight of this thread's vectors; once a launch. */

@@ -1,7 +1,7 @@
 /* How data crosses between ranks: 16-byte pushes that carry their own arrival flag.
  *
  * Invariant 1 (emptiness). Between launches every word of both generations of a rank's buffer is kEmpty. A launch
- *   reads each vector that its peers push to it exactly once, by one thread, and that thread stores kEmpty back.
+ *   reads each vector that its peers push to it by one thread, and that thread stores kEmpty back, behind its outputs.
  * Invariant 2 (arrival). No pushed word is kEmpty (`pushable`), and a 4-byte word never tears; so a vector all of whose
  *   words differ from kEmpty has arrived whole, whatever order its words came in. No fence, no flag, no barrier.
  * Invariant 3 (two generations suffice). Launch i uses generation i mod 2. A peer pushes for launch i + 2 only after it
@@ -119,15 +119,12 @@ static __device__ __noinline__ bool give_up(const Params& p, unsigned cta, uint3
   return true;
 }
 
-/* One peer's vector at `at`, emptied behind the read; all NaN, and link.dead set, if the wait expires. */
+/* One peer's vector at `at`; all NaN, and link.dead set, if the wait expires. */
 ARF_DEVICE uint4 receive_one(const Params& p, Link& link, unsigned cta, char* at, uint32_t strategy, uint32_t token, int peer) {
   unsigned misses = 0;
   while (!link.dead) {
     const uint4 v = load_volatile(at);
-    if (largest_word(v) != kEmpty) {
-      *reinterpret_cast<uint4*>(at) = filled(kEmpty);
-      return v;
-    }
+    if (largest_word(v) != kEmpty) return v;
     if (++misses == kPollsPerCheck) {
       misses = 0;
       link.dead = give_up(p, cta, link.generation, strategy, token, peer);
@@ -160,14 +157,31 @@ ARF_DEVICE void receive_all(const Params& p, Link& link, unsigned cta, char* at,
       link.dead = give_up(p, cta, link.generation, ARF_ONESHOT, token, missing + (missing >= p.rank));
     }
   }
+  if (link.dead) {
 #pragma unroll
-  for (int s = 0; s < World - 1; ++s) {
-    if (link.dead) {
-      in[s] = filled(kEmpty);
-    } else {
-      *reinterpret_cast<uint4*>(slots[s]) = filled(kEmpty);
-    }
+    for (int s = 0; s < World - 1; ++s) in[s] = filled(kEmpty);
   }
+}
+
+/* Empties what receive_one or receive_sum read at `at`; called behind the outputs' stores, so that none waits for it. */
+ARF_DEVICE void empty_one(const Link& link, char* at) {
+  if (!link.dead) *reinterpret_cast<uint4*>(at) = filled(kEmpty);
+}
+
+template <int World>
+ARF_DEVICE void empty_all(const Params& p, const Link& link, char* at) {
+  if constexpr (World != 0) {
+#pragma unroll
+    for (int s = 0; s < World - 1; ++s) empty_one(link, at + s * static_cast<uint64_t>(p.slot_bytes));
+  } else {
+#pragma unroll 1
+    for (int s = 0; s < p.world - 1; ++s) empty_one(link, at + s * static_cast<uint64_t>(p.slot_bytes));
+  }
+}
+
+/* Into L2, for a load to come; one lane in eight asks for its 128-byte line. */
+ARF_DEVICE void prefetch(const void* p) {
+  if (threadIdx.x % 8 == 0) asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); /* no register, no wait */
 }
 
 ARF_DEVICE uint4 select(bool first, const uint4& a, const uint4& b) {

@@ -45,6 +45,8 @@ struct Params {
   uint32_t tokens;       /* of this piece */
   uint32_t vectors;      /* of a row */
   uint32_t per_thread;   /* vectors a thread holds of a row */
+  uint32_t split;        /* two-shot: CTAs (clusters) that share a row of tokens, 1, a power of two or world */
+  uint32_t split_shift;
   uint32_t cluster;      /* CTAs that share a row; 1 unless per_thread is 1 */
   uint32_t tiles;        /* of 32 vectors in a row: the leaves of the variance's tree */
   uint32_t tile_span;    /* least power of two not below `tiles`, at most 32 */

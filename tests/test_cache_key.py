@@ -32,9 +32,8 @@ def in_process(cache: pathlib.Path, package: pathlib.Path = ROOT, **settings: An
         "OMP_NUM_THREADS": "1",
     }
     environment.pop("TORCHINDUCTOR_FORCE_DISABLE_CACHES", None)
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), json.dumps(settings)], env=environment, capture_output=True, text=True, timeout=300
-    )
+    command = [sys.executable, str(SCRIPT), json.dumps(settings)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 

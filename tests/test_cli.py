@@ -127,3 +127,23 @@ def test_explain_runs_the_script_as_main_and_reports(tmp_path: Path) -> None:
     first, report = done.stdout.split("\n", 1)
     assert first == "arguments ['3', '--json', 'x'] __main__"
     assert [graph["matched_count"] for graph in json.loads(report)] == [0]
+
+
+def test_explain_on_several_ranks_starts_itself_under_torchrun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    commands: list[list[str]] = []
+
+    def record(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 7)
+
+    monkeypatch.setattr(subprocess, "run", record)
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    result = CliRunner().invoke(
+        main, ["explain", "-n", "3", "--json", "--dump", "out", str(script), "--flag", "-n", "1"]
+    )
+    assert result.exit_code == 7, result.output
+    (command,) = commands
+    assert command[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+    inner = ["-m", "arfusion_pass.cli", "explain", "--json", "--dump", "out", str(script), "--flag", "-n", "1"]
+    assert command[5:] == inner

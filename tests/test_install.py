@@ -1,4 +1,4 @@
-"""Ways to switch the pass on: options, context, chains with passes that are there already, ``fuse``; and what they refuse."""
+"""Ways to switch the pass on: options, context, chains with installed passes, ``fuse``; and what they refuse."""
 
 from __future__ import annotations
 

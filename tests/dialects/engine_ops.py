@@ -11,6 +11,9 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+from arfusion_pass.ops import layouts, quantisers
+from arfusion_pass.ops.spec import QuantFormat, QuantSpec, ScaleLayout
+
 FP8_MAX = 448.0
 
 _libraries: dict[str, torch.library.Library] = {}
@@ -21,17 +24,12 @@ def define(name: str, schema: str, meaning: Callable[..., object], fake: Callabl
     namespace, op = name.split("::")
     library = _libraries.setdefault(namespace, torch.library.Library(namespace, "FRAGMENT"))
     base, _, overload = op.partition(".")
-    if overload in getattr(torch.ops, namespace).__getattr__(base).overloads() if _has(namespace, base) else False:
-        return
-    if not overload and _has(namespace, base) and "default" in getattr(getattr(torch.ops, namespace), base).overloads():
+    packet = getattr(getattr(torch.ops, namespace), base, None)
+    if packet is not None and (overload or "default") in packet.overloads():
         return
     library.define(op + schema)
     library.impl(op, meaning, "CompositeExplicitAutograd")
     torch.library.register_fake(name, fake or (lambda *args, **kwargs: None), lib=library)
-
-
-def _has(namespace: str, base: str) -> bool:
-    return hasattr(getattr(torch.ops, namespace), base)
 
 
 def all_reduce(x: torch.Tensor) -> torch.Tensor:
@@ -165,6 +163,51 @@ def _c_norm_block(  # type: ignore[no-untyped-def]
     scale.copy_(scales)
 
 
+def _blocks(x: torch.Tensor, spec: QuantSpec, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """NVFP4 and MXFP8 by the reference: what these cases test is how the ops are called and where scales lie."""
+    codes, scales = quantisers.quantise(x, spec, scale, 1.0, x.dtype)
+    buffer = layouts.allocate_scales(x.shape[0], x.shape[1], spec, "cpu")
+    assert scales is not None
+    assert buffer is not None
+    layouts.write_scales(scales, buffer, x.shape[1], spec)
+    return codes, buffer
+
+
+def _nvfp4(input, input_scale, is_sf_swizzled_layout):  # type: ignore[no-untyped-def]
+    layout = ScaleLayout.SWIZZLED_128X4 if is_sf_swizzled_layout else ScaleLayout.LINEAR
+    codes, scales = _blocks(input, QuantSpec(QuantFormat.NVFP4, group=16, layout=layout), input_scale)
+    scales = scales.view(torch.uint8)
+    return codes, scales.view(torch.int32) if is_sf_swizzled_layout else scales
+
+
+def _nvfp4_fake(input, input_scale, is_sf_swizzled_layout):  # type: ignore[no-untyped-def]
+    rows, groups = input.shape[0], input.shape[1] // 16
+    scales = input.new_empty(rows, groups, dtype=torch.uint8)
+    if is_sf_swizzled_layout:
+        scales = input.new_empty((rows + 127) // 128 * 128, (groups + 3) // 4, dtype=torch.int32)
+    return input.new_empty(rows, input.shape[1] // 2, dtype=torch.uint8), scales
+
+
+def _nvfp4_out(input, input_scale, is_sf_swizzled_layout, *, output, output_scale):  # type: ignore[no-untyped-def]
+    codes, scales = _nvfp4(input, input_scale, is_sf_swizzled_layout)
+    output.copy_(codes)
+    output_scale.copy_(scales)
+
+
+def _mxfp8(x, is_sf_swizzled_layout=False, alignment=0):  # type: ignore[no-untyped-def]
+    layout = ScaleLayout.SWIZZLED_128X4 if is_sf_swizzled_layout else ScaleLayout.LINEAR
+    codes, scales = _blocks(x, QuantSpec(QuantFormat.MXFP8, group=32, layout=layout), None)
+    return codes, scales.reshape(-1) if is_sf_swizzled_layout else scales
+
+
+def _mxfp8_fake(x, is_sf_swizzled_layout=False, alignment=0):  # type: ignore[no-untyped-def]
+    rows, groups = x.shape[0], x.shape[1] // 32
+    scales = x.new_empty(rows, groups, dtype=torch.uint8)
+    if is_sf_swizzled_layout:
+        scales = x.new_empty((rows + 127) // 128 * 128 * ((groups + 3) // 4 * 4), dtype=torch.uint8)
+    return torch.empty_like(x, dtype=torch.float8_e4m3fn), scales
+
+
 def register_vllm(optional_weight: bool = True) -> None:
     """vLLM 0.32's ops; ``optional_weight=False`` gives ``_C``'s norms the schema of vLLM 0.19 and before."""
     weight = "Tensor? weight" if optional_weight else "Tensor weight"
@@ -235,6 +278,24 @@ def register_vllm(optional_weight: bool = True) -> None:
         "(Tensor! result, Tensor input, Tensor weight, Tensor! scale, float epsilon, Tensor? scale_ub, "
         "Tensor!? residual, int group_size, bool is_scale_transposed) -> ()",
         _c_norm_block,
+    )
+    define(
+        "_C::scaled_fp4_quant",
+        "(Tensor input, Tensor input_scale, bool is_sf_swizzled_layout) -> (Tensor, Tensor)",
+        _nvfp4,
+        _nvfp4_fake,
+    )
+    define(
+        "_C::scaled_fp4_quant.out",
+        "(Tensor input, Tensor input_scale, bool is_sf_swizzled_layout, *, Tensor(a!) output, "
+        "Tensor(b!) output_scale) -> ()",
+        _nvfp4_out,
+    )
+    define(
+        "vllm::mxfp8_quantize",
+        "(Tensor x, bool is_sf_swizzled_layout=False, SymInt alignment=0) -> (Tensor, Tensor)",
+        _mxfp8,
+        _mxfp8_fake,
     )
     define(
         "vllm::rocm_unquantized_gemm",

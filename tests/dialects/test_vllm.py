@@ -219,6 +219,28 @@ def f_group_packed(x, r, w):  # type: ignore[no-untyped-def]
     return *packed(norm), total
 
 
+def f_nvfp4(x, r, w, s):  # type: ignore[no-untyped-def]
+    norm, total = ir_add(reduce(x), r, w)
+    return *torch.ops._C.scaled_fp4_quant(norm, s, False), total
+
+
+def f_nvfp4_out(x, r, w, s):  # type: ignore[no-untyped-def]
+    norm, total = ir_add(reduce(x), r, w)
+    codes = torch.empty(x.shape[0], HIDDEN // 2, dtype=torch.uint8)
+    scales = torch.empty((x.shape[0] + 127) // 128 * 128, HIDDEN // 64, dtype=torch.int32)
+    torch.ops._C.scaled_fp4_quant.out(norm, s, True, output=codes, output_scale=scales)
+    return codes, scales.view(torch.float8_e4m3fn), total
+
+
+def f_mxfp8(x, r, w):  # type: ignore[no-untyped-def]
+    norm, total = ir_add(reduce(x), r, w)
+    return *torch.ops.vllm.mxfp8_quantize(norm, True), total
+
+
+def f_mxfp8_linear(x, r, w):  # type: ignore[no-untyped-def]
+    return torch.ops.vllm.mxfp8_quantize(torch.ops.vllm_ir.rms_norm(reduce(x), w, EPSILON))
+
+
 def f_norm_static(x, r, w, s):  # type: ignore[no-untyped-def]
     result = torch.empty_like(x, dtype=fp8)
     torch.ops._C.rms_norm_static_fp8_quant(result, reduce(x), w, s, EPSILON)
@@ -296,6 +318,10 @@ QUANT_CASES = {
     "group_dead_scales": Case(f_group_dead_scales, standard, (ADD + "GroupQuantFP8",)),
     "group_view": Case(f_group_view, standard, (ADD + "GroupQuantFP8",)),
     "group_packed": Case(f_group_packed, standard, (ADD + "GroupQuantFP8",)),
+    "nvfp4": Case(f_nvfp4, with_scale, (ADD + "QuantNVFP4",)),
+    "nvfp4_out": Case(f_nvfp4_out, with_scale, (ADD + "QuantNVFP4",)),
+    "mxfp8": Case(f_mxfp8, standard, (ADD + "QuantMXFP8",)),
+    "mxfp8_linear": Case(f_mxfp8_linear, standard, (PLAIN + "QuantMXFP8",)),
     "norm_static": Case(f_norm_static, with_scale, (PLAIN + "StaticQuantFP8",)),
     "add_norm_static": Case(f_add_norm_static, with_scale, (ADD + "StaticQuantFP8",)),
     "add_norm_static_off": Case(
