@@ -150,7 +150,10 @@ def _divide(node: fx.Node, states: States) -> State | None:
         return None
     number = constant(b) if not isinstance(b, fx.Node) else None
     if number is not None and number != 0.0 and _multiplies_instead(node, b):
-        given: Given | None = Given(value=single(1.0 / number))
+        factor = single(1.0 / number)
+        if factor != single(1.0 / single(number)):
+            return None  # whether CUDA takes the reciprocal in fp32 or fp64 differs between dtypes and releases
+        given: Given | None = Given(value=factor)
         return _apply_given(node, a, given, Apply.MULTIPLY, states)
     return _apply_given(node, a, _given(node, a, b), Apply.DIVIDE, states)
 

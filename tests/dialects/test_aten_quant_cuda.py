@@ -70,3 +70,13 @@ def test_static_number() -> None:
     call = fused_call(q.site(q.static_number), "cpu")
     assert spec_of(call).apply == Apply.DIVIDE
     assert call.kwargs["scale_value"] == 0.0517
+
+
+def test_ambiguous_number() -> None:
+    """Where 1 / s differs in fp64 and fp32, the quantiser is left alone: eager may take either."""
+
+    def model(y: torch.Tensor, r: torch.Tensor, w: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        return (q.llama(r + y, w) / 0.0123).clamp(-448, 448).to(q.FP8)
+
+    assert fused_call(model, "cuda").kwargs["quant"] == 0
+    assert fused_call(model, "cpu").kwargs["quant"] != 0
