@@ -307,7 +307,7 @@ QUANT_CASES = {
     "static_plain": Case(f_static_plain, with_scale, (PLAIN + "StaticQuantFP8",)),
     "static_fan_out": Case(f_static_fan_out, with_scale, (ADD + "StaticQuantFP8",)),
     "static_off": Case(f_static, with_scale, (ADD,), config={"quantisers": False}),
-    "per_channel": Case(f_per_channel, standard, (ADD,)),
+    "per_channel": Case(f_per_channel, standard, (ADD,), note="no scale of one element"),
     "token": Case(f_token, standard, (ADD + "TokenQuantFP8",)),
     "group_row": Case(f_group_row, standard, (ADD + "GroupQuantFP8",)),
     "group_row_dynamic": Case(f_group_row, standard, (ADD + "GroupQuantFP8",), dynamic=True),
