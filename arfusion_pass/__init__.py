@@ -15,6 +15,9 @@ from arfusion_pass import ops as ops
 if TYPE_CHECKING:
     from arfusion_pass import comm as comm
     from arfusion_pass import inspection as inspection
+    from arfusion_pass.comm.workspace import ExchangeTimeout as ExchangeTimeout
+    from arfusion_pass.comm.workspace import check as check
+    from arfusion_pass.comm.workspace import prepare as prepare
     from arfusion_pass.config import FusionConfig as FusionConfig
     from arfusion_pass.fusion_pass import AllReduceFusionPass as AllReduceFusionPass
     from arfusion_pass.fusion_pass import fuse as fuse
@@ -39,21 +42,27 @@ _HOMES = {
     "Reports": "arfusion_pass.report",
     "Site": "arfusion_pass.report",
     "register_group": "arfusion_pass.groups",
+    "ExchangeTimeout": "arfusion_pass.comm.workspace",
+    "check": "arfusion_pass.comm.workspace",
+    "prepare": "arfusion_pass.comm.workspace",
 }
 _MODULES = ("comm", "inspection")
 
 __all__ = [
     "AllReduceFusionPass",
+    "ExchangeTimeout",
     "FusionConfig",
     "FusionReport",
     "Reports",
     "Site",
+    "check",
     "comm",
     "enable",
     "fuse",
     "inductor_options",
     "inspection",
     "ops",
+    "prepare",
     "register_group",
     "reports",
 ]

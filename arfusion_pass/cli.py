@@ -163,20 +163,22 @@ def build(archs: tuple[str, ...], force: bool, output: str | None, verbose: bool
         click.echo(str(target or path))
 
 
-@main.command()
-@click.option("--tune", is_flag=True, help="Write the table of one-shot and two-shot thresholds for this machine.")
-@click.option("--world", type=click.IntRange(min=2), help="Ranks; default: every GPU.")
-@click.option("--hidden", type=click.IntRange(min=8), multiple=True, help="Hidden size; repeatable.")
-def bench(tune: bool, world: int | None, hidden: tuple[int, ...]) -> None:
-    """Measure the fused kernels on this machine's GPUs against NCCL with separate kernels."""
-    try:
-        from arfusion_pass.backends.bench import main as run_bench
-    except ImportError as error:
-        raise click.ClickException(f"this installation holds no benchmark ({error})") from error
-    try:
-        sys.exit(run_bench(tune=tune, world=world, hidden=list(hidden) or None))
-    except (RuntimeError, ValueError) as error:
-        raise click.ClickException(str(error)) from error
+@main.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def bench(arguments: tuple[str, ...]) -> None:
+    """Measure the fused kernels on this machine's GPUs, side by side with NCCL and what else is installed.
+
+    Runs `python -m benchmarks.bench_allreduce ARGUMENTS` in the source tree, of which alone the benchmarks are a part;
+    `arfusion bench -- --help` lists its arguments.
+    """
+    root = Path(__file__).resolve().parent.parent
+    if not (root / "benchmarks" / "bench_allreduce.py").is_file():
+        raise click.ClickException(
+            f"there are no benchmarks beside {Path(__file__).parent}: they are part of the source tree, not of the "
+            "installed package. Run `python -m arfusion_pass.cli bench` in a checkout."
+        )
+    command = [sys.executable, "-m", "benchmarks.bench_allreduce", *arguments]
+    sys.exit(subprocess.run(command, cwd=root, check=False).returncode)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import struct
-from typing import Literal
+from collections.abc import Iterable
+from typing import Any, Literal
 
 import torch
 
@@ -46,13 +47,14 @@ class FusionConfig:
 
     def __post_init__(self) -> None:
         if self.epsilons is not None:
-            epsilons = tuple(self.epsilons)
+            epsilons = _items("epsilons", self.epsilons)
             for epsilon in epsilons:
-                if not isinstance(epsilon, (int, float)) or not math.isfinite(epsilon) or epsilon < 0:
+                number = isinstance(epsilon, (int, float)) and not isinstance(epsilon, bool)
+                if not number or not math.isfinite(canonical_epsilon(epsilon)) or epsilon < 0:
                     raise ValueError(f"FusionConfig.epsilons: expected finite numbers >= 0, got {epsilon!r}")
             object.__setattr__(self, "epsilons", tuple(canonical_epsilon(epsilon) for epsilon in epsilons))
         if self.dtypes is not None:
-            dtypes = tuple(self.dtypes)
+            dtypes = _items("dtypes", self.dtypes)
             for dtype in dtypes:
                 if dtype not in DTYPES:
                     raise ValueError(f"FusionConfig.dtypes: expected a subset of {DTYPES}, got {dtype!r}")
@@ -64,6 +66,13 @@ class FusionConfig:
         for name in ("quantisers", "pdl", "raise_errors"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"FusionConfig.{name}: expected a bool, got {getattr(self, name)!r}")
+
+
+def _items(field: str, value: Any) -> tuple[Any, ...]:
+    """``value`` as a tuple; ``ValueError`` where it is no collection of settings."""
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise ValueError(f"FusionConfig.{field}: expected a tuple, got {value!r}")
+    return tuple(value)
 
 
 def canonical_epsilon(epsilon: float) -> float:

@@ -36,9 +36,7 @@ class AllReduceFusionPass(CustomGraphPass):
     """
 
     def __init__(self, config: FusionConfig | None = None) -> None:
-        if config is not None and not isinstance(config, FusionConfig):
-            raise ValueError(f"AllReduceFusionPass: expected a FusionConfig, got {config!r}")
-        self.config = config or FusionConfig()
+        self.config = _checked("AllReduceFusionPass", config)
         self._reports: list[FusionReport] = []
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -70,15 +68,21 @@ def fuse(graph_module: fx.GraphModule, config: FusionConfig | None = None) -> Fu
         config: settings; the defaults if None.
 
     Raises:
-        ValueError: if ``graph_module`` is no GraphModule.
+        ValueError: if ``graph_module`` is no GraphModule, or ``config`` no FusionConfig.
     """
     if not isinstance(graph_module, fx.GraphModule):
         raise ValueError(f"fuse: expected a torch.fx.GraphModule, got {type(graph_module).__name__}")
-    report = run(graph_module.graph, config or FusionConfig())
+    report = run(graph_module.graph, _checked("fuse", config))
     _all_reports.append(report)
     if report.matched_count:
         graph_module.recompile()
     return report
+
+
+def _checked(what: str, config: FusionConfig | None) -> FusionConfig:
+    if config is not None and not isinstance(config, FusionConfig):
+        raise ValueError(f"{what}: expected a FusionConfig, got {config!r}")
+    return config or FusionConfig()
 
 
 def reports() -> Reports:

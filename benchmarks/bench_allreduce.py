@@ -41,9 +41,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--hidden", default=",".join(map(str, HIDDEN)))
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
     parser.add_argument("--quantised", default=",".join(QUANTISED), help="quantisers to time too; empty: none")
+    parser.add_argument(
+        "--tune", action="store_true", help="measure the strategy table, write thresholds.json, and end"
+    )
     parser.add_argument("--only-ours", action="store_true")
     parser.add_argument("--budget", type=float, default=200, help="seconds, after which no further cell is begun")
-    parser.add_argument("--iterations", type=int, default=30, help="calls in a graph")
+    parser.add_argument("--iterations", type=int, default=200, help="calls in a graph; fewer above 1 MiB")
     parser.add_argument("--replays", type=int, default=15)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--rank", type=int, default=-1, help=argparse.SUPPRESS)
@@ -56,6 +59,11 @@ def main() -> int:
     arguments = parse()
     if arguments.rank >= 0:
         return rank_main(arguments)
+    if arguments.tune:
+        from arfusion_pass.backends import tune
+
+        print(tune.run(arguments.world))
+        return 0
     arguments.out.mkdir(parents=True, exist_ok=True)
     started = time.time()
     prototype = run_prototype(arguments.floor, arguments.budget / 2) if arguments.floor else {}
@@ -221,7 +229,12 @@ def time_cell(arguments, timer, contenders, hidden: int, tokens: int, device, no
     cell = Cell(tokens, hidden, arguments.world, arguments.rank, device)
     row: dict[str, float] = {}
     errors: dict[str, float] = {}
-    iterations = arguments.iterations if cell.bytes <= 4 << 20 else 10
+    # Ranks start a replay up to some 20 us apart: the graph has to be long beside that, a millisecond or more.
+    iterations = (
+        arguments.iterations
+        if cell.bytes <= 1 << 20
+        else max(10, arguments.iterations // (8 if cell.bytes <= 8 << 20 else 16))
+    )
     for contender in contenders:
         error = None
         timed = contender.make(cell)

@@ -20,6 +20,43 @@ struct Part {
   uint32_t count;
 };
 
+/* Where a CTA stands in the launch: its own number, and that of the rows it works on (first, first + step, ...). */
+struct Position {
+  uint32_t cta, ctas;
+  uint32_t first, step;
+  Part part;
+};
+
+ARF_DEVICE uint32_t cluster_number() {
+#if __CUDA_ARCH__ >= 900
+  uint32_t n;
+  asm volatile("mov.u32 %0, %clusterid.x;" : "=r"(n)); /* a launch without clusters has clusters of one */
+  return n;
+#else
+  return blockIdx.x;
+#endif
+}
+
+ARF_DEVICE uint32_t cluster_count() {
+#if __CUDA_ARCH__ >= 900
+  uint32_t n;
+  asm volatile("mov.u32 %0, %nclusterid.x;" : "=r"(n));
+  return n;
+#else
+  return gridDim.x;
+#endif
+}
+
+ARF_DEVICE uint32_t rank_in_cluster() {
+#if __CUDA_ARCH__ >= 900
+  uint32_t n;
+  asm volatile("mov.u32 %0, %cluster_ctarank;" : "=r"(n));
+  return n;
+#else
+  return 0;
+#endif
+}
+
 ARF_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
 /* Before the exchange: one thread makes `count` mbarriers of one arrival each, all CTAs learn of it in join_cluster. */
@@ -33,7 +70,7 @@ ARF_DEVICE void open_barriers(uint64_t* barriers, int count, const Part& part) {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); /* the inits before the arrive below, cluster-wide */
   }
   __syncthreads(); /* all threads arrive after the inits */
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); /* "my mbarriers exist" */
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); /* "my mbarriers exist"; the fence above orders them */
 #endif
 }
 

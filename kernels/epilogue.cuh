@@ -11,6 +11,7 @@
  * not appear in it, so a token has the same bits wherever and with whomever it is computed. */
 #pragma once
 #include "cluster.cuh"
+#include "exchange.cuh"
 #include "quantise.cuh"
 
 namespace arf {
@@ -76,6 +77,11 @@ struct Epilogue {
       }
     }
     return r;
+  }
+
+  /* Ahead of load_residual by the time of an exchange: from L2 it hides behind the row in front, from memory it does not. */
+  ARF_DEVICE static void prefetch_residual(const Params& p, uint32_t t, uint32_t v) {
+    if (p.residual) prefetch(static_cast<const uint4*>(p.residual) + t * p.residual_stride + (kWide && p.residual_fp32 ? 2 * v : v));
   }
 
   /* Starts fetching the weight of this thread's vectors; once a launch. */
@@ -221,7 +227,7 @@ struct Epilogue {
   /* Norm and quantiser of row t; all threads call. Lanes without a vector hold zeros. given: the scale input. */
   ARF_DEVICE static void finish_row(const Params& p, Scratch& scratch, const Place& at, uint32_t t, Row& row, float given) {
     if (!p.need_norm) return;
-    const float mean = __fdiv_rn(sum_of_squares(p, scratch, at, row), p.hidden);
+    const float mean = __fmul_rn(sum_of_squares(p, scratch, at, row), p.inverse_hidden);
     const float rstd = __frsqrt_rn(__fadd_rn(mean, p.epsilon)); /* rsqrtf: 2 ulp, half of what an fp32 norm may be off */
 #pragma unroll
     for (int k = 0; k < K; ++k) {

@@ -1,7 +1,7 @@
 /* How data crosses between ranks: 16-byte pushes that carry their own arrival flag.
  *
  * Invariant 1 (emptiness). Between launches every word of both generations of a rank's buffer is kEmpty. A launch
- *   reads each vector that its peers push to it exactly once, by one thread, and that thread stores kEmpty back.
+ *   reads each vector that its peers push to it by one thread, and that thread stores kEmpty back, behind its outputs.
  * Invariant 2 (arrival). No pushed word is kEmpty (`pushable`), and a 4-byte word never tears; so a vector all of whose
  *   words differ from kEmpty has arrived whole, whatever order its words came in. No fence, no flag, no barrier.
  * Invariant 3 (two generations suffice). Launch i uses generation i mod 2. A peer pushes for launch i + 2 only after it
@@ -91,10 +91,21 @@ ARF_DEVICE void rotate(const Params& p, const Link& link, unsigned cta, unsigned
   }
 }
 
-/* The end of a wait that took too long: poison the workspace, tell the host whom we waited for. Rare, so out of line. */
-static __device__ __noinline__ void report_expired(const Params& p, uint32_t generation, uint32_t strategy, uint32_t token,
-                                                   int peer) {
-  if (atomicExch(&p.control[0].poisoned, 2u) == 2u) return; /* someone else reports */
+/* After kPollsPerCheck misses: whether this thread must give up, because the workspace is poisoned or because this CTA's
+ * first such look in this launch lies timeout_ns back. Out of line and without state in registers: it is rare, and inlined
+ * it made the polls spill. The first look's time lies behind the control pairs, tagged with the launch's generation. */
+static __device__ __noinline__ bool give_up(const Params& p, unsigned cta, uint32_t generation, uint32_t strategy,
+                                            uint32_t token, int peer) {
+  if (static_cast<const volatile Control*>(p.control)[cta].poisoned) return true;
+  volatile Control* first_look = p.control + kMaxCtas + cta; /* {~generation, microseconds modulo 2^32} */
+  const uint32_t now = static_cast<uint32_t>(clock_ns() / 1000);
+  if (first_look->generation != ~generation) { /* never the 0 that the words begin with */
+    first_look->poisoned = now;
+    first_look->generation = ~generation;
+    return false;
+  }
+  if (now - first_look->poisoned < p.timeout_us) return false;
+  if (atomicExch(&p.control[0].poisoned, 2u) == 2u) return true; /* someone else reports */
   for (unsigned i = 1; i < kMaxCtas; ++i) p.control[i].poisoned = 1u;
   volatile arf_error_record* record = p.error;
   record->rank = p.rank;
@@ -105,77 +116,76 @@ static __device__ __noinline__ void report_expired(const Params& p, uint32_t gen
   record->token = token;
   __threadfence_system(); /* the record before its state, for the host */
   record->state = 1;
-}
-
-/* One look at the clock after kPollsPerCheck misses; true when this thread must give up. */
-ARF_DEVICE bool give_up(const Params& p, unsigned cta, const Link& link, uint64_t& since, uint32_t strategy, uint32_t token,
-                        int peer) {
-  const volatile Control* own = p.control + cta;
-  if (own->poisoned) return true;
-  const uint64_t now = clock_ns();
-  if (since == 0) {
-    since = now;
-    return false;
-  }
-  if (now - since < p.timeout_ns) return false;
-  report_expired(p, link.generation, strategy, token, peer);
   return true;
 }
 
-/* One peer's vector at `at`, emptied behind the read; all NaN, and link.dead set, if the wait expires. */
+/* One peer's vector at `at`; all NaN, and link.dead set, if the wait expires. */
 ARF_DEVICE uint4 receive_one(const Params& p, Link& link, unsigned cta, char* at, uint32_t strategy, uint32_t token, int peer) {
-  uint64_t since = 0;
   unsigned misses = 0;
   while (!link.dead) {
     const uint4 v = load_volatile(at);
-    if (largest_word(v) != kEmpty) {
-      *reinterpret_cast<uint4*>(at) = filled(kEmpty);
-      return v;
-    }
+    if (largest_word(v) != kEmpty) return v;
     if (++misses == kPollsPerCheck) {
       misses = 0;
-      link.dead = give_up(p, cta, link, since, strategy, token, peer);
+      link.dead = give_up(p, cta, link.generation, strategy, token, peer);
     }
   }
   return filled(kEmpty);
 }
 
-/* All peers' vectors at `at` + slot * slot_bytes, in in[rank], polled together; in[p.rank] is not touched. */
+/* All peers' vectors at `at` + slot * slot_bytes, in in[slot], polled together. */
 template <int World>
-ARF_DEVICE void receive_all(const Params& p, Link& link, unsigned cta, char* at, uint32_t token, uint4 (&in)[World]) {
-  const int rank = p.rank;
-  uint64_t since = 0;
+ARF_DEVICE void receive_all(const Params& p, Link& link, unsigned cta, char* at, uint32_t token, uint4 (&in)[World - 1]) {
+  char* slots[World - 1];
+#pragma unroll
+  for (int s = 0; s < World - 1; ++s) slots[s] = at + s * static_cast<uint64_t>(p.slot_bytes);
   unsigned misses = 0;
   while (!link.dead) {
     uint32_t largest = 0;
 #pragma unroll
-    for (int r = 0; r < World; ++r) {
-      if (r != rank) in[r] = load_volatile(at + static_cast<uint64_t>(slot_of(r, rank)) * p.slot_bytes);
-    }
+    for (int s = 0; s < World - 1; ++s) in[s] = load_volatile(slots[s]);
 #pragma unroll
-    for (int r = 0; r < World; ++r) {
-      if (r != rank) largest = max(largest, largest_word(in[r]));
-    }
+    for (int s = 0; s < World - 1; ++s) largest = max(largest, largest_word(in[s]));
     if (largest != kEmpty) break;
     if (++misses == kPollsPerCheck) {
       misses = 0;
-      int peer = 0;
+      int missing = 0;
 #pragma unroll
-      for (int r = World - 1; r >= 0; --r) {
-        if (r != rank && largest_word(in[r]) == kEmpty) peer = r;
+      for (int s = World - 2; s >= 0; --s) {
+        if (largest_word(in[s]) == kEmpty) missing = s;
       }
-      link.dead = give_up(p, cta, link, since, ARF_ONESHOT, token, peer);
+      link.dead = give_up(p, cta, link.generation, ARF_ONESHOT, token, missing + (missing >= p.rank));
     }
   }
+  if (link.dead) {
 #pragma unroll
-  for (int r = 0; r < World; ++r) {
-    if (r == rank) continue;
-    if (link.dead) {
-      in[r] = filled(kEmpty);
-    } else {
-      *reinterpret_cast<uint4*>(at + static_cast<uint64_t>(slot_of(r, rank)) * p.slot_bytes) = filled(kEmpty);
-    }
+    for (int s = 0; s < World - 1; ++s) in[s] = filled(kEmpty);
   }
+}
+
+/* Empties what receive_one or receive_sum read at `at`; called behind the outputs' stores, so that none waits for it. */
+ARF_DEVICE void empty_one(const Link& link, char* at) {
+  if (!link.dead) *reinterpret_cast<uint4*>(at) = filled(kEmpty);
+}
+
+template <int World>
+ARF_DEVICE void empty_all(const Params& p, const Link& link, char* at) {
+  if constexpr (World != 0) {
+#pragma unroll
+    for (int s = 0; s < World - 1; ++s) empty_one(link, at + s * static_cast<uint64_t>(p.slot_bytes));
+  } else {
+#pragma unroll 1
+    for (int s = 0; s < p.world - 1; ++s) empty_one(link, at + s * static_cast<uint64_t>(p.slot_bytes));
+  }
+}
+
+/* Into L2, for a load to come; one lane in eight asks for its 128-byte line. */
+ARF_DEVICE void prefetch(const void* p) {
+  if (threadIdx.x % 8 == 0) asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); /* no register, no wait */
+}
+
+ARF_DEVICE uint4 select(bool first, const uint4& a, const uint4& b) {
+  return make_uint4(first ? a.x : b.x, first ? a.y : b.y, first ? a.z : b.z, first ? a.w : b.w);
 }
 
 /* The fp32 sum over ranks in rank order, from the first rank's value on (-0.0 stays -0.0). `at`: the vector in slot 0.
@@ -186,13 +196,14 @@ ARF_DEVICE void receive_sum(const Params& p, Link& link, unsigned cta, char* at,
                             float (&sum)[kElements<D>]) {
   constexpr int N = kElements<D>;
   if constexpr (World != 0) {
-    uint4 in[World];
+    uint4 in[World - 1]; /* by slot: ranks below ours, then those above */
     receive_all<World>(p, link, cta, at, token, in);
-    unpack<D>(p.rank == 0 ? mine : in[0], sum);
+    unpack<D>(select(p.rank == 0, mine, in[0]), sum);
 #pragma unroll
     for (int r = 1; r < World; ++r) {
+      const uint4 from_above = select(p.rank == r, mine, in[r - 1]);
       float f[N];
-      unpack<D>(p.rank == r ? mine : in[r], f);
+      unpack<D>(r < World - 1 ? select(r < p.rank, in[r < World - 1 ? r : 0], from_above) : from_above, f);
 #pragma unroll
       for (int i = 0; i < N; ++i) sum[i] = __fadd_rn(sum[i], f[i]);
     }

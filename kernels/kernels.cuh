@@ -51,17 +51,17 @@ struct Kernel {
   ARF_DEVICE static void touch(const Params& p) {
     const uint32_t* words = reinterpret_cast<const uint32_t*>(&p);
     constexpr int kWords = sizeof(Params) / 4, kLine = 16;
+    uint32_t mix = words[kWords - 1];
 #pragma unroll
-    for (int i = 0; i < kWords; i += kLine) asm volatile("" ::"r"(words[i])); /* nothing but the load of its operand */
-    asm volatile("" ::"r"(words[kWords - 1]));
+    for (int i = 0; i < kWords; i += kLine) mix = mix * 31 + words[i];
+    if (mix == 0x5bd1e995u) __nanosleep(1); /* a use of the words that cannot be dropped; harmless the one time in 2^32 */
   }
 
   /* What needs no data of other kernels comes before the wait for them. */
-  ARF_DEVICE static Place begin(const Params& p, Scratch& scratch, unsigned cta) {
-    touch(p);
-    Place at = {{p.cluster > 1 ? cta % p.cluster : 0u, p.cluster}, 0, 0};
-    at.first = at.part.rank * blockDim.x;
+  ARF_DEVICE static Place begin(const Params& p, Scratch& scratch, const Position& position) {
+    const Place at = {position.part, position.part.rank * blockDim.x, 0};
     open_barriers(scratch.barriers, 4, at.part);
+    touch(p);
     wait_for_previous_kernel();
     if (p.flags & kTriggerEarly) let_next_kernel_start();
     return at;
@@ -75,9 +75,9 @@ struct Kernel {
     }
   }
 
-  ARF_DEVICE static void local(const Params& p, Scratch& scratch, unsigned cta, unsigned ctas) {
-    Place at = begin(p, scratch, cta);
-    const uint32_t first = cta / p.cluster, step = ctas / p.cluster;
+  ARF_DEVICE static void local(const Params& p, Scratch& scratch, const Position& position) {
+    Place at = begin(p, scratch, position);
+    const uint32_t cta = position.cta, ctas = position.ctas, first = position.first, step = position.step;
     float given = 0.0f;
     Own own = load_own(p, at, first);
     typename E::Residual residual = E::load_residual(p, first, at.vector(0), holds(p, at, 0));
@@ -105,9 +105,9 @@ struct Kernel {
     if (!(p.flags & kTriggerEarly)) let_next_kernel_start();
   }
 
-  ARF_DEVICE static void one_shot(const Params& p, Scratch& scratch, unsigned cta, unsigned ctas) {
-    Place at = begin(p, scratch, cta);
-    const uint32_t first = cta / p.cluster, step = ctas / p.cluster;
+  ARF_DEVICE static void one_shot(const Params& p, Scratch& scratch, const Position& position) {
+    Place at = begin(p, scratch, position);
+    const uint32_t cta = position.cta, ctas = position.ctas, first = position.first, step = position.step;
     Own own = load_own(p, at, first);
     Link link = open_link(p, cta);
     typename E::Residual residual[K];
@@ -116,12 +116,21 @@ struct Kernel {
     push_row(p, link, at, first, own);
     float given = 0.0f;
     start(p, at, cta, ctas, given);
+    const bool ahead = p.op == ARF_OP_ALLREDUCE; /* a MoE row is not gathered twice */
     for (uint32_t t = first; t < p.tokens; t += step, ++at.row) {
-      /* The next row travels while this one is awaited. */
-      Own next = {};
-      if (t + step < p.tokens) {
-        next = load_own(p, at, t + step);
-        push_row(p, link, at, t + step, next);
+      if (t != first) {
+        own = load_own(p, at, t);
+        if (!ahead) push_row(p, link, at, t, own);
+#pragma unroll
+        for (int k = 0; k < K; ++k) residual[k] = E::load_residual(p, t, at.vector(k), holds(p, at, k));
+      }
+      /* The next row travels while this one is awaited; it is read again then, from L2, rather than held in registers. */
+      if (ahead && t + step < p.tokens) {
+        push_row(p, link, at, t + step, load_own(p, at, t + step));
+#pragma unroll
+        for (int k = 0; k < K; ++k) {
+          if (holds(p, at, k)) E::prefetch_residual(p, t + step, at.vector(k));
+        }
       }
       float row[K][N];
 #pragma unroll
@@ -133,99 +142,130 @@ struct Kernel {
         receive_sum<D, W>(p, link, cta, p.own + offset_of(p, link, at, t, k), t, own.x[k], sum);
         E::finish_sum(p, t, at.vector(k), sum, residual[k], row[k]);
       }
-      own = next;
-      if (t + step < p.tokens) {
-#pragma unroll
-        for (int k = 0; k < K; ++k) residual[k] = E::load_residual(p, t + step, at.vector(k), holds(p, at, k));
-      }
       if (t == first) await_fetches(), join_cluster(at.part);
       E::finish_row(p, scratch, at, t, row, given);
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+        if (holds(p, at, k)) empty_all<W>(p, link, p.own + offset_of(p, link, at, t, k));
+      }
     }
-    finish(p, link, cta, ctas);
+    finish(p, link, at, cta, ctas);
+  }
+
+  /* Two-shot's work for a CTA: row q of every slot, that is tokens q * world to q * world + world - 1, or with p.split
+   * above 1 a share of them: those whose owner is `share` modulo split. */
+  struct Unit {
+    uint32_t q, share;
+  };
+
+  ARF_DEVICE static Unit unit(const Params& p, uint32_t u) {
+    if constexpr (W != 0) return {u >> p.split_shift, u & (p.split - 1)};
+    return {u / p.split, u % p.split};
+  }
+
+  ARF_DEVICE static bool shares(const Params& p, const Unit& u, uint32_t owner) {
+    return (p.split == world(p) ? owner : owner & (p.split - 1)) == u.share;
   }
 
   /* Token t belongs to rank t mod world. Buffer of a generation: world - 1 scatter slots of ceil(tokens / world) rows
    * (what each peer contributes to my tokens), then as many gather slots (each peer's sums); row t / world. */
-  ARF_DEVICE static void two_shot(const Params& p, Scratch& scratch, unsigned cta, unsigned ctas) {
-    Place at = begin(p, scratch, cta);
+  ARF_DEVICE static void two_shot(const Params& p, Scratch& scratch, const Position& position) {
+    Place at = begin(p, scratch, position);
+    const uint32_t cta = position.cta, first = position.first, step = position.step;
     Link link = open_link(p, cta);
-    const uint32_t rows = (p.tokens + world(p) - 1) / world(p);
+    const uint32_t units = (p.tokens + world(p) - 1) / world(p) * p.split;
     const uint64_t gather = static_cast<uint64_t>(world(p) - 1) * p.slot_bytes;
-    for (uint32_t q = cta; q < rows; q += ctas) scatter(p, link, at, q);
+    for (uint32_t u = first; u < units; u += step) scatter(p, link, at, unit(p, u));
     float given = 0.0f;
-    start(p, at, cta, ctas, given);
-    bool fetched = false;
-    for (uint32_t q = cta; q < rows; q += ctas) {
-      const uint32_t t = q * world(p) + p.rank;
-      if (t >= p.tokens) break;
-      Own own = load_own(p, at, t);
+    start(p, at, cta, position.ctas, given);
+    join_cluster(at.part);
+    for (uint32_t u = first; u < units; u += step) {
+      const Unit mine = unit(p, u);
+      const uint32_t t = mine.q * world(p) + p.rank;
+      if (t >= p.tokens || !shares(p, mine, p.rank)) continue;
+      const Own own = load_own(p, at, t);
       float row[K][N];
 #pragma unroll
       for (int k = 0; k < K; ++k) {
 #pragma unroll
         for (int i = 0; i < N; ++i) row[k][i] = 0.0f;
         if (!holds(p, at, k)) continue;
-        const uint64_t offset = offset_of(p, link, at, q, k);
+        const uint64_t offset = offset_of(p, link, at, mine.q, k);
         const typename E::Residual residual = E::load_residual(p, t, at.vector(k), true);
         float sum[N];
         receive_sum<D, W>(p, link, cta, p.own + offset, t, own.x[k], sum);
         push_all<W>(p, link, gather + offset, pack<D>(sum));
         E::finish_sum(p, t, at.vector(k), sum, residual, row[k]);
       }
-      if (!fetched) await_fetches();
-      fetched = true;
+      if (at.row == 0) await_fetches();
       E::finish_row(p, scratch, at, t, row, given);
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+        if (holds(p, at, k)) empty_all<W>(p, link, p.own + offset_of(p, link, at, mine.q, k));
+      }
       ++at.row;
     }
-    if (!fetched) await_fetches();
-    for (uint32_t q = cta; q < rows; q += ctas) {
-      for (int i = 1; i < world(p); ++i) {
-        const int owner = p.rank + i < world(p) ? p.rank + i : p.rank + i - world(p);
-        const uint32_t t = q * world(p) + owner;
-        if (t >= p.tokens) continue;
+    for (uint32_t u = first; u < units; u += step) {
+      const Unit others = unit(p, u);
+      for (int i = 0; i < world(p) - 1; ++i) {
+        const uint32_t owner = peer(p, i);
+        const uint32_t t = others.q * world(p) + owner;
+        if (t >= p.tokens || !shares(p, others, owner)) continue;
+        char* const sums = p.own + gather + static_cast<uint64_t>(slot_of(owner, p.rank)) * p.slot_bytes;
         float row[K][N];
 #pragma unroll
         for (int k = 0; k < K; ++k) {
 #pragma unroll
           for (int j = 0; j < N; ++j) row[k][j] = 0.0f;
           if (!holds(p, at, k)) continue;
-          const uint64_t offset =
-              gather + static_cast<uint64_t>(slot_of(owner, p.rank)) * p.slot_bytes + offset_of(p, link, at, q, k);
+          char* const from = sums + offset_of(p, link, at, others.q, k);
           const typename E::Residual residual = E::load_residual(p, t, at.vector(k), true);
           float sum[N];
-          unpack<D>(receive_one(p, link, cta, p.own + offset, ARF_TWOSHOT_GATHER, t, owner), sum);
+          unpack<D>(receive_one(p, link, cta, from, ARF_TWOSHOT_GATHER, t, owner), sum);
           E::finish_sum(p, t, at.vector(k), sum, residual, row[k]);
         }
+        if (at.row == 0) await_fetches();
         E::finish_row(p, scratch, at, t, row, given);
+#pragma unroll
+        for (int k = 0; k < K; ++k) {
+          if (holds(p, at, k)) empty_one(link, sums + offset_of(p, link, at, others.q, k));
+        }
         ++at.row;
       }
     }
-    finish(p, link, cta, ctas);
+    finish(p, link, at, cta, position.ctas);
   }
 
-  /* Our contribution to row q of every peer's tokens. */
-  ARF_DEVICE static void scatter(const Params& p, const Link& link, const Place& at, uint32_t q) {
+  /* Our contribution to every peer's tokens of a unit. */
+  ARF_DEVICE static void scatter(const Params& p, const Link& link, const Place& at, const Unit& u) {
     if (link.dead) return;
 #pragma unroll 1
     for (int k = 0; k < K; ++k) {
       if (!holds(p, at, k)) continue;
-      const uint64_t offset = offset_of(p, link, at, q, k);
+      const uint64_t offset = offset_of(p, link, at, u.q, k);
+      for (int r = 0; p.split > 1 && r < world(p); ++r) { /* with many rows a CTA the prefetches only compete with the pushes */
+        const uint32_t t = u.q * world(p) + r;
+        if (t < p.tokens && shares(p, u, r)) E::prefetch_residual(p, t, at.vector(k));
+      }
       if constexpr (W > 1) { /* all loads in flight before the first store */
         uint4 x[W - 1];
+        bool sends[W - 1];
 #pragma unroll
         for (int i = 0; i < W - 1; ++i) {
-          const uint32_t t = q * W + peer(p, i);
-          if (t < p.tokens) x[i] = contribution<D>(p, t, at.vector(k));
+          const uint32_t t = u.q * W + peer(p, i);
+          sends[i] = t < p.tokens && shares(p, u, peer(p, i));
+          if (sends[i]) x[i] = contribution<D>(p, t, at.vector(k));
         }
 #pragma unroll
         for (int i = 0; i < W - 1; ++i) {
-          if (q * W + peer(p, i) < p.tokens) store_volatile(p.push[i] + offset, pushable(x[i]));
+          if (sends[i]) store_volatile(p.push[i] + offset, pushable(x[i]));
         }
       } else {
 #pragma unroll 1
         for (int i = 0; i < p.world - 1; ++i) {
-          const uint32_t t = q * p.world + peer(p, i);
-          if (t < p.tokens) store_volatile(p.push[i] + offset, pushable(contribution<D>(p, t, at.vector(k))));
+          const uint32_t t = u.q * p.world + peer(p, i);
+          if (t >= p.tokens || !shares(p, u, peer(p, i))) continue;
+          store_volatile(p.push[i] + offset, pushable(contribution<D>(p, t, at.vector(k))));
         }
       }
     }
@@ -237,9 +277,9 @@ struct Kernel {
     return r < world(p) ? r : r - world(p);
   }
 
-  ARF_DEVICE static void finish(const Params& p, const Link& link, unsigned cta, unsigned ctas) {
+  ARF_DEVICE static void finish(const Params& p, const Link& link, const Place& at, unsigned cta, unsigned ctas) {
     if (!(p.flags & kTriggerEarly)) let_next_kernel_start();
-    if (!p.need_norm) __syncthreads(); /* else the first row's reduction was the barrier since open_link */
+    if (!p.need_norm || at.row == 0) __syncthreads(); /* else a row's reduction was the barrier since open_link */
     rotate(p, link, cta, ctas);
   }
 };
@@ -247,12 +287,13 @@ struct Kernel {
 template <int D, int W, int F, int K, bool kTwoShot>
 __global__ void __launch_bounds__(kMaxThreads, 1) fused_kernel(const __grid_constant__ Params p) {
   __shared__ Scratch scratch;
+  const Position position = {blockIdx.x, gridDim.x, cluster_number(), cluster_count(), {rank_in_cluster(), p.cluster}};
   if constexpr (W == 1) {
-    Kernel<D, W, F, K>::local(p, scratch, blockIdx.x, gridDim.x);
+    Kernel<D, W, F, K>::local(p, scratch, position);
   } else if constexpr (kTwoShot) {
-    Kernel<D, W, F, K>::two_shot(p, scratch, blockIdx.x, gridDim.x);
+    Kernel<D, W, F, K>::two_shot(p, scratch, position);
   } else {
-    Kernel<D, W, F, K>::one_shot(p, scratch, blockIdx.x, gridDim.x);
+    Kernel<D, W, F, K>::one_shot(p, scratch, position);
   }
 }
 
@@ -262,15 +303,15 @@ template <int D, int F, bool kTwoShot>
 __global__ void __launch_bounds__(kMaxThreads, 1) simulated_kernel(const __grid_constant__ SimulatedParams all, int world) {
   __shared__ Scratch scratch;
   __shared__ Params p;
-  const uint32_t* from = reinterpret_cast<const uint32_t*>(&all.rank[blockIdx.x / all.rank[0].cluster % world]);
+  const uint32_t* from = reinterpret_cast<const uint32_t*>(&all.rank[cluster_number() % world]);
   for (unsigned i = threadIdx.x; i < sizeof(Params) / 4; i += blockDim.x) reinterpret_cast<uint32_t*>(&p)[i] = from[i];
   __syncthreads();
-  const unsigned cluster = p.cluster, cta = blockIdx.x / cluster / world * cluster + blockIdx.x % cluster;
-  const unsigned ctas = gridDim.x / world;
+  const uint32_t first = cluster_number() / world, part = rank_in_cluster();
+  const Position position = {first * p.cluster + part, gridDim.x / world, first, cluster_count() / world, {part, p.cluster}};
   if constexpr (kTwoShot) {
-    Kernel<D, 0, F, kMaxVectors<D>>::two_shot(p, scratch, cta, ctas);
+    Kernel<D, 0, F, kMaxVectors<D>>::two_shot(p, scratch, position);
   } else {
-    Kernel<D, 0, F, kMaxVectors<D>>::one_shot(p, scratch, cta, ctas);
+    Kernel<D, 0, F, kMaxVectors<D>>::one_shot(p, scratch, position);
   }
 }
 

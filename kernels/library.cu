@@ -1,6 +1,7 @@
 /* The state behind the C ABI (api.h): workspaces by (group, device), and launching. Host code. */
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdarg>
 #include <cstdio>
@@ -31,6 +32,8 @@ int cuda_failed(cudaError_t error, const char* what) {
   cudaGetLastError(); /* a non-sticky error is ours to report, not the next caller's to find */
   return fail(ARF_CUDA, "%s failed: %s", what, cudaGetErrorString(error));
 }
+
+uint32_t timeout_us(int64_t ns) { return static_cast<uint32_t>(std::min<int64_t>(ns / 1000 + 1, int64_t{1} << 31)); }
 
 /* One (group, device). Never freed once made: a launch may hold it while another thread destroys it. */
 struct Workspace {
@@ -283,7 +286,7 @@ int launch_pieces(Workspace* w, int device, const arf_call& call, cudaStream_t s
     if (w) {
       params.control = w->control;
       params.error = w->error;
-      params.timeout_ns = w->timeout_ns.load(std::memory_order_relaxed);
+      params.timeout_us = timeout_us(w->timeout_ns.load(std::memory_order_relaxed));
     }
     void* args[] = {&params};
     e = launch_kernel(kernel, plan, grid_size(plan, world, tokens, resident), pdl, stream, args);
@@ -450,7 +453,7 @@ int arf_launch_simulated(int world, const arf_call* calls, void* const* buffers,
     fill_params(calls[r], plan, r, world, buffers, bytes, 0, calls[r].tokens, &all.rank[r]);
     all.rank[r].control = static_cast<Control*>(controls[r]);
     all.rank[r].error = errors[r];
-    all.rank[r].timeout_ns = timeout_ns > 0 ? timeout_ns : kDefaultTimeout;
+    all.rank[r].timeout_us = timeout_us(timeout_ns > 0 ? timeout_ns : kDefaultTimeout);
   }
   if (calls[0].tokens == 0) return ARF_OK;
   const void* kernel = find_kernel(calls[0].dtype, plan);

@@ -12,7 +12,8 @@ constexpr int kMaxWorld = ARF_MAX_WORLD;
 constexpr int kWarp = 32;
 constexpr int kMaxThreads = 1024;
 constexpr int kVectorBytes = 16;
-/* One pair of words a CTA: {generation, poisoned}. Every launch leaves all pairs equal, so the next may have any grid. */
+/* One pair of words a CTA: {generation, poisoned}. Every launch leaves all pairs equal, so the next may have any grid.
+ * Behind them, one pair a CTA for the clock of its waits. */
 constexpr unsigned kMaxCtas = ARF_CONTROL_BYTES / 8 / 2;
 
 struct Vec4 {
@@ -38,16 +39,18 @@ struct Params {
   int32_t world;
   Control* control;
   arf_error_record* error;
-  uint64_t timeout_ns;
+  uint32_t timeout_us; /* at most 2^31 */
 
   /* Shape */
   uint32_t tokens;       /* of this piece */
   uint32_t vectors;      /* of a row */
   uint32_t per_thread;   /* vectors a thread holds of a row */
+  uint32_t split;        /* two-shot: CTAs (clusters) that share a row of tokens, 1, a power of two or world */
+  uint32_t split_shift;
   uint32_t cluster;      /* CTAs that share a row; 1 unless per_thread is 1 */
   uint32_t tiles;        /* of 32 vectors in a row: the leaves of the variance's tree */
   uint32_t tile_span;    /* least power of two not below `tiles`, at most 32 */
-  float hidden;
+  float inverse_hidden;
 
   /* Epilogue */
   uint32_t flags;
@@ -69,6 +72,7 @@ struct Params {
   /* Quantiser */
   Quant quant;
   int32_t group; /* -1: a token */
+  uint32_t lane_shift; /* log2 of the vectors in a group */
   float bound;
   float scale_value;
   const void* scale;

@@ -17,6 +17,7 @@ struct Plan {
   uint32_t per_thread;
   int threads;
   int cluster;
+  int split;
   int shared_bytes;
   int64_t piece_tokens;
   int64_t pieces;

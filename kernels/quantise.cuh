@@ -43,7 +43,7 @@ struct Quantiser {
         const float q0 = __fmul_rn(x[i], r);
         const float q1 = __fmaf_rn(__fmaf_rn(-q0, s, x[i]), r, q0);
         const float q2 = __fmaf_rn(__fmaf_rn(-q1, s, x[i]), r, q1);
-        y[i] = fabsf(q0) < 0x1p100f ? q2 : q0;
+        y[i] = fabsf(q0) < 0x1p100f ? copysignf(q2, q0) : q0; /* the remainder of a zero is +0 and would take its sign */
       }
     } else {
 #pragma unroll
@@ -157,13 +157,13 @@ struct Quantiser {
 
   /* Group of `p.group` elements over neighbouring lanes; all lanes of the warp call, `active` ones have a vector. */
   ARF_DEVICE static void group_vector(const Params& p, uint32_t t, uint32_t v, bool active, const float (&x)[N]) {
-    const uint32_t lanes = p.group / N;
+    const uint32_t lanes = 1u << p.lane_shift;
     const float amax = lanes_amax(amax_of(x), lanes);
     if (!active) return;
     Factor factor;
     const float scale = dynamic_scale(p, amax, factor);
-    const bool writes = v % lanes == 0;
-    const uint32_t g = v / lanes;
+    const bool writes = (v & (lanes - 1)) == 0;
+    const uint32_t g = v >> p.lane_shift;
     if (p.quant.format() == Format::kMxfp8) {
       const uint32_t exponent = ue8m0_up(scale);
       factor = {ue8m0_reciprocal(exponent), false};

@@ -368,6 +368,7 @@ class Case:
         scale: the scale's value, in the shape that it has.
         shape, dtype, weight: of the reduced tensor, of it, of the weight.
         dynamic: the number of tokens is symbolic.
+        counts: token counts that the same compiled graph is run with besides.
         note: a part of the report's sentence on a quantiser that is left.
         folds: the norm ends in a cast that a quantiser beginning with ``.float()`` undoes: torch 2.11 drops both.
         exact: the compiled model's outputs have the eager model's very bits.
@@ -382,6 +383,7 @@ class Case:
     dtype: torch.dtype = torch.bfloat16
     weight: torch.dtype | None = None
     dynamic: bool = False
+    counts: tuple[int, ...] = (9, 8)
     note: str | None = None
     folds: bool = False
     exact: bool = True

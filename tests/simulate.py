@@ -222,8 +222,8 @@ def calls(module: fx.GraphModule, *targets: Any) -> int:
     return sum(node.op == "call_function" and node.target in targets for node in module.graph.nodes)
 
 
-class _Captured(Exception):  # noqa: N818  (no error: it ends a compilation)
-    pass
+class _Captured(Exception):
+    """Ends a compilation."""
 
 
 def captured(

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from arfusion_pass import cli
+from arfusion_pass.backends import build
 from arfusion_pass.cli import main
 from arfusion_pass.demo import run
 
@@ -68,7 +70,6 @@ def test_demo_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_doctor_names_a_backend_and_why() -> None:
-    pytest.importorskip("arfusion_pass.backends.doctor")
     result = CliRunner().invoke(main, ["doctor"])
     assert result.exit_code == 0, result.output
     assert re.search(r"^torch +2\.\d+", result.output, re.MULTILINE)
@@ -78,9 +79,21 @@ def test_doctor_names_a_backend_and_why() -> None:
     assert facts["reason"]
 
 
-def test_build_without_a_compiler_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    build = pytest.importorskip("arfusion_pass.backends.build")
+def test_bench_outside_a_checkout_says_where_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "arfusion_pass" / "cli.py"))
+    result = CliRunner().invoke(main, ["bench"])
+    assert result.exit_code == 1
+    assert "source tree" in result.output
 
+
+def test_bench_in_a_checkout_runs_the_benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "bench_allreduce.py").write_text("import sys; sys.exit(len(sys.argv) + 40)")
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "arfusion_pass" / "cli.py"))
+    assert CliRunner().invoke(main, ["bench", "--world", "4"]).exit_code == 43
+
+
+def test_build_without_a_compiler_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def fail(*_: object, **__: object) -> Path:
         raise build.BuildError("nvcc not found: install it")
 
@@ -92,7 +105,6 @@ def test_build_without_a_compiler_says_what_to_do(monkeypatch: pytest.MonkeyPatc
 
 
 def test_build_of_several_architectures_goes_into_a_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    build = pytest.importorskip("arfusion_pass.backends.build")
     calls: list[tuple[str, Path]] = []
     monkeypatch.setattr(build, "build", lambda arch, *, output, **_: calls.append((arch, output)) or tmp_path)
     result = CliRunner().invoke(main, ["build", "--arch", "90a", "--arch", "100a", "-o", str(tmp_path)])
@@ -115,3 +127,23 @@ def test_explain_runs_the_script_as_main_and_reports(tmp_path: Path) -> None:
     first, report = done.stdout.split("\n", 1)
     assert first == "arguments ['3', '--json', 'x'] __main__"
     assert [graph["matched_count"] for graph in json.loads(report)] == [0]
+
+
+def test_explain_on_several_ranks_starts_itself_under_torchrun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    commands: list[list[str]] = []
+
+    def record(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 7)
+
+    monkeypatch.setattr(subprocess, "run", record)
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    result = CliRunner().invoke(
+        main, ["explain", "-n", "3", "--json", "--dump", "out", str(script), "--flag", "-n", "1"]
+    )
+    assert result.exit_code == 7, result.output
+    (command,) = commands
+    assert command[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+    inner = ["-m", "arfusion_pass.cli", "explain", "--json", "--dump", "out", str(script), "--flag", "-n", "1"]
+    assert command[5:] == inner

@@ -1,4 +1,4 @@
-"""Writing fused calls into a graph: order, liveness, aliasing and mutation. Each case was, or could be, a wrong graph."""
+"""Writing fused calls into a graph: order, liveness, aliasing, mutation. Each case was, or could be, a wrong graph."""
 
 from __future__ import annotations
 
@@ -315,7 +315,7 @@ def test_nothing_is_hoisted_over_a_mutation() -> None:
 
 
 def test_strided_inputs() -> None:
-    """Strided tensors, residuals and weights are copied for the op: it takes contiguous ones (it raised at run time)."""
+    """Strided tensors, residuals and weights are copied for the op, which takes contiguous ones (it raised)."""
 
     def model(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         total = r.t() + reduce(x.t())

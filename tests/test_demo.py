@@ -79,7 +79,11 @@ def test_one_rank_that_complains_is_enough(capsys: pytest.CaptureFixture[str], m
 
 @pytest.mark.parametrize(
     ("changes", "complaint"),
-    [({"world": 1}, "at least two ranks"), ({"device": "cuda", "world": 99}, "GPU\\(s\\) visible")],
+    [
+        ({"world": 1}, "at least two ranks"),
+        ({"dynamic": True, "tokens": 1}, "two or more"),
+        ({"device": "cuda", "world": 99}, "GPU\\(s\\) visible"),
+    ],
 )
 def test_impossible_options_are_refused(changes: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):

@@ -9,7 +9,7 @@ from torch import fx
 import arfusion_pass as arf
 from arfusion_pass import groups
 from tests.models import Tensor, llama, reduce
-from tests.simulate import calls, c10d, check_fused, check_same, check_unchanged, fake_world, fused_copy, tensors, trace
+from tests.simulate import c10d, calls, check_fused, check_same, check_unchanged, fake_world, fused_copy, tensors, trace
 
 X, W = (4, 32), (32,)
 EPS = 1e-6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email
+import re
 import subprocess
 import sys
 import zipfile
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import arfusion_pass
+from arfusion_pass import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -39,9 +41,9 @@ def test_wheel_holds_every_module_and_py_typed(wheel: zipfile.ZipFile) -> None:
 
 def test_wheel_holds_the_kernels(wheel: zipfile.ZipFile) -> None:
     names = set(wheel.namelist())
-    sources = {path for path in (ROOT / "kernels").rglob("*") if path.is_file()}
-    assert sources
-    assert {f"arfusion_pass/_kernels/{path.relative_to(ROOT / 'kernels')}" for path in sources} <= names
+    sources = {path.name for path in (ROOT / "kernels").iterdir() if path.suffix in (".cu", ".cuh", ".h", ".cpp")}
+    assert {f"arfusion_pass/_kernels/{name}" for name in sources} <= names
+    assert "arfusion_pass/_kernels/README.md" in names
 
 
 def test_wheel_holds_nothing_else(wheel: zipfile.ZipFile) -> None:
@@ -82,6 +84,29 @@ def test_import_registers_the_ops_and_loads_no_tools() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_readme_names_what_exists() -> None:
+    text = (ROOT / "README.md").read_text()
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        compile(block, "README.md", "exec")
+    names = re.findall(r"\barf\.([\w.]+)", text)
+    assert names
+    for name in names:
+        target = arfusion_pass
+        for part in name.split("."):
+            target = getattr(target, part)
+    for path in re.findall(r"\bexamples/\w+\.py", text):
+        assert (ROOT / path).is_file()
+    for command in re.findall(r"^\| `arfusion (\w+)", text, re.MULTILINE):
+        assert command in cli.main.commands
+    options = {
+        option for command in cli.main.commands.values() for parameter in command.params for option in parameter.opts
+    }
+    assert (
+        set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) - {"--nproc-per-node", "--check", "--its-own", "--model"}
+        <= options
+    )
 
 
 def test_ci_runs_the_command_that_the_readme_gives() -> None:

@@ -226,7 +226,7 @@ def test_some_values_missing() -> None:
         nodes = list(module.graph.nodes)
         if victim < len(nodes):
             nodes[victim].meta.pop("val", None)
-            fused, report = fused_copy(module)
+            _, report = fused_copy(module)
             assert all(site.fused or site.reason for site in report.sites)
 
 
@@ -248,7 +248,7 @@ def test_config_selects() -> None:
 
 
 def test_unexpected_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Contract: never crash the compile. An error inside the pass leaves the graph, and every site says what happened."""
+    """Contract: never crash the compile. An error inside the pass leaves the graph, and every site says so."""
     from arfusion_pass import commit
 
     def fail(*args: Any) -> None:

@@ -121,14 +121,14 @@ def run_models(rank: int, world: int, cases: list[tuple[str, torch.dtype, bool]]
                 x = torch.randn(tokens, HIDDEN, generator=generator).to(dtype)
                 r = torch.randn(tokens, HIDDEN, generator=same).to(dtype)
                 w = (torch.rand(HIDDEN, generator=same) + 0.5).to(dtype)
+                wanted = build(ordered)(x.clone(), r.clone(), w)
                 if dynamic:
                     for tensor in (x, r):
                         torch._dynamo.mark_dynamic(tensor, 0)
                 if codes:
-                    got = compiled(x.clone(), r.clone(), w)
+                    got = compiled(x, r, w)
                 else:
-                    got, codes = run_and_get_code(compiled, x.clone(), r.clone(), w)
-                wanted = build(ordered)(x.clone(), r.clone(), w)
+                    got, codes = run_and_get_code(compiled, x, r, w)
                 for a, b in zip(got, wanted, strict=True):
                     check = replay.compare(a, b)
                     differences.append((check.mismatched, check.total, check.max_ulp))
@@ -208,8 +208,7 @@ def test_code(results: Results) -> None:
     for (name, _, _), result in zip(cases, ranks[0], strict=True):
         calls = result.code.count("torch.ops.arfusion.allreduce_rms_norm.default(")
         assert calls == MODELS[name][1], result.name
-        for word in ("_c10d_functional", "all_reduce_", "wait_tensor", "auto_functionalized", "aten.clone", "copy_("):
+        for word in ("_c10d_functional", "auto_functionalized", "aten.clone", "copy_("):
             assert word not in result.code, (result.name, word)
-        if name == "spellings":
-            kernels = result.code.count("cpp_fused_")
-            assert kernels == 0 or "float32" not in result.name or kernels <= 4, result.code
+        if name == "in_place":
+            assert "async_compile.cpp" not in result.code, "nothing but the fused call should run"

@@ -15,8 +15,6 @@ Here the summation order, and so the last bit of a sum, is the process group's, 
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -71,11 +69,11 @@ def _python_op(op: str) -> Callable[..., None]:
         arguments.update(zip(arguments, args, strict=False))
         arguments.update(kwargs)
         if int(arguments["flags"]) & Flags.FLASHINFER:
-            if importlib.util.find_spec("arfusion_pass.backends.flashinfer") is None:
-                raise ValueError(f"arfusion::{op}: flags FLASHINFER, but this version has no flashinfer backend")
-            importlib.import_module("arfusion_pass.backends.flashinfer").run(op, arguments)
-            return
-        run_reference(op, arguments)
+            from arfusion_pass.backends import flashinfer
+
+            flashinfer.run(op, arguments)
+        else:
+            run_reference(op, arguments)
 
     return run
 

@@ -102,7 +102,9 @@ def _epilogue_refusal(call: FusedCall) -> str | None:
         return "it has no norm without a weight"
     if call.weight.dtype != dtype:
         return f"it reads a {_name(call.weight)} weight as {_name(call.x)}"
-    wrong: list[str] = [name for name in ("residual_out", "norm_out") if name in outputs and outputs[name].dtype != dtype]
+    wrong: list[str] = [
+        name for name in ("residual_out", "norm_out") if name in outputs and outputs[name].dtype != dtype
+    ]
     if call.residual is not None and call.residual.dtype != dtype:
         wrong.insert(0, "residual")
     if wrong:

@@ -27,20 +27,16 @@ from arfusion_pass.backends.build import cache_dir
 ANY_HIDDEN = "*"
 VERSION = 1
 
-_KIB, _MIB = 1 << 10, 1 << 20
-
-# Crossovers of the plain prototype on H200s (shared ANCHORS.md, "A plain prototype"): at TP2 one-shot moves as many
-# bytes as two-shot and saves a hop, at TP4 they meet between 0.5 and 1 MiB. Worlds that were not measured follow the
-# bytes: one-shot sends W / 2 times as many.
+# The op library's own table (kBuiltIn in kernels/plan.cu, which says how it was measured); tests/gpu compares the two.
 _BUILT_IN: dict[str, dict[str, dict[str, int]]] = {
     ANY_HIDDEN: {
-        "2": {ANY_HIDDEN: 8 * _MIB},
-        "3": {ANY_HIDDEN: 2 * _MIB},
-        "4": {ANY_HIDDEN: 1 * _MIB},
-        "5": {ANY_HIDDEN: 768 * _KIB},
-        "6": {ANY_HIDDEN: 512 * _KIB},
-        "7": {ANY_HIDDEN: 512 * _KIB},
-        "8": {ANY_HIDDEN: 512 * _KIB},
+        "2": {ANY_HIDDEN: 1 << 40},
+        "3": {ANY_HIDDEN: 512 << 10},
+        "4": {ANY_HIDDEN: 256 << 10},
+        "5": {ANY_HIDDEN: 128 << 10},
+        "6": {ANY_HIDDEN: 128 << 10},
+        "7": {ANY_HIDDEN: 64 << 10},
+        "8": {ANY_HIDDEN: 64 << 10},
     },
 }
 
@@ -72,15 +68,6 @@ class ThresholdTable:
                 by_hidden = source.get(name, {}).get(str(world_size))
                 if by_hidden:
                     return _row(by_hidden, hidden)
-        return 0
-
-    def largest(self, arch: str, world_size: int) -> int:
-        """The largest threshold over all hidden sizes: what the one-shot buffers must hold."""
-        for source in (self.oneshot, _BUILT_IN):
-            for name in (arch, ANY_HIDDEN):
-                by_hidden = source.get(name, {}).get(str(world_size))
-                if by_hidden:
-                    return max(by_hidden.values())
         return 0
 
     def by_hidden(self, arch: str, world_size: int) -> list[tuple[int, int]]:

@@ -19,7 +19,7 @@ from arfusion_pass.comm.conventions import FP8, STATIC_FP8, TOKEN_FP8, nvfp4, pa
 from arfusion_pass.comm.enums import AllReduceFusionPattern as Pattern
 from arfusion_pass.comm.enums import as_pattern
 from arfusion_pass.comm.fusion_workspace import AllReduceFusionWorkspace
-from arfusion_pass.comm.request import Quantised, Request, input_shape, launch_flags, open_workspace
+from arfusion_pass.comm.request import NOT_QUANTISED, Quantised, Request, input_shape, launch_flags, open_workspace
 from arfusion_pass.ops.spec import QuantFormat
 
 _STATIC = (Pattern.kARResidualRMSNormFP8Quant, Pattern.kARResidualRMSNormOutFP8Quant)
@@ -181,7 +181,7 @@ def allreduce_fusion(
     weight = request.gamma("rms_gamma", rms_gamma)
     if norm_out is None and member in _NORM_OUT:
         norm_out = torch.empty_like(input)
-    quantised = Quantised()
+    quantised = NOT_QUANTISED
     if member != Pattern.kARResidualRMSNorm:
         if quant_out is None and member not in _NORM_OUT:
             quant_out = _new_codes(request, input, member)

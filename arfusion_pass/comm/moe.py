@@ -197,7 +197,7 @@ def finalize(
             request.fail(f"expert_scale_factor must be {needed}, got {list(weights.shape)}")
         weights = weights.view(index.shape)
     factor = 1.0 if routed_scaling_factor is None else float(routed_scaling_factor)
-    if not math.isfinite(factor):
+    if not -math.inf < factor < math.inf:
         request.fail(f"routed_scaling_factor must be finite, got {factor}")
     added = request.optional_rows("shared_expert_output", shared)
     return epilogue.launch(request, "moe_finalize_allreduce_rms_norm", (rows, chosen, weights, added, factor))

@@ -7,6 +7,7 @@ What the fused op itself checks (hidden sizes, epsilon) is not repeated here.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import numbers
 from collections.abc import Sequence
@@ -34,6 +35,16 @@ class Quantised:
     scales: torch.Tensor | None = None
     scale: torch.Tensor | None = None
     scale_value: float = 1.0
+
+
+NOT_QUANTISED = Quantised()
+
+_packed = functools.cache(QuantSpec.pack)
+"""A handful of specs, each packed once: packing costs as much as all checks of a tensor."""
+
+# Plain integers: combining IntFlag members costs microseconds a call.
+_ONESHOT, _TWOSHOT, _NO_PDL = int(Flags.ONESHOT), int(Flags.TWOSHOT), int(Flags.NO_PDL)
+_TRIGGER_EARLY, _UNROUNDED_SUM = int(Flags.TRIGGER_EARLY), int(Flags.UNROUNDED_SUM)
 
 
 class Request:
@@ -157,7 +168,7 @@ class Request:
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             self.fail(f"{name} is needed ({what}), a float or a tensor of one element, got {value!r}")
         number = float(value)
-        if not math.isfinite(number) or number <= 0:
+        if not 0.0 < number < math.inf:  # comparisons, which a symbolic float of the compiler has too
             self.fail(f"{name} must be positive and finite ({what}), got {number}")
         return None, number
 
@@ -228,9 +239,9 @@ class Request:
     ) -> None:
         """Run ``arfusion::op``; an fp32 residual beside a 16-bit ``T`` is added without rounding."""
         workspace = self.workspace
-        quantised = quantised or Quantised()
+        quantised = quantised or NOT_QUANTISED
         if residual is not None and residual.dtype != self.dtype:
-            flags |= Flags.UNROUNDED_SUM
+            flags |= _UNROUNDED_SUM
         _OPS[op](
             *inputs,
             residual,
@@ -239,8 +250,8 @@ class Request:
             workspace.group_name,
             _real(self.api, "the epsilon", epsilon),
             _real(self.api, "weight_bias", weight_bias),
-            int(flags) | workspace.flags,
-            quantised.spec.pack(),
+            flags | workspace.flags,
+            quantised.spec.pack() if torch.compiler.is_compiling() else _packed(quantised.spec),
             quantised.spec.bound,
             quantised.scale_value,
             quant_out=quantised.codes,
@@ -275,17 +286,15 @@ def input_shape(api: str, name: str, value: Any) -> tuple[int, int]:
 
 def launch_flags(use_oneshot: bool | None, launch_with_pdl: bool, trigger_completion_at_end: bool = True) -> int:
     """FlashInfer's control arguments as flags of a fused op."""
-    flags = Flags.NONE
-    if use_oneshot is not None:
-        flags |= Flags.ONESHOT if use_oneshot else Flags.TWOSHOT
+    flags = 0 if use_oneshot is None else _ONESHOT if use_oneshot else _TWOSHOT
     if not launch_with_pdl:
-        flags |= Flags.NO_PDL
-    elif not trigger_completion_at_end:
-        flags |= Flags.TRIGGER_EARLY
-    return int(flags)
+        return flags | _NO_PDL
+    return flags if trigger_completion_at_end else flags | _TRIGGER_EARLY
 
 
 def _real(api: str, name: str, value: Any) -> float:
+    if type(value) is float:
+        return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ValueError(f"{api}: {name} must be a number, got {value!r}")
     return float(value)

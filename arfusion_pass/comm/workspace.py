@@ -9,7 +9,7 @@ Making it: the ranks agree on a backend (:mod:`arfusion_pass.comm.agreement`), a
 ``torch.distributed._symmetric_memory`` without NVLink multicast, fill it with the sentinel of an unwritten word, vote
 that all have it, and register it with the op library. Where they cannot, the group is marked as fallback, on all ranks,
 with the reason. A wait inside a kernel is bounded by the process group's timeout; :func:`check` raises
-:class:`CollectiveTimeoutError` once one has expired, and the workspace refuses work until it is made anew.
+:class:`ExchangeTimeout` once one has expired, and the workspace refuses work until it is made anew.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _OPS = ("allreduce_rms_norm", "moe_reduce_allreduce_rms_norm", "moe_finalize_all
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
-class CollectiveTimeoutError(RuntimeError):
+class ExchangeTimeout(RuntimeError):
     """A rank waited for a peer inside a fused kernel longer than the group's timeout; the outputs were filled with NaN.
 
     Args:
@@ -165,11 +165,11 @@ def destroy(group: dist.ProcessGroup | str | None = None) -> None:
 
 
 def check(group: dist.ProcessGroup | str | None = None) -> None:
-    """Raise :class:`CollectiveTimeoutError` if a wait of ``group``'s workspace (default: any) has expired."""
+    """Raise :class:`ExchangeTimeout` if a wait of ``group``'s workspace (default: any) has expired."""
     names = None if group is None else set(_names(group))
     for workspace in list(_workspaces.values()):
         if (names is None or workspace.name in names) and (record := _expired(workspace)) is not None:
-            raise CollectiveTimeoutError(workspace.name, record)
+            raise ExchangeTimeout(workspace.name, record)
 
 
 class Watchdog:
@@ -180,7 +180,7 @@ class Watchdog:
         on_error: called once a workspace, in the watchdog's thread, with the error; default: log it.
     """
 
-    def __init__(self, interval: float = 1.0, on_error: Callable[[CollectiveTimeoutError], None] | None = None):
+    def __init__(self, interval: float = 1.0, on_error: Callable[[ExchangeTimeout], None] | None = None):
         if interval <= 0:
             raise ValueError(f"Watchdog: interval must be positive, got {interval}")
         self._interval, self._on_error = interval, on_error or (lambda error: log.error("%s", error))
@@ -205,7 +205,7 @@ class Watchdog:
             for workspace in workspaces():
                 if id(workspace) not in self._reported and (record := _expired(workspace)) is not None:
                     self._reported.add(id(workspace))
-                    self._on_error(CollectiveTimeoutError(workspace.name, record))
+                    self._on_error(ExchangeTimeout(workspace.name, record))
 
 
 def on_first_use(name: str, device: int, tokens: int, hidden: int, dtype: int) -> Workspace:
@@ -285,7 +285,9 @@ def _agree(
     """Exchange facts with the other ranks and decide."""
     group = resolve_group(name)
     capability = torch.cuda.get_device_capability(device)
-    rows = thresholds.load().by_hidden(thresholds.arch_name(capability), group.size())
+    table = thresholds.load()
+    # The built-in table is the library's own: nothing to set.
+    rows = [] if table is thresholds.BUILT_IN else table.by_hidden(thresholds.arch_name(capability), group.size())
     facts = Facts(
         host=agreement.host_identity(),
         device=agreement.device_uuid(device),
@@ -390,7 +392,8 @@ def _use_thresholds(everyone: list[Facts]) -> None:
     """All ranks use rank 0's strategy table: the strategy may not depend on a rank's own files."""
     if any(facts.thresholds != everyone[0].thresholds for facts in everyone):
         _tell_once("arfusion: the ranks have different strategy tables (thresholds.json); rank 0's is used.")
-    native.use_thresholds(everyone[0].thresholds)
+    if everyone[0].thresholds:
+        native.use_thresholds(everyone[0].thresholds)
 
 
 def _release(workspace: Workspace) -> None:

@@ -45,6 +45,8 @@ from arfusion_pass.dialects.scale_copies import column_copy
 from arfusion_pass.graph import VIEWS, describe, dtype_of, is_call, keeps_rows, last_dim, same_shape
 from arfusion_pass.ops.spec import Apply, Bound, QuantFormat, ScaleRound, ScaleRule
 
+aten = torch.ops.aten
+
 
 class AtenQuant(Dialect):
     """Quantisers in aten and prims ops."""
@@ -153,20 +155,35 @@ def _scales(
     With ``MAX_OVER_AMAX`` the codes do not need the scale: any scale of the same ``amax`` is theirs, and without one
     the fused op writes ``amax / max`` for nobody.
     """
-    if apply != Apply.MAX_OVER_AMAX:
-        same = (node for node, state in states.items() if state == by and dtype_of(node) == torch.float32)
-        return next((node for node in same if _read_outside(node, slice_)), None), by.rule, by.scale_round
     amax = by.amax
     for node, state in states.items():
-        if isinstance(state, PerUnit) and state.kind == Kind.SCALE and dtype_of(node) == torch.float32:
+        if not isinstance(state, PerUnit) or state.kind != Kind.SCALE or dtype_of(node) != torch.float32:
+            continue
+        if apply == Apply.MAX_OVER_AMAX:
             plain = state.scale_round == ScaleRound.FP32 and state.bound_on != Bound.SCALE
-            if state.amax == amax and state.limit == by.limit and plain:
-                return node, state.rule, state.scale_round
-    return None, ScaleRule.DIVIDE, ScaleRound.FP32
+            same = plain and state.amax == amax and state.limit == by.limit
+        else:
+            same = state == by
+        if same and _read_outside(node, slice_) and _of_same_amax(node, slice_, states):
+            return node, state.rule, state.scale_round
+    return None, ScaleRule.DIVIDE if apply == Apply.MAX_OVER_AMAX else by.rule, by.scale_round
 
 
 def _read_outside(node: fx.Node, slice_: set[fx.Node]) -> bool:
     return any(user not in slice_ for user in node.users)
+
+
+def _of_same_amax(scale: fx.Node, slice_: set[fx.Node], states: States) -> bool:
+    """Whether ``scale`` is computed from a node of ``slice_``, and not by another quantiser from an amax of its own."""
+    stack = [scale]
+    while stack:
+        node = stack.pop()
+        if node in slice_:
+            continue
+        if not isinstance(states.get(node), PerUnit) or is_call(node, aten.amax.default, aten.max.dim):
+            return False
+        stack.extend(inner for inner in node.all_input_nodes if inner in states)
+    return True
 
 
 DIALECT = AtenQuant()

@@ -7,6 +7,7 @@ printed on a terminal and into a pipe: no colour, no control codes.
 from __future__ import annotations
 
 import io
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -50,12 +51,15 @@ def report_table(reports: Sequence[FusionReport], width: int | None = None) -> s
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()).rstrip()
 
 
+_NODE = re.compile(r"\w+ \(([\w.]+)\)")
+"""``name (target)``: the target alone is the same in every layer."""
 _Columns = dict[str, Callable[["Site"], str]]
 _FUSED: _Columns = {
     "pattern": lambda site: site.pattern or "",
     "dtype": lambda site: site.dtype or "",
     "epsilon": lambda site: "" if site.epsilon is None else f"{site.epsilon:.6g}",
     "quantiser": lambda site: site.quantiser or "",
+    "quantiser left alone": lambda site: "" if site.note is None else _NODE.sub(r"\1", site.note),
     "outputs": lambda site: ", ".join(name.removesuffix("_out") for name in site.outputs),
     "group": lambda site: site.group,
 }

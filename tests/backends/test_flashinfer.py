@@ -237,3 +237,21 @@ def test_import_needs_no_flashinfer() -> None:
     import sys
 
     assert not any(name.split(".")[0] == "flashinfer" for name in sys.modules)
+
+
+def test_graph_op_on_cpu() -> None:
+    """The op that ``FusionConfig(backend="flashinfer")`` writes into a graph runs on the reference where there is no
+    GPU."""
+    flagged, plain = arguments(), arguments(flags=0)
+    fused_op(OP)(**flagged)
+    fused_op(OP)(**plain)
+    assert torch.equal(flagged["norm_out"], plain["norm_out"])
+
+
+def test_zeroes_padding_first() -> None:
+    """FlashInfer leaves NVFP4's padding as it is, so it is zeroed before the call; a linear layout has none."""
+    swizzled, linear = call(spec=nvfp4(0, "")), call(spec=nvfp4(2, ""))
+    for bound in (swizzled, linear):
+        flashinfer.call_arguments(bound, None, 4, SM100)
+    assert not swizzled.outputs["scale_out"].view(torch.uint8).any()
+    assert (linear.outputs["scale_out"].view(torch.uint8) == 0x5A).all()

@@ -294,3 +294,41 @@ def test_ranks_agree(results: list) -> None:
             if key in results[0][name]:
                 one, other = (oracle.array(result[name][key]) for result in results)
                 np.testing.assert_array_equal(one, other, err_msg=f"{name} {key}")
+
+
+def test_documented_order_warns_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scales of FlashInfer's documented shape are read as documented, with one warning about equal counts; of equal
+    counts the kernels' order is read; the keyword settles both."""
+    monkeypatch.setattr("arfusion_pass.comm.moe._told", set())
+    gamma = torch.ones(8, dtype=BF16)
+    with comm.create_allreduce_fusion_workspace(
+        world_size=1, max_token_num=8, hidden_dim=8, dtype=BF16, device="cpu"
+    ) as workspace:
+
+        def total(experts: int, tokens: int, shape: tuple[int, int], **options: bool) -> list[float]:
+            """Row t of expert e is 1, so that the sum of token t is the sum of its scales."""
+            out, zeros = torch.empty(tokens, 8, dtype=BF16), torch.zeros(tokens, 8, dtype=BF16)
+            comm.allreduce_fusion(
+                zeros,
+                workspace,
+                6,
+                output=out,
+                rms_gamma=gamma,
+                moe_reduction_device_num_experts=experts,
+                moe_reduction_scale_input=torch.arange(experts * tokens, dtype=torch.float32).view(shape),
+                moe_reduction_active_experts_token_input=torch.ones(experts * tokens, 8, dtype=BF16),
+                moe_reduction_token_input=zeros,
+                **options,
+            )
+            return out[:, 0].tolist()
+
+        assert total(2, 3, (2, 3)) == [3, 5, 7]
+        assert not caplog.records
+        assert total(2, 3, (3, 2)) == [1, 5, 9]
+        assert total(2, 3, (3, 2)) == [1, 5, 9]
+        assert len(caplog.records) == 1
+        assert "moe_reduction_expert_major=False" in caplog.text
+        assert total(2, 2, (2, 2)) == [2, 4]
+        assert total(2, 2, (2, 2), moe_reduction_expert_major=False) == [1, 5]
+        with pytest.raises(ValueError, match=r"must be \[num_experts, token_num\] = \[2, 3\]"):
+            total(2, 3, (3, 2), moe_reduction_expert_major=True)

@@ -33,6 +33,7 @@ CASES: dict[str, Case] = {
     "1-empty": (1, BF16, 0, 256, {}),
     "2-tensor": (2, BF16, 5, 1024, {"scale": 0.037, "as_tensor": FP32}),
     "2-float": (2, FP16, 5, 1024, {"scale": 0.037}),
+    "2-saturates": (2, BF16, 5, 256, {"scale": 0.002}),
     "2-bf16-scale": (2, BF16, 5, 1024, {"scale": 0.25, "as_tensor": BF16}),
     "3-128x4": (3, BF16, 5, 1024, {"scale": 61.0, "layout_code": 0, "as_tensor": FP32}),
     "3-8x4": (3, FP16, 13, 1088, {"scale": 61.0, "layout_code": 1}),
@@ -46,6 +47,7 @@ CASES: dict[str, Case] = {
     "8-7200": (8, FP16, 6, 7200, {"block_quant_group_size": 32}),
     "8-960": (8, BF16, 1, 960, {"block_quant_group_size": 64}),
     "8-640": (8, BF16, 7, 640, {"block_quant_group_size": 16}),
+    "8-tiny": (8, BF16, 5, 256, {"block_quant_group_size": 32, "tiny": True}),
     "9-4096": (9, BF16, 4, 4096, {"block_quant_group_size": 256}),
     "9-768": (9, FP16, 3, 768, {"block_quant_group_size": 128}),
     "9-624": (9, BF16, 3, 624, {"block_quant_group_size": 8}),
@@ -221,3 +223,23 @@ def test_ranks_agree(results: list) -> None:
             if key in results[0][name]:
                 one, other = (oracle.array(result[name][key]) for result in results)
                 np.testing.assert_array_equal(one, other, err_msg=f"{name} {key}")
+
+
+def test_static_scale_multiplies_by_its_reciprocal() -> None:
+    """Static FP8 is ``norm * (1 / scale)``, as FlashInfer and vLLM compute it, not ``norm / scale``: seen at ties."""
+    gamma = torch.arange(1, 1 << 12, dtype=torch.int16).view(BF16)[None] * 2.0**120  # every mantissa, many exponents
+    gamma = torch.cat([gamma[0], torch.zeros(1, dtype=BF16)])
+    ones = torch.ones(1, gamma.numel(), dtype=BF16)  # their norm is gamma itself
+    differ = 0
+    with comm.create_allreduce_fusion_workspace(
+        world_size=1, max_token_num=1, hidden_dim=gamma.numel(), dtype=BF16, device="cpu"
+    ) as workspace:
+        for scale in (0.3, 0.7, 1.1, 1.3, 2.3, 3.7, 5.3, 7.1):
+            codes = comm.allreduce_fusion(
+                ones, workspace, 2, residual_in=ones * 0, rms_gamma=gamma, rms_eps=0.0, scale_factor=scale
+            )
+            norm = oracle.array(gamma)[None]
+            np.testing.assert_array_equal(oracle.array(codes), oracle.static_fp8(norm, scale))
+            divided = oracle.quantisers.e4m3_codes(norm / np.float32(scale))
+            differ += int((oracle.array(codes) != divided).sum())
+    assert differ > 0, "no tie among the values: the test shows nothing"

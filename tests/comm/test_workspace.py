@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -206,7 +207,7 @@ def test_float_scale_is_no_tensor() -> None:
     assert [name for name in before if name != "aten.view.default"] == ["aten.empty.memory_format"]  # quant_out
     args = next(args for name, args in seen if name.startswith("arfusion"))
     assert args[3] is None  # scale
-    assert args[9] == 0.5  # scale_value
+    assert args[10] == 0.5  # scale_value
 
 
 def test_one_rank_has_no_name() -> None:
@@ -215,3 +216,22 @@ def test_one_rank_has_no_name() -> None:
         assert workspace.group_name == ""
         assert workspace.group is None
         assert torch.equal(comm.allreduce_fusion(torch.ones(2, 8), workspace, 0), torch.ones(2, 8))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_traces_in_one_graph(dynamic: bool) -> None:
+    """The eager call inside ``torch.compile(fullgraph=True)``: one graph, one fused op, the same bits, no warning."""
+    x, gamma = values(1, (4, HIDDEN), BF16), values(2, (HIDDEN,), BF16)
+
+    def layer(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        codes = torch.empty_like(x, dtype=torch.float8_e4m3fn)
+        norm = comm.allreduce_fusion(x * 2, workspace, 4, quant_out=codes, residual_in=x, rms_gamma=gamma, **options)
+        return norm + 1, codes.view(torch.uint8)
+
+    options: dict[str, Any] = {"scale_factor": 0.5, "use_oneshot": True}
+    torch._dynamo.reset()
+    with make(world_size=1) as workspace, warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*Dynamo.*")
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=dynamic)(x)
+        for got, wanted in zip(compiled, layer(x), strict=True):
+            assert torch.equal(got, wanted)

@@ -1,4 +1,4 @@
-"""What the aten recogniser knows: every spelling of RMSNorm, its rounding points, and spellings that only look like it."""
+"""What the aten recogniser knows: every spelling of RMSNorm, its rounding points, and what only looks like one."""
 
 from __future__ import annotations
 

@@ -70,11 +70,6 @@ def assert_norm(name: str, got: torch.Tensor, want: torch.Tensor, limit: int = 1
             raise AssertionError(describe(f"{name} ({count} differ, {allowed} may)", got, want, apart > 0))
 
 
-def far_rows(got: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
-    """Rows with elements more than 4 values apart."""
-    return (steps_apart(got, want) > 4).any(-1).nonzero().flatten()
-
-
 def describe(name: str, got: torch.Tensor, want: torch.Tensor, differs: torch.Tensor) -> str:
     """Where two tensors differ, with the first few pairs."""
     places = differs.nonzero()

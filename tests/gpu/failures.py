@@ -87,7 +87,7 @@ def _rank_main(world: int, port: int, folder: Path, rank: int) -> None:
     if rank == world - 1:
         os.kill(os.getpid(), 9)
     report: dict = {"error": ""}
-    seen: list[workspace.CollectiveTimeoutError] = []
+    seen: list[workspace.ExchangeTimeout] = []
     try:
         with workspace.Watchdog(0.05, seen.append):
             start = time.monotonic()
@@ -99,7 +99,7 @@ def _rank_main(world: int, port: int, folder: Path, rank: int) -> None:
         assert bool(torch.isnan(norm).all()), "the outputs are not NaN"
         assert len(seen) == 1, f"the watchdog saw {len(seen)} errors"
         assert seen[0].peer == world - 1, f"it blames rank {seen[0].peer}"
-        _expect(workspace.CollectiveTimeoutError, workspace.check, f"rank {world - 1}")
+        _expect(workspace.ExchangeTimeout, workspace.check, f"rank {world - 1}")
         _expect(RuntimeError, call, f"rank {world - 1}")
         assert float((x + 1).sum()) == 2 * x.numel(), "CUDA no longer works"
         workspace.destroy()

@@ -78,6 +78,7 @@ class Env:
         self.group_name = self.group.group_name if self.group else ""
         self.gloo = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=120)) if world > 1 else None
         self.notes: list[str] = []
+        self.problems: list[str] = []
         self._sums: list[torch.Tensor] = []
 
     def same(self, *tensors) -> None:
@@ -85,6 +86,13 @@ class Env:
         from tests.gpu.compare import checksum
 
         self._sums += [checksum(tensor) for tensor in tensors]
+
+    def attempt(self, check: Callable[[], None], what: object) -> None:
+        """Run ``check``; if it fails, remember that and go on, so that this rank keeps launching with the others."""
+        try:
+            check()
+        except AssertionError as error:
+            self.problems.append(f"{error}\n  in {what}")
 
     def note(self, text: str) -> None:
         """A remark for the table."""
@@ -235,15 +243,18 @@ def rank_main(rank: int, world: int, port: int, results: Path, patterns: list[st
     for chosen in select(world, patterns):
         start, error = time.monotonic(), None
         env.notes.clear()
+        env.problems.clear()
         try:
             chosen.run(env)
             torch.cuda.synchronize()
             workspace.check()
         except Exception as failure:
             text = str(failure) or traceback.format_exc(limit=-3)
-            error = f"{type(failure).__name__}: {text}"[:600]
+            error = f"{type(failure).__name__}: {text}"[:800]
             if os.environ.get("ARFUSION_TEST_TRACEBACK"):
                 traceback.print_exc()
+        if env.problems:
+            error = "; ".join([*([error] if error else []), f"{len(env.problems)} wrong", *env.problems[:2]])
         errors = env.verdicts(error)
         if rank == 0:
             _write(results, chosen, errors, time.monotonic() - start, env.notes)

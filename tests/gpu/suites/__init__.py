@@ -2,7 +2,7 @@
 
 import importlib
 
-NAMES = ("epilogues", "shapes", "determinism", "graphs", "robustness", "moe", "workspaces", "soak")
+NAMES = ("epilogues", "shapes", "determinism", "graphs", "robustness", "moe", "workspaces", "eager", "soak")
 
 
 def load() -> None:

@@ -136,7 +136,7 @@ def producers_and_consumers(env: Env) -> None:
                     torch.mul(x, 1.0 + 0.25 * step, out=static)  # producer
                     gamma = weight * (1.0 + step)  # a gamma computed in the graph
                     launch(config, env, static, Shared(residual, gamma, None, 1.0), result)
-                    sums.append(result["norm_out"].float() + 0.0)  # consumer
+                    sums.append(result["norm_out"].float() * 1.0)  # consumer
                     residual = result["residual_out"]
 
             graph = capture(chain)

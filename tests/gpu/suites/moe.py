@@ -42,10 +42,7 @@ def _finish(env: Env, config: Config, op: str, inputs: list, reduced, number: in
     )
     env.same(*result.tensors())
     if env.checker(number):
-        try:
-            verify_epilogue(config, reduced(), shared, result)
-        except AssertionError as error:
-            raise AssertionError(f"{error}\n  in {op}, {config}") from error
+        env.attempt(lambda: verify_epilogue(config, reduced(), shared, result), (op, config))
 
 
 def _config(number: int, tokens: int, dtype: torch.dtype, flags: int) -> Config:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -34,10 +35,7 @@ def odd_payloads(env: Env) -> None:
                     for _ in range(3):
                         result = run(config, env)
                     if env.checker(count):
-                        try:
-                            verify(config, env, result)
-                        except AssertionError as error:
-                            raise AssertionError(f"{error}\n  in {config}") from error
+                        env.attempt(partial(verify, config, env, result), config)
                     count += 1
     env.note(f"{count} calls")
 

@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from arfusion_pass.backends import native
+from arfusion_pass.backends import c_api, native, thresholds
 from arfusion_pass.comm import workspace
 from arfusion_pass.comm.agreement import Backend, Decision
 from arfusion_pass.ops.spec import Flags, QuantFormat, QuantSpec
@@ -88,6 +88,14 @@ def reference_by_flag(env: Env) -> None:
     assert_bits("residual_out", fast["residual_out"], slow["residual_out"])
 
 
+def rows_of(library) -> list[tuple[int, int, int]]:
+    """The strategy table in force."""
+    count = library.arf_get_thresholds(None, 0)
+    rows = (c_api.Threshold * count)()
+    library.arf_get_thresholds(rows, count)
+    return sorted((row.world, row.hidden, row.oneshot_max_bytes) for row in rows)
+
+
 @case("workspaces", "library", worlds=(1, 2, 3, 4))
 def one_copy_of_the_library(env: Env) -> None:
     """Loaded once; the two sides' op lists and constants agree."""
@@ -96,5 +104,8 @@ def one_copy_of_the_library(env: Env) -> None:
     assert native.load() is library
     from arfusion_pass.ops.schema import SCHEMAS
 
+    assert rows_of(library) == [
+        (int(world), 0, value["*"]) for world, value in sorted(thresholds.BUILT_IN.oneshot["*"].items())
+    ]
     lines = library.arf_schemas().decode().split("\n")
     assert sorted(line for line in lines if line) == sorted(name + schema for name, schema in SCHEMAS.items())

@@ -1,0 +1,114 @@
+"""Inductor's caches: a second process is served without the pass, and whatever changes a rewrite changes the key."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+import arfusion_pass as arf
+from arfusion_pass import cache_key
+from arfusion_pass.cache_key import pass_key
+from tests.simulate import fake_world
+
+SCRIPT = pathlib.Path(__file__).parent / "cache_script.py"
+PACKAGE = pathlib.Path(arf.__file__).parent
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def in_process(cache: pathlib.Path, package: pathlib.Path = ROOT, **settings: Any) -> dict[str, Any]:
+    """Run ``cache_script.py`` in a fresh process with its own cache folder; what it printed."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join((str(package), str(ROOT))),
+        "TORCHINDUCTOR_CACHE_DIR": str(cache),
+        "OMP_NUM_THREADS": "1",
+    }
+    environment.pop("TORCHINDUCTOR_FORCE_DISABLE_CACHES", None)
+    command = [sys.executable, str(SCRIPT), json.dumps(settings)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_second_process(tmp_path: pathlib.Path) -> None:
+    """Contract *cached*: the second process hits both caches, never calls the pass, and gives the same bits; another
+    source, config or world size misses."""
+    cache = tmp_path / "cache"
+    first = in_process(cache)
+    assert (first["calls"], first["fused"], first["fx_hit"], first["aot_hit"]) == (1, 1, 0, 0)
+    assert first["ran"] == 1
+    second = in_process(cache)
+    assert (second["calls"], second["fx_miss"]) == (0, 0)
+    assert second["aot_hit"] == 1
+    assert second["result"] == first["result"]
+    assert second["ran"] == 1
+
+    changed = tmp_path / "other"
+    shutil.copytree(PACKAGE, changed / "arfusion_pass", ignore=shutil.ignore_patterns("__pycache__"))
+    source = changed / "arfusion_pass" / "patterns" / "chains.py"
+    source.write_text(source.read_text() + "\n# another line\n")
+    for package, settings in (
+        (changed, {}),
+        (ROOT, {"config": {"strategy": "oneshot"}}),
+        (ROOT, {"world": 3}),
+    ):
+        other = in_process(cache, package, **settings)
+        assert (other["calls"], other["aot_hit"], other["fx_hit"]) == (1, 0, 0), (package, settings)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"epsilons": (1e-6,)},
+        {"dtypes": (torch.bfloat16,)},
+        {"quantisers": False},
+        {"backend": "reference"},
+        {"strategy": "twoshot"},
+        {"pdl": False},
+    ],
+)
+def test_config_is_part_of_the_key(config: dict[str, Any]) -> None:
+    """Every setting that shapes a rewrite."""
+    assert pass_key(arf.FusionConfig(**config)) != pass_key(arf.FusionConfig())
+    assert pass_key(arf.FusionConfig(**config)) == pass_key(arf.FusionConfig(**config))
+
+
+def test_world_is_part_of_the_key() -> None:
+    """The sizes of all groups, and the names registered for them."""
+    keys = []
+    for world in (2, 3):
+        with fake_world(world):
+            keys.append(pass_key(arf.FusionConfig()))
+    assert len({*keys, pass_key(arf.FusionConfig())}) == 3
+
+
+def test_every_rewriting_source_counts(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Changing any source file changes the key, but for those that only show or drive things."""
+    copy = tmp_path / "arfusion_pass"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(cache_key, "PACKAGE", copy)
+    hashed = cache_key.source_hash.__wrapped__
+    before = hashed()
+    for path in sorted(copy.rglob("*.py")):
+        text = path.read_text()
+        path.write_text(text + "\n")
+        outside = path.relative_to(copy).parts[0] in cache_key.OUTSIDE_THE_REWRITE
+        assert (hashed() == before) == outside, path
+        path.write_text(text)
+
+
+def test_uuid() -> None:
+    """Stable between passes of one config; None (no caching) while a recorder wants to see every graph."""
+    fusion = arf.AllReduceFusionPass()
+    assert fusion.uuid() == arf.AllReduceFusionPass(arf.FusionConfig()).uuid()
+    with arf.inspection.recording():
+        assert fusion.uuid() is None
+    assert fusion.uuid() is not None

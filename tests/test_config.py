@@ -1,0 +1,59 @@
+"""FusionConfig: refuses what it cannot mean, with the field's name; equal settings are equal and hash alike."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+import arfusion_pass as arf
+from arfusion_pass.config import canonical_epsilon
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("epsilons", 1e-6),
+        ("epsilons", "1e-6"),
+        ("epsilons", ("1e-6",)),
+        ("epsilons", (float("nan"),)),
+        ("epsilons", (float("inf"),)),
+        ("epsilons", (-1e-6,)),
+        ("epsilons", (1e39,)),
+        ("epsilons", (True,)),
+        ("dtypes", torch.bfloat16),
+        ("dtypes", ("bfloat16",)),
+        ("dtypes", (torch.float64,)),
+        ("quantisers", 1),
+        ("quantisers", None),
+        ("backend", "nccl"),
+        ("backend", None),
+        ("strategy", "both"),
+        ("strategy", 1),
+        ("pdl", "yes"),
+        ("raise_errors", 0),
+    ],
+)
+def test_refused(field: str, value: Any) -> None:
+    """A ``ValueError`` that names the field and shows the value."""
+    with pytest.raises(ValueError, match=f"FusionConfig.{field}"):
+        arf.FusionConfig(**{field: value})
+
+
+def test_values() -> None:
+    """Lists become tuples, epsilons float32's values; a config is a value."""
+    config = arf.FusionConfig(epsilons=[1e-6, 0], dtypes=[torch.float32])  # type: ignore[arg-type]
+    assert config.epsilons == (9.999999974752427e-07, 0.0)
+    assert config == arf.FusionConfig(epsilons=(9.999999974752427e-07, 0.0), dtypes=(torch.float32,))
+    assert len({config, dataclasses.replace(config), arf.FusionConfig()}) == 2
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.pdl = False  # type: ignore[misc]
+
+
+def test_canonical_epsilon() -> None:
+    """Two spellings of one float32 are one epsilon; beyond float32 lies infinity."""
+    assert canonical_epsilon(1e-6) == canonical_epsilon(9.999999974752427e-07) == 9.999999974752427e-07
+    assert canonical_epsilon(1e-6) != canonical_epsilon(1.0000001e-6)
+    assert canonical_epsilon(1e39) == float("inf")

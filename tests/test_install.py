@@ -1,0 +1,164 @@
+"""Ways to switch the pass on: options, context, chains with installed passes, ``fuse``; and what they refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+from torch._inductor import config as inductor_config
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+import arfusion_pass as arf
+from arfusion_pass.install import HOOK, PassChain, chained
+from tests.models import llama, reduce
+from tests.simulate import tensors, trace
+
+TAKES_LISTS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
+
+
+class Other(CustomGraphPass):
+    """Somebody else's pass, with a key."""
+
+    def __init__(self, seen: list[str], key: Any = "other") -> None:
+        self.seen, self.key = seen, key
+
+    def __call__(self, graph: fx.Graph) -> None:
+        self.seen.append("other")
+
+    def uuid(self) -> Any:
+        return self.key
+
+
+@pytest.fixture
+def module() -> fx.GraphModule:
+    return trace(lambda x, w: x * w, *tensors((4, 32), (32,)))
+
+
+def installed() -> Any:
+    return getattr(inductor_config, HOOK)
+
+
+def run_installed(existing: Any, graph: fx.Graph) -> None:
+    for member in existing if isinstance(existing, (list, tuple)) else [existing]:
+        member(graph)
+
+
+def test_context(module: fx.GraphModule) -> None:
+    """Inside, the pass is installed; outside, everything is as before, also after an error."""
+    before = installed()
+    with arf.enable() as fusion:
+        assert installed() is fusion
+        run_installed(installed(), module.graph)
+        assert len(fusion.reports) == 1
+    assert installed() is before
+    with pytest.raises(KeyError), arf.enable():
+        raise KeyError
+    assert installed() is before
+
+
+def test_chains_a_custom_pass(module: fx.GraphModule) -> None:
+    """A pass with a key runs before ours; the key of both is a key of its own."""
+    seen: list[str] = []
+    with inductor_config.patch({HOOK: Other(seen)}), arf.enable() as fusion:
+        run_installed(installed(), module.graph)
+        assert seen == ["other"]
+        assert len(fusion.reports) == 1
+        assert installed().uuid() == ("other", fusion.uuid())
+    seen.clear()
+    assert PassChain(Other(seen, None), arf.AllReduceFusionPass()).uuid() is None
+
+
+def test_chains_a_callable(module: fx.GraphModule) -> None:
+    """A plain function has no key: it still runs, and nothing is cached."""
+    seen: list[fx.Graph] = []
+    with inductor_config.patch({HOOK: seen.append}), arf.enable() as fusion:
+        run_installed(installed(), module.graph)
+        assert seen == [module.graph]
+        assert len(fusion.reports) == 1
+        assert installed().uuid() is None
+
+
+def test_chains_a_list(module: fx.GraphModule) -> None:
+    """A list of passes (torch 2.13 and later take one) keeps its order, ours last."""
+    seen: list[str] = []
+    chain = chained([Other(seen), lambda graph: seen.append("function")], fusion := arf.AllReduceFusionPass())
+    chain(module.graph)
+    assert seen == ["other", "function"]
+    assert len(fusion.reports) == 1
+    if TAKES_LISTS:
+        with inductor_config.patch({HOOK: [Other(seen)]}), arf.enable() as fusion:
+            run_installed(installed(), module.graph)
+            assert len(fusion.reports) == 1
+
+
+def test_nested_contexts(module: fx.GraphModule) -> None:
+    """The inner context's pass does the work; the outer one's would find nothing left, and does not run."""
+    seen: list[str] = []
+    with inductor_config.patch({HOOK: Other(seen)}), arf.enable() as outer, arf.enable() as inner:
+        run_installed(installed(), module.graph)
+        assert (len(outer.reports), len(inner.reports), seen) == (0, 1, ["other"])
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"])
+def test_mode(mode: str) -> None:
+    """torch.compile takes no mode beside options: a mode is expanded to the options it stands for."""
+    options = arf.inductor_options(mode=mode, max_autotune_gemm=False)
+    expected = {**torch._inductor.list_mode_options()[mode], "max_autotune_gemm": False}
+    assert {name: value for name, value in options.items() if name != HOOK} == expected
+    assert isinstance(options[HOOK], arf.AllReduceFusionPass)
+    torch.compile(lambda x: x, options=options)  # torch knows every name
+
+
+def test_options() -> None:
+    """No mode, or the default one, adds nothing; a pass among the options stays."""
+    assert list(arf.inductor_options()) == [HOOK]
+    assert list(arf.inductor_options(mode="default")) == [HOOK]
+    seen: list[str] = []
+    options = arf.inductor_options(**{HOOK: Other(seen)})
+    assert isinstance(options[HOOK], PassChain)
+    with pytest.raises(ValueError, match="unknown mode 'fast'"):
+        arf.inductor_options(mode="fast")
+
+
+def test_options_with_a_compiled_model(world: None) -> None:
+    """The options reach the compiler, which hands the graph to the pass."""
+    options = arf.inductor_options(arf.FusionConfig(raise_errors=True))
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, w: llama(reduce(x), w, 1e-6), options=options)
+    compiled(*(tensor.zero_() for tensor in tensors((4, 32), (32,))))
+    assert options[HOOK].reports.matched_count == 1
+
+
+@pytest.mark.parametrize("thing", [None, 3, fx.Graph(), torch.nn.Linear(2, 2), lambda x: x])
+def test_fuse_what_is_no_graph_module(thing: Any) -> None:
+    """``fuse`` names what it was given."""
+    with pytest.raises(ValueError, match=f"GraphModule, got {type(thing).__name__}"):
+        arf.fuse(thing)
+
+
+@pytest.mark.parametrize("config", [3, "auto", {"strategy": "auto"}, arf.FusionConfig])
+def test_bad_config(config: Any, module: fx.GraphModule) -> None:
+    """Whatever takes a config says so where it is given something else."""
+    for use in (arf.AllReduceFusionPass, arf.inductor_options, lambda given: arf.fuse(module, given)):
+        with pytest.raises(ValueError, match="expected a FusionConfig"):
+            use(config)
+
+
+def test_fuse_then_run_the_module(world: None) -> None:
+    """``fuse`` works in place, recompiles the module, and is in the list of all reports."""
+    module = trace(lambda x, w: llama(reduce(x), w, 1e-6), *tensors((4, 32), (32,)))
+    count = len(arf.reports())
+    report = arf.fuse(module)
+    assert "allreduce_rms_norm" in module.code
+    assert arf.reports()[count:] == (report,)
+    assert arf.fuse(module).sites == ()  # a second time there is nothing left
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_behind() -> Iterator[None]:
+    before = installed()
+    yield
+    assert installed() is before
