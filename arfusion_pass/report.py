@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from arfusion_pass.inspection.replay import SiteReplay
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +51,6 @@ class FusionReport:
         note: why the whole graph was left alone (one rank, an unexpected error), or None.
         before, after: the graph as printed before and after; filled only where recording is on
             (:func:`arfusion_pass.inspection.recording`).
-        replay: what is needed to run each fused site again against its subgraph; filled only while recording.
     """
 
     sites: tuple[Site, ...] = ()
@@ -62,7 +58,6 @@ class FusionReport:
     note: str | None = None
     before: str | None = dataclasses.field(default=None, repr=False)
     after: str | None = dataclasses.field(default=None, repr=False)
-    replay: SiteReplay | None = dataclasses.field(default=None, repr=False, compare=False)
 
     @property
     def fused(self) -> tuple[Site, ...]:

@@ -219,10 +219,10 @@ class _WithNorm(fx.Interpreter):
 
     def __init__(self, module: fx.GraphModule, name: str | None, value: torch.Tensor | None) -> None:
         super().__init__(module)
-        self.name, self.value = name, value
+        self.target_name, self.value = name, value
 
     def run_node(self, n: fx.Node) -> Any:
-        if n.name == self.name and self.value is not None:
+        if n.name == self.target_name and self.value is not None:
             return self.value
         return super().run_node(n)
 
