@@ -40,7 +40,7 @@ ARF_API const char* arf_last_error(void);
 ARF_API const char* arf_schemas(void);
 /* Mirror of spec.py for the comparing test: lines "Flags.UNROUNDED_SUM=1", "ScaleLayout.ROW=0", ... */
 ARF_API const char* arf_spec_constants(void);
-/* Compute capabilities compiled in, for instance "90a". */
+/* __CUDA_ARCH_LIST__ of the build: "900", or "900,1000". */
 ARF_API const char* arf_architectures(void);
 
 /* What the CUDA ops hand to Python, both with the op's own schema and arguments, defined by Python:

@@ -1,8 +1,8 @@
 /* The library's own account of its ops and constants, for the tests that compare them with the Python side. */
 #include "params.h"
 
-#define ARF_STRING_(x) #x
-#define ARF_STRING(x) ARF_STRING_(x)
+#define ARF_STRING_(...) #__VA_ARGS__
+#define ARF_STRING(...) ARF_STRING_(__VA_ARGS__)
 
 #define ARF_EPILOGUE                                                                                                  \
   "Tensor? residual, Tensor? weight, Tensor? scale, str group_name, float epsilon=1e-6, float weight_bias=0.0, "      \
@@ -39,7 +39,7 @@ const char* arf_spec_constants(void) {
 }
 
 #ifdef __CUDA_ARCH_LIST__
-const char* arf_architectures(void) { return ARF_STRING((__CUDA_ARCH_LIST__)); }
+const char* arf_architectures(void) { return ARF_STRING(__CUDA_ARCH_LIST__); }
 #else
 const char* arf_architectures(void) { return ""; }
 #endif

@@ -157,6 +157,8 @@ def cases() -> list[Config]:
         for flag, bias, wide in itertools.product(flags, (0.0, 1.0), (False, True)):
             if (residual == "fp32" and not flag & 1) or (bias and weight == "none"):
                 continue
+            if wide and flag & 2 and dtype != torch.float32:
+                continue  # where the two fp32 norms round apart to T before the weight, their products are far apart in fp32
             made.append(Config(tokens=3, hidden=2880 if dtype != torch.float32 else 1440, dtype=dtype, residual=residual,
                         weight=weight, weight_bias=bias, flags=flag, outputs=plain, norm_fp32=wide, residual_out_fp32=wide))
     for hidden, dtype in itertools.product((8, 16, 24, 256, 264, 2880, 5120, 6144, 8192, 8200, 12288, 16384), DTYPES):
@@ -167,7 +169,7 @@ def cases() -> list[Config]:
     for payload, dtype in itertools.product(("specials", "negative_zero", "sentinel", "subnormal", "nan_rank"), DTYPES):
         made.append(Config(tokens=11, hidden=1024, dtype=dtype, payload=payload, residual="none", outputs=("allreduce_out", "residual_out")))
         made.append(Config(tokens=11, hidden=1024, dtype=dtype, payload=payload, outputs=plain))
-    for tokens in (300, 1000):
+    for tokens in (17, 64, 300, 1000):
         made.append(Config(tokens=tokens, hidden=1024, outputs=plain))
     return made
 
@@ -221,6 +223,35 @@ def run_moe(ranks: Ranks | None) -> int:
     return count
 
 
+def run_invariance(ranks: Ranks) -> int:
+    """A token's bits do not depend on strategy, threads, clusters, batch or world's split: all runs against the first."""
+    count = 0
+    override = ranks.library.arf_set_launch_override
+    for dtype, hidden, name in itertools.product(DTYPES, (2880, 4096), (None, "static", "token", "mxfp8_linear")):
+        spec = NO_QUANT if name is None else SPECS[name]
+        outputs = ("residual_out", "norm_out") + (() if name is None else ("quant_out",))
+        base = Config(tokens=40, hidden=hidden, dtype=dtype, spec=spec, outputs=outputs)
+        xs, shared = [rank_input(base, r, DEVICE) for r in range(ranks.world)], shared_inputs(base, DEVICE)
+        first: list[torch.Tensor] | None = None
+        for flag, threads, ctas, tokens in itertools.product(
+            (Flags.ONESHOT, Flags.TWOSHOT), (0, 64, 256, 1024), (0, 8), (1, 7, 40)
+        ):
+            override(threads, ctas)
+            config = dataclasses.replace(base, tokens=tokens, flags=int(flag))
+            results = [allocate(config, DEVICE) for _ in xs]
+            ranks.launch([make_call(config, x, shared, r) for x, r in zip(xs, results, strict=True)])
+            override(0, 0)
+            torch.cuda.synchronize()
+            got = [t[:tokens].view(tokens, -1).view(torch.uint8) for t in results[-1].tensors()]
+            if tokens == 40 and first is None:
+                first = got
+            elif first is not None:
+                for a, b in zip(got, first, strict=True):
+                    assert torch.equal(a, b[:tokens]), f"{config} threads {threads} ctas {ctas}"
+            count += 1
+    return count
+
+
 def run_expiry(library: ctypes.CDLL) -> None:
     """Rank 1 is poisoned and sends nothing: rank 0 gives up in time, writes the record, and its output is NaN."""
     ranks = Ranks(library, 2, 1 << 22)
@@ -264,7 +295,7 @@ def host_time() -> None:
 def graph_time() -> None:
     """The local kernel in a graph of 100, us: what the epilogues cost beside the plain norm."""
     print("local kernel, us: hidden tokens plain then", *("static", "token", "group128", "nvfp4_128x4", "mxfp8_128x4"))
-    for hidden, tokens in itertools.product((4096, 7168), (1, 16, 64, 1024, 4096)):
+    for hidden, tokens in itertools.product((4096, 7168), (1, 64, 1024)):
         row = []
         for name in (None, "static", "token", "group128", "nvfp4_128x4", "mxfp8_128x4"):
             spec = NO_QUANT if name is None else SPECS[name]
@@ -330,6 +361,7 @@ def main() -> None:
                 attempt(f"world {world} after {chosen}", ranks.assert_clean)
                 ranks = Ranks(library, world)
         attempt(f"world {world} moe", lambda r=ranks: run_moe(r))
+        attempt(f"world {world} invariance", lambda r=ranks: run_invariance(r))
         attempt(f"world {world} buffers", ranks.assert_clean)
         print(f"world {world}: {count} cases, {len(failures)} failures, {time.time() - start:.0f} s", flush=True)
     if not quick:
