@@ -166,7 +166,11 @@ def machine() -> dict[str, Any]:
     """What the figures were measured on."""
     import torch
 
+    from arfusion_pass.backends import build
+
+    folder, arch = build.source_dir(), build.device_arch()
     return {
+        "kernels": build.build_key(folder, arch) if folder and arch else None,
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "nccl": ".".join(map(str, torch.cuda.nccl.version())),
@@ -273,8 +277,9 @@ def markdown(results: dict[str, Any]) -> str:
     lines = [
         f"# TP{world}: all-reduce + residual + RMSNorm, bf16, µs",
         "",
-        f"{world} x {info['gpu']}, torch {info['torch']}, NCCL {info['nccl']}, {info['date']}; one operation in a CUDA "
-        "graph of back-to-back operations, median over replays, maximum over ranks, all columns in one run.",
+        f"{world} x {info['gpu']}, torch {info['torch']}, NCCL {info['nccl']}, kernels {info.get('kernels')}, "
+        f"{info['date']}; one operation in a CUDA graph of back-to-back operations, median over replays, maximum over "
+        "ranks, all columns in one run.",
         "",
         f"| H x T | MiB | {' | '.join(peers)} | prototype | ours one-shot | ours two-shot | **ours** "
         "| best peer / ours | floor | over floor |",

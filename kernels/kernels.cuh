@@ -1,7 +1,7 @@
 /* The kernels: local, one-shot and two-shot, each a loop over tokens with the same epilogue.
  *
- * W: 1 local; 2, 4, 8; 0 for any world up to 8. K: vectors a thread may hold of a row; 1 where the row has at most 1024
- * (hidden 8192, fp32 4096), which keeps the decode kernels free of spills. Dependencies between ranks are only ever between CTAs of the same index
+ * W: 1 local; 2, 4, 8; 0 for any world up to 8. K: vectors a thread may hold of a row; 1 where the row has at most
+ * 1024 (hidden 8192, fp32 4096), which keeps the decode kernels nearly free of spills. Dependencies between ranks are only ever between CTAs of the same index
  * (same tokens), and CTAs are dispatched in order, so a grid larger than what fits at once still makes progress. */
 #pragma once
 #include "epilogue.cuh"

@@ -1,4 +1,4 @@
-/* Kernels for bf16, all ranks in one launch: tests of worlds 5 to 8, and compute-sanitizer. One translation unit, so that they compile in parallel. */
+/* Kernels for bf16, all ranks in one launch, for tests. One translation unit, so that they compile in parallel. */
 #include "kernels.cuh"
 
 namespace arf {

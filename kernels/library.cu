@@ -153,7 +153,7 @@ cudaError_t resident_ctas(const void* kernel, const Plan& plan, int device, cons
   int per_multiprocessor = 0;
   cudaError_t e = cudaSuccess;
   if (plan.shared_bytes > 46 * 1024) { /* beyond what every kernel gets unasked, its static arrays counted */
-    e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
+    e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, ARF_MAX_HIDDEN * 4); /* the most there is */
     if (e != cudaSuccess) return e;
   }
   e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, plan.threads, plan.shared_bytes);
@@ -186,10 +186,13 @@ cudaError_t launch_kernel(const void* kernel, const Plan& plan, int ctas, bool p
  * one capture. Between a capture and anything outside it there is nothing to wait on; graphs that share a group have to
  * be replayed in one order, as every user of a collective keeps. Caller holds w->launches. */
 int order(Workspace* w, cudaStream_t stream) {
-  if (w->eager_used && stream == w->eager_stream && w->capture == 0) return ARF_OK;
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   unsigned long long id = 0;
   cudaError_t e = cudaStreamGetCaptureInfo(stream, &status, &id);
+  if (e == cudaErrorStreamCaptureImplicit) { /* the legacy default stream, while another one is captured */
+    cudaGetLastError();
+    e = cudaSuccess;
+  }
   if (e != cudaSuccess) return cuda_failed(e, "cudaStreamGetCaptureInfo");
   if (status == cudaStreamCaptureStatusInvalidated) return fail(ARF_CAPTURE, "the stream's capture has been invalidated");
   const bool capturing = status == cudaStreamCaptureStatusActive;
@@ -256,7 +259,9 @@ int resolve(const char* group, int device, long long tokens, long long hidden, i
     if (!make) return fail(ARF_NO_WORKSPACE, "group '%s' has no workspace: call arfusion_pass.prepare(...)", group);
     prepare_problem.clear();
     make(group, device, tokens, hidden, dtype);
-    if (!prepare_problem.empty()) return fail(prepare_is_value_error ? ARF_INVALID : ARF_NO_WORKSPACE, "%s", prepare_problem.c_str());
+    if (!prepare_problem.empty()) {
+      return fail(prepare_is_value_error ? ARF_INVALID : ARF_NO_WORKSPACE, "%s", prepare_problem.c_str());
+    }
     w = find(group, device);
     if (!w || w->state.load(std::memory_order_acquire) == 0) {
       return fail(ARF_NO_WORKSPACE, "group '%s' still has no workspace on device %d after arfusion_pass.prepare", group, device);
@@ -311,7 +316,10 @@ int arf_register_workspace(const arf_workspace_desc* d) {
     return fail(ARF_INVALID, "rank %d of world %d: a workspace is for 2 to %d ranks", d->rank, d->world, kMaxWorld);
   }
   if (d->device < 0 || d->device >= kMaxDevices) return fail(ARF_INVALID, "device %d is out of range", d->device);
-  if (d->bytes < 4096 || d->bytes / 2 >= int64_t{1} << 32) return fail(ARF_INVALID, "a workspace of %lld bytes is too small or 8 GiB and more", static_cast<long long>(d->bytes));
+  if (d->bytes < 4096 || d->bytes / 2 >= int64_t{1} << 32) {
+    const long long bytes = d->bytes;
+    return fail(ARF_INVALID, "a workspace of %lld bytes is too small, or 8 GiB and more", bytes);
+  }
   for (int r = 0; r < d->world; ++r) {
     if (!d->peers[r] || reinterpret_cast<uintptr_t>(d->peers[r]) % 256) {
       return fail(ARF_INVALID, "the buffer of rank %d must be given and 256-byte aligned", r);
@@ -428,7 +436,9 @@ int arf_launch(const char* group, int device, const arf_call* call, void* stream
   int status = resolve(group, device, call->tokens, call->hidden, call->dtype, stream, &w);
   if (status != ARF_OK) return status;
   const std::lock_guard<std::mutex> lock(w->launches);
-  if (w->state.load(std::memory_order_acquire) != 1) return fail(ARF_NO_WORKSPACE, "the workspace of group '%s' was destroyed", group);
+  if (w->state.load(std::memory_order_acquire) != 1) {
+    return fail(ARF_NO_WORKSPACE, "the workspace of group '%s' was destroyed", group);
+  }
   if (static_cast<volatile arf_error_record*>(w->error)->state) return expired(w);
   if (call->tokens == 0) return ARF_OK;
   status = order(w, stream);
@@ -463,7 +473,8 @@ int arf_launch_simulated(int world, const arf_call* calls, void* const* buffers,
   if (resident < world * plan.cluster) return fail(ARF_INVALID, "%d ranks do not fit on the device at once", world);
   int ctas = grid_size(plan, world, calls[0].tokens, resident / world);
   void* args[] = {&all, &world};
-  e = launch_kernel(kernel, plan, ctas * world, facts->major >= 9 && !(calls[0].flags & kNoPdl), static_cast<cudaStream_t>(stream), args);
+  const bool pdl = facts->major >= 9 && !(calls[0].flags & kNoPdl);
+  e = launch_kernel(kernel, plan, ctas * world, pdl, static_cast<cudaStream_t>(stream), args);
   return e == cudaSuccess ? ARF_OK : cuda_failed(e, "the kernel's launch");
 }
 

@@ -68,7 +68,8 @@ bool misaligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % kVector
 constexpr int kMaxCluster = 8;    /* the portable limit */
 constexpr int kClusterCtas = 128; /* CTAs that a split may make: about one a multiprocessor */
 constexpr int kSplitCtas = 264;   /* CTAs that two-shot's split may make: two a multiprocessor */
-constexpr int kClusterTiles = 3;  /* warps that a part keeps at least, rounded: 7168 x 1 among four 4.16 us in 7 parts, 4.28 in 4 */
+/* Warps that a part keeps at least, about: 7168 x 1 among four takes 4.16 us in 7 parts, 4.28 in 4. */
+constexpr int kClusterTiles = 3;
 
 /* A FP8 group must be a power of two of lanes within a warp. */
 bool group_fits(int64_t group, int elements) {
@@ -160,9 +161,10 @@ std::string check_call(const arf_call& c) {
     if (misaligned(v.p)) return std::string(v.name) + " must be 16-byte aligned";
   }
   if (reinterpret_cast<uintptr_t>(c.quant_out) % 8) return "quant_out must be 8-byte aligned";
-  if (reinterpret_cast<uintptr_t>(c.scale_out) % (c.quant ? (Quant{uint32_t(c.quant)}.layout() == Layout::kSwizzled128x4 ? 16 : 4) : 1) &&
-      Quant{uint32_t(c.quant)}.layout() != Layout::kLinear) {
-    return "scale_out must be aligned (16 bytes for SWIZZLED_128X4, 4 for other layouts)";
+  const Layout layout = Quant{static_cast<uint32_t>(c.quant)}.layout();
+  const int scale_alignment = layout == Layout::kSwizzled128x4 ? 16 : layout == Layout::kLinear ? 1 : 4;
+  if (reinterpret_cast<uintptr_t>(c.scale_out) % scale_alignment) {
+    return "scale_out must be " + number(scale_alignment) + "-byte aligned";
   }
   if (c.x_stride * item % kVectorBytes || c.residual_stride * (c.residual_fp32 ? 4 : item) % kVectorBytes) {
     return "row strides of x and residual must be multiples of 16 bytes";
@@ -233,10 +235,9 @@ std::string make_plan(int world, int64_t workspace_bytes, const arf_call& c, boo
     const int64_t message = c.tokens * row_bytes;
     strategy = message <= oneshot_limit(world, c.hidden) ? ARF_ONESHOT : ARF_TWOSHOT;
     /* A table made for a larger workspace: what does not fit one-shot goes two-shot if that takes fewer pieces. */
-    if (strategy == ARF_ONESHOT && piece_capacity(world, workspace_bytes, row_bytes, ARF_ONESHOT) < c.tokens &&
-        piece_capacity(world, workspace_bytes, row_bytes, ARF_TWOSHOT) > piece_capacity(world, workspace_bytes, row_bytes, ARF_ONESHOT)) {
-      strategy = ARF_TWOSHOT;
-    }
+    const int64_t one = piece_capacity(world, workspace_bytes, row_bytes, ARF_ONESHOT);
+    const int64_t two = piece_capacity(world, workspace_bytes, row_bytes, ARF_TWOSHOT);
+    if (strategy == ARF_ONESHOT && one < c.tokens && two > one) strategy = ARF_TWOSHOT;
   }
   const int64_t capacity = piece_capacity(world, workspace_bytes, row_bytes, strategy);
   if (capacity < 1) {

@@ -34,7 +34,8 @@ struct Quantiser {
   /* Correctly rounded x / s for all x under one s, without a division an element: Newton's correction of x * (1 / s),
    * twice, is what the compiler's division does, which checks its range for each element instead of once for s. Within
    * |s| in [2^-90, 2^90] the remainders are exact unless |x| < 2^-102; then the quotient is under 2^-12, which every
-   * format rounds to its zero. A quotient beyond 2^100, inf and NaN included, saturates (or turns NaN) uncorrected. */
+   * format rounds to its zero. A quotient beyond 2^100, inf and NaN included, saturates (or turns NaN) uncorrected, and
+   * one under 2^-100 is left alone as well: -0.0 would lose its sign. */
   ARF_DEVICE static void divide_all(const float (&x)[N], float s, float (&y)[N]) {
     const float r = __frcp_rn(s), magnitude = fabsf(s);
     if (magnitude >= 0x1p-90f && magnitude <= 0x1p90f) {
@@ -43,7 +44,9 @@ struct Quantiser {
         const float q0 = __fmul_rn(x[i], r);
         const float q1 = __fmaf_rn(__fmaf_rn(-q0, s, x[i]), r, q0);
         const float q2 = __fmaf_rn(__fmaf_rn(-q1, s, x[i]), r, q1);
-        y[i] = fabsf(q0) < 0x1p100f ? copysignf(q2, q0) : q0; /* the remainder of a zero is +0 and would take its sign */
+        /* |q0| in [2^-100, 2^100): as unsigned bits, one comparison */
+        const bool corrected = (bits_of(q0) & 0x7FFFFFFFu) - 0x0D800000u < 0x64000000u;
+        y[i] = corrected ? q2 : q0;
       }
     } else {
 #pragma unroll

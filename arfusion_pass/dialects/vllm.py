@@ -66,13 +66,9 @@ def _dynamic_flags(call: OpCall, dtype: torch.dtype, weight: torch.dtype | None,
 
 def _weight_in_fp32() -> bool:
     """Whether this process's ``_C::rms_norm`` is of the generation that takes no weight, and multiplies it in fp32."""
-    packet = getattr(torch.ops._C, "rms_norm", None)
-    if packet is None:
-        return False
-    return any(
-        argument.name == "weight" and isinstance(argument.type, torch.OptionalType)
-        for argument in packet.default._schema.arguments
-    )
+    op = getattr(getattr(torch.ops._C, "rms_norm", None), "default", None)
+    arguments = op._schema.arguments if op is not None else ()
+    return any(each.name == "weight" and isinstance(each.type, torch.OptionalType) for each in arguments)
 
 
 def _whole_variance(call: OpCall) -> str | None:

@@ -29,7 +29,7 @@ class Case:
         inputs: made on each rank after seeding with its rank.
         patterns: of the sites that must fuse, in order.
         missed: for each site that must not, a part of its reason.
-        checks: what the recorder must find within the contract; False where the unfused op has no CPU meaning.
+        note: a part of the first fused site's note on a quantiser left alone.
         config: keywords of ``FusionConfig``.
         dynamic: compile for symbolic token counts (``mark_dynamic`` on the first dimension of the first two inputs).
     """
@@ -38,6 +38,7 @@ class Case:
     inputs: Callable[[], tuple[Any, ...]]
     patterns: tuple[str, ...] = ()
     missed: tuple[str, ...] = ()
+    note: str | None = None
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     dynamic: bool = False
 
@@ -49,6 +50,7 @@ class Outcome:
     patterns: list[str]
     dialects: list[str]
     missed: list[str]
+    notes: list[str]
     problems: list[str]
     after: str
     differing: float
@@ -92,7 +94,7 @@ def _rank(rank: int, world: int, module: str, names: list[str], functionalized_v
             for tensor in inputs[:2]:
                 torch._dynamo.mark_dynamic(tensor, 0)
         config = arf.FusionConfig(raise_errors=True, **case.config)
-        outcome = Outcome([], [], [], [], "", 0.0)
+        outcome = Outcome([], [], [], [], [], "", 0.0)
         try:
             expected = case.fn(*[value.clone() if isinstance(value, torch.Tensor) else value for value in inputs])
             with (
@@ -105,6 +107,7 @@ def _rank(rank: int, world: int, module: str, names: list[str], functionalized_v
             outcome.patterns = [site.pattern or "" for site in report.fused]
             outcome.dialects = [site.dialect for site in report.sites]
             outcome.missed = [f"{site.name}: {site.reason}" for site in report.missed]
+            outcome.notes = [site.note or "" for site in report.fused]
             outcome.problems = [check.detail for check in recorder.checks() if not check.ok]
             outcome.after = report.after or ""
             outcome.differing = max(map(_differing, _tensors(actual), _tensors(expected)), default=0.0)
@@ -136,5 +139,6 @@ def verify(case: Case, outcome: Outcome) -> None:
     assert len(outcome.missed) == len(case.missed), outcome.missed
     for reason, part in zip(outcome.missed, case.missed, strict=True):
         assert part in reason, reason
+    assert case.note is None or case.note in outcome.notes[0], outcome.notes
     assert len(COLLECTIVE.findall(outcome.after)) == len(case.missed), outcome.after
     assert not outcome.problems, (outcome.problems, outcome.after)

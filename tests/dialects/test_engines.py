@@ -153,7 +153,7 @@ CASES = {
     "sgl_static": Case(f_sgl_static, with_scale, (ADD + "StaticQuantFP8",)),
     "sgl_token": Case(f_sgl_token, standard, (ADD + "TokenQuantFP8",)),
     "sgl_group": Case(f_sgl_group, standard, (ADD + "GroupQuantFP8",)),
-    "sgl_group_v2": Case(f_sgl_group_v2, standard, (ADD,)),
+    "sgl_group_v2": Case(f_sgl_group_v2, standard, (ADD,), note="multiplies by 448 / amax"),
     "fi_add": Case(f_fi_add, standard, (ADD,)),
     "fi_add_quant": Case(f_fi_add_quant, with_scale, (ADD + "StaticQuantFP8",)),
     "trt_plain": Case(f_trt_plain, standard, (PLAIN,)),

@@ -214,6 +214,11 @@ def f_group_view(x, r, w):  # type: ignore[no-untyped-def]
     return *per_group(norm.view(-1, HIDDEN)), total
 
 
+def f_indexer(x, r, w):  # type: ignore[no-untyped-def]
+    norm, total = ir_add(reduce(x), r, w)
+    return *per_group(norm), torch.ops.vllm.rocm_unquantized_gemm(norm, w.expand(16, HIDDEN)), total
+
+
 def f_group_packed(x, r, w):  # type: ignore[no-untyped-def]
     norm, total = ir_add(reduce(x), r, w)
     return *packed(norm), total
@@ -307,7 +312,7 @@ QUANT_CASES = {
     "static_plain": Case(f_static_plain, with_scale, (PLAIN + "StaticQuantFP8",)),
     "static_fan_out": Case(f_static_fan_out, with_scale, (ADD + "StaticQuantFP8",)),
     "static_off": Case(f_static, with_scale, (ADD,), config={"quantisers": False}),
-    "per_channel": Case(f_per_channel, standard, (ADD,)),
+    "per_channel": Case(f_per_channel, standard, (ADD,), note="no scale of one element"),
     "token": Case(f_token, standard, (ADD + "TokenQuantFP8",)),
     "group_row": Case(f_group_row, standard, (ADD + "GroupQuantFP8",)),
     "group_row_dynamic": Case(f_group_row, standard, (ADD + "GroupQuantFP8",), dynamic=True),
@@ -317,6 +322,7 @@ QUANT_CASES = {
     "group_tma_dynamic": Case(f_group_tma, standard, (ADD + "GroupQuantFP8",), dynamic=True),
     "group_dead_scales": Case(f_group_dead_scales, standard, (ADD + "GroupQuantFP8",)),
     "group_view": Case(f_group_view, standard, (ADD + "GroupQuantFP8",)),
+    "indexer": Case(f_indexer, standard, (ADD + "GroupQuantFP8WithIndexer",)),
     "group_packed": Case(f_group_packed, standard, (ADD + "GroupQuantFP8",)),
     "nvfp4": Case(f_nvfp4, with_scale, (ADD + "QuantNVFP4",)),
     "nvfp4_out": Case(f_nvfp4_out, with_scale, (ADD + "QuantNVFP4",)),

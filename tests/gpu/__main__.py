@@ -3,6 +3,9 @@
 python -m tests.gpu --world 2                                   # everything for two ranks
 python -m tests.gpu --world 2 --select epilogues,shapes/bf16 --timeout 110 --json results.json
 python -m tests.gpu --list
+ARFUSION_TEST_SHARE_GPU=1 python -m tests.gpu --world 4
+
+The last runs all ranks on one GPU, which takes turns: slow, but all except P2P itself is as with four.
 """
 
 import argparse

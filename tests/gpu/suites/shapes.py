@@ -53,6 +53,24 @@ for _dtype in (torch.bfloat16, torch.float32):
         _register(_dtype, _strategy)
 
 
+@case("shapes", "any-world")
+def every_world_size(env: Env) -> None:
+    """A few shapes in every dtype and strategy, checked: what worlds of 5 to 8 ranks run beside the simulated ranks."""
+    count = 0
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for strategy in ("oneshot", "twoshot"):
+            for tokens, hidden in ((1, 4096), (3, 2880), (17, 7168), (129, 512)):
+                spec = _spec(hidden, count)
+                outputs = ("allreduce_out", "residual_out", "norm_out")
+                outputs += ("quant_out",) if spec.format != QuantFormat.NONE else ()
+                config = with_strategy(Config(tokens, hidden, dtype, spec=spec, outputs=outputs, seed=count), strategy)
+                result = run(config, env)
+                if env.checker(count):
+                    env.attempt(partial(verify, config, env, result), config)
+                count += 1
+    env.note(f"{count} calls")
+
+
 @case("shapes", "ranks-of-tensor", worlds=(1, 2, 3, 4))
 def tensors_of_any_rank(env: Env) -> None:
     """1-D, 3-D and 4-D inputs, outputs of another rank: the op flattens."""

@@ -1,0 +1,279 @@
+"""How custom ops are read, on hand-made graphs in one process: names, defaults, new arguments, refusals."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+from torch._subclasses import FakeTensorMode
+
+import arfusion_pass as arf
+from arfusion_pass.dialects.custom_ops import V1, V2, OpCall, op_name
+from arfusion_pass.ops.spec import Flags
+from tests.dialects import engine_ops
+from tests.simulate import check_fused, check_unchanged, tensors, trace
+
+TOKENS, HIDDEN = 6, 64
+c10d = torch.ops._c10d_functional
+
+# A later engine's ops: arguments added with defaults, and the names of known ones in another order.
+engine_ops.define(
+    "arfusion_test::norm",
+    "(Tensor x, Tensor? weight, float epsilon, SymInt? variance_size=None, bool fast=False, *, int lanes=4) -> Tensor",
+    lambda x, *rest, **kwargs: x.clone(),
+    engine_ops.like,
+)
+engine_ops.define(
+    "arfusion_test::write",
+    "(Tensor! out, Tensor x, Tensor!? extra, float epsilon=1e-6) -> ()",
+    lambda out, x, extra, epsilon=1e-6: None,
+)
+
+
+class Builder:
+    """A graph with fake values, node by node."""
+
+    def __init__(self) -> None:
+        self.graph, self.mode = fx.Graph(), FakeTensorMode()
+
+    def input(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> fx.Node:
+        node = self.graph.placeholder(f"arg{len(self.graph.nodes)}")
+        with self.mode:
+            node.meta["val"] = torch.empty(shape, dtype=dtype)
+        return node
+
+    def call(self, target: Any, *args: Any, val: Any = None, **kwargs: Any) -> fx.Node:
+        node = self.graph.call_function(target, args, kwargs)
+        if val is None:
+            fake = fx.node.map_arg((args, kwargs), lambda each: each.meta["val"])
+            with self.mode:
+                val = target(*fake[0], **fake[1])
+        node.meta["val"] = val
+        return node
+
+    def reduced(self) -> fx.Node:
+        x = self.input(TOKENS, HIDDEN)
+        return self.call(c10d.wait_tensor.default, self.call(c10d.all_reduce.default, x, "sum", "0"))
+
+    def module(self, *outputs: fx.Node) -> fx.GraphModule:
+        self.graph.output(outputs)
+        return fx.GraphModule(torch.nn.Module(), self.graph)
+
+
+def test_arguments_by_name_with_dropped_and_new_defaults() -> None:
+    """Positional, keyword and left-out arguments read alike; an argument that a table does not know does not matter;
+    an unknown name is None."""
+    builder = Builder()
+    x, weight = builder.input(TOKENS, HIDDEN), builder.input(HIDDEN)
+    target = torch.ops.arfusion_test.norm.default
+    for node in (
+        builder.call(target, x, weight, 1e-5),
+        builder.call(target, x, epsilon=1e-5, weight=weight, variance_size=None),
+        builder.call(target, x, weight, 1e-5, None, False, lanes=4),
+    ):
+        call = OpCall(node)
+        assert call.name == op_name(node) == "arfusion_test::norm"
+        assert (call["x"], call["weight"], call["epsilon"], call["variance_size"]) == (x, weight, 1e-5, None)
+        assert (call["lanes"], call["fast"], call["unheard_of"]) == (4, False, None)
+        assert call.output(0) is node
+        assert call.reads("x", x)
+        assert not call.reads("x", weight)
+
+
+@pytest.mark.parametrize("extra", [False, True])
+def test_results_of_both_auto_functionalized(extra: bool) -> None:
+    """A written argument's result is found by the schema's order in v1 and by its base in v2, also where an optional
+    written argument is None; a base that two arguments share is nobody's result."""
+    builder = Builder()
+    x, out, more = (builder.input(TOKENS, HIDDEN) for _ in range(3))
+    target, val = torch.ops.arfusion_test.write.default, (None, out.meta["val"], more.meta["val"])
+    v1 = builder.call(V1, target, out=out, x=x, extra=more if extra else None, epsilon=1e-6, val=val)
+    bases = [more, out] if extra else [out]
+    indices = {"_out_base_index": len(bases) - 1, "_extra_base_index": 0 if extra else None}
+    v2 = builder.call(V2, target, x=x, epsilon=1e-6, _all_bases=bases, val=val, **indices)
+    for node, first, second in ((v1, 1, 2), (v2, len(bases), 1)):
+        read = {
+            index: builder.call(operator.getitem, node, index, val=val[1]) for index in [first, second][: 1 + extra]
+        }
+        call = OpCall(node)
+        assert call.output("out") is read[first]
+        assert call.output("extra") is (read[second] if extra else None)
+        assert call["out"] is out
+        assert call["extra"] is (more if extra else None)
+        assert call.functionalized
+        assert not call.in_place
+    shared = builder.call(
+        V2, target, x=x, epsilon=1e-6, _all_bases=[out], _out_base_index=0, _extra_base_index=0, val=val
+    )
+    builder.call(operator.getitem, shared, 1, val=out.meta["val"])
+    assert OpCall(shared).output("out") is None
+
+
+def test_a_view_of_a_part_is_not_the_whole() -> None:
+    """Under v2, a written argument that is a slice of its base, or a view at other strides, does not read the base."""
+    builder = Builder()
+    x, base = builder.input(TOKENS, HIDDEN), builder.input(2 * TOKENS, HIDDEN)
+    common: dict[str, Any] = {
+        "x": x,
+        "epsilon": 1e-6,
+        "_extra_base_index": None,
+        "_out_base_index": 0,
+        "_all_bases": [base],
+    }
+
+    def reads(**view: Any) -> bool:
+        node = builder.call(V2, torch.ops.arfusion_test.write.default, val=(None, base.meta["val"]), **common, **view)
+        return OpCall(node).reads("out", base)
+
+    strided = {"_out_storage_offset": 0}
+    assert reads()
+    assert reads(_out_size=(2, TOKENS, HIDDEN), _out_stride=(TOKENS * HIDDEN, HIDDEN, 1), **strided)
+    assert not reads(_out_slice_dim=0, _out_slice_start=0, _out_slice_end=TOKENS)
+    assert not reads(_out_size=(TOKENS, HIDDEN), _out_stride=(HIDDEN, 1), **strided)
+    assert not reads(_out_size=(2 * TOKENS, HIDDEN), _out_stride=(1, 2 * TOKENS), **strided)
+
+
+def _reduce(x: torch.Tensor) -> torch.Tensor:
+    return c10d.wait_tensor(c10d.all_reduce(x, "sum", "0"))
+
+
+@pytest.mark.parametrize("epsilon", [1e-6, None])
+@pytest.mark.parametrize("add", [False, True])
+def test_aten_norm_as_one_op(world: None, epsilon: float | None, add: bool) -> None:
+    """``aten._fused_rms_norm`` and ``aten.rms_norm`` fuse undecomposed, with aten's add in front and without."""
+
+    builder = Builder()
+    value, residual, weight = builder.reduced(), builder.input(TOKENS, HIDDEN), builder.input(HIDDEN)
+    total = builder.call(torch.ops.aten.add.Tensor, residual, value) if add else value
+    rows = builder.mode.from_tensor(torch.empty(TOKENS, 1))
+    both = builder.call(
+        torch.ops.aten._fused_rms_norm.default, total, [HIDDEN], weight, epsilon, val=(total.meta["val"], rows)
+    )
+    norm = builder.call(operator.getitem, both, 0, val=total.meta["val"])
+    report = arf.fuse(builder.module(norm, total), arf.FusionConfig(raise_errors=True))
+    pattern = "AllReduceFusedAddRMSNorm" if add else "AllReduceRMSNorm"
+    assert [site.pattern for site in report.fused] == [pattern], str(report)
+    expected = torch.finfo(torch.float32).eps if epsilon is None else epsilon
+    assert report.fused[0].epsilon == pytest.approx(expected, rel=1e-6)
+
+
+def test_aten_norm_over_two_dimensions_is_refused(world: None) -> None:
+    """A norm over more than the last dimension stays, with a reason that says so."""
+    builder = Builder()
+    value, weight = builder.reduced(), builder.input(TOKENS, HIDDEN)
+    norm = builder.call(torch.ops.aten.rms_norm.default, value, [TOKENS, HIDDEN], weight, 1e-6, val=value.meta["val"])
+    report = check_unchanged(builder.module(norm))
+    assert "whole last dimension" in str(report.missed[0].reason)
+
+
+def test_in_place_outside_auto_functionalized_is_refused(world: None) -> None:
+    """A norm op that writes to the graph's memory, where no auto_functionalized is around it, stays with advice."""
+    engine_ops.register_sglang()
+    builder = Builder()
+    value, residual, weight = builder.reduced(), builder.input(TOKENS, HIDDEN), builder.input(HIDDEN)
+    op = torch.ops.sgl_kernel.fused_add_rmsnorm.default
+    builder.call(op, value, residual, weight, 1e-6, False, val=())
+    report = check_unchanged(builder.module(value, residual))
+    assert "post_grad_custom_post_pass" in str(report.missed[0].reason)
+
+
+def test_symmetric_memory_by_average_is_refused(world: None) -> None:
+    """Another reduce op than the sum stays, and is named."""
+    engine_ops.register_vllm()
+    builder = Builder()
+    x, weight = builder.input(TOKENS, HIDDEN), builder.input(HIDDEN)
+    value = builder.call(torch.ops.symm_mem.one_shot_all_reduce.default, x, "avg", "0", val=x.meta["val"])
+    norm = builder.call(torch.ops.vllm_ir.rms_norm.default, value, weight, 1e-6)
+    report = check_unchanged(builder.module(norm))
+    assert "'avg'" in str(report.missed[0].reason)
+
+
+def test_epsilon_as_a_node_is_refused_with_advice(world: None) -> None:
+    """An epsilon that is a graph input is no literal: the reason says how to get one."""
+    engine_ops.register_vllm()
+    builder = Builder()
+    value, weight = builder.reduced(), builder.input(HIDDEN)
+    epsilon = builder.graph.placeholder("epsilon")
+    epsilon.meta["val"] = 1e-6
+    norm = builder.call(torch.ops.vllm_ir.rms_norm.default, value, weight, epsilon, val=value.meta["val"])
+    report = check_unchanged(builder.module(norm))
+    assert "mark_dynamic" in str(report.missed[0].reason)
+
+
+@pytest.mark.parametrize(
+    ("weight_dtype", "expected"),
+    [
+        (torch.bfloat16, Flags.UNROUNDED_SUM | Flags.ROUND_BEFORE_WEIGHT),
+        (torch.float32, Flags.UNROUNDED_SUM),
+        (None, Flags.UNROUNDED_SUM),
+    ],
+)
+def test_rounding_of_vllm_ir(world: None, weight_dtype: torch.dtype | None, expected: Flags) -> None:
+    """The IR's norm reads the unrounded sum, and rounds before a weight in the tensor's dtype only."""
+    from arfusion_pass.config import FusionConfig
+    from arfusion_pass.raising import find_sites
+
+    engine_ops.register_vllm()
+    builder = Builder()
+    value, residual = builder.reduced(), builder.input(TOKENS, HIDDEN)
+    weight = None if weight_dtype is None else builder.input(HIDDEN, dtype=weight_dtype)
+    both = builder.call(torch.ops.vllm_ir.fused_add_rms_norm.default, value, residual, weight, 1e-6)
+    norm = builder.call(operator.getitem, both, 0)
+    builder.module(norm)
+    (site,) = find_sites(builder.graph, FusionConfig())
+    assert site.reason is None
+    assert site.norm is not None
+    assert site.norm.flags == expected
+    assert site.norm.total is None  # nobody reads the sum
+
+
+def test_a_norm_of_a_sum_of_sums_is_left_alone(world: None) -> None:
+    """aten's add in front of an op that adds once more is two adds: not fused, and the reason names what reads it."""
+    engine_ops.register_vllm()
+    builder = Builder()
+    value, r, s, weight = builder.reduced(), *(builder.input(TOKENS, HIDDEN) for _ in range(2)), builder.input(HIDDEN)
+    total = builder.call(torch.ops.aten.add.Tensor, value, r)
+    both = builder.call(torch.ops.vllm_ir.fused_add_rms_norm.default, total, s, weight, 1e-6)
+    report = check_unchanged(builder.module(builder.call(operator.getitem, both, 0)))
+    assert "aten.add.Tensor" in str(report.missed[0].reason)
+
+
+def test_traced_engine_norm_is_exact(world: None) -> None:
+    """A functional engine norm behind aten's all-reduce and add gives the same bits fused as unfused."""
+    engine_ops.register_vllm()
+
+    def fn(x: torch.Tensor, r: torch.Tensor, w: torch.Tensor) -> Any:
+        norm, total = torch.ops.vllm_ir.fused_add_rms_norm(_reduce(x), r, w, 1e-6)
+        last = torch.ops.vllm_ir.rms_norm(_reduce(norm) + total, w.float() + 1.0, 1e-5)
+        return last, total
+
+    module = trace(fn, *tensors((TOKENS, HIDDEN), (TOKENS, HIDDEN), (HIDDEN,)))
+    report = check_fused(module, 2)
+    assert [site.dialect for site in report.fused] == ["functional_collectives+vllm"] * 2
+
+
+def test_rounding_of_vllm_kernels_by_generation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``_C``'s norms with a mandatory weight (vLLM 0.19 and before) round before it; with an optional one they do not,
+    nor do the quantising norms of a library whose plain norm takes an optional one."""
+    from arfusion_pass.dialects import vllm
+
+    builder = Builder()
+    x, weight = builder.input(TOKENS, HIDDEN), builder.input(HIDDEN)
+    schema = "(Tensor x, {} weight, float epsilon) -> Tensor"
+    for name, kind in (("old_norm", "Tensor"), ("new_norm", "Tensor?")):
+        engine_ops.define(f"arfusion_test::{name}", schema.format(kind), engine_ops.like, engine_ops.like)
+    old, new = (
+        OpCall(builder.call(getattr(torch.ops.arfusion_test, name).default, x, weight, 1e-6))
+        for name in ("old_norm", "new_norm")
+    )
+
+    def flags(call: OpCall) -> Flags:
+        return vllm._kernel_flags(call, torch.bfloat16, torch.bfloat16, True)
+
+    monkeypatch.setattr(vllm, "_weight_in_fp32", lambda: False)
+    assert (flags(old), flags(new)) == (Flags.ROUND_BEFORE_WEIGHT, Flags.NONE)
+    monkeypatch.setattr(vllm, "_weight_in_fp32", lambda: True)
+    assert flags(old) == Flags.NONE
