@@ -60,9 +60,7 @@ class SizeSource:
             if isinstance(value, torch.SymInt):
                 self.nodes.setdefault(value.node.expr, []).append(node)
 
-    def find(
-        self, value: Any, position: dict[fx.Node, int], anchor: int, inputs: list[fx.Node]
-    ) -> Size | None:
+    def find(self, value: Any, position: dict[fx.Node, int], anchor: int, inputs: list[fx.Node]) -> Size | None:
         """Where ``value`` can be read at ``anchor``, or how it is computed there; None where it cannot be."""
         if isinstance(value, int):
             return Size(value)

@@ -62,10 +62,7 @@ class Committer:
         self.sizes = SizeSource(self.order)
         self.plans: dict[int, Plan] = {}
         self.writer: dict[fx.Node, int] = {
-            value: index
-            for index in self.calls
-            for held in self.sites[index].holders.values()
-            for value in held
+            value: index for index in self.calls for held in self.sites[index].holders.values() for value in held
         }
         self.planning: list[int] = []
 
@@ -178,7 +175,9 @@ class Committer:
         while stack:
             node = stack.pop()
             if node in own:
-                self.sites[index].reason = (
+                self.sites[
+                    index
+                ].reason = (
                     f"an input of the fused call is computed from {describe(node)}, which the call itself would produce"
                 )
                 return None

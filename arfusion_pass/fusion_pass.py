@@ -165,4 +165,3 @@ def _finish(text: Site, plan: Plan) -> Site:
 
 def _missed(site: RaisedSite, text: Site, note: str | None) -> Site:
     return dataclasses.replace(text, reason=site.reason or note)
-

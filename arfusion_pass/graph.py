@@ -121,10 +121,7 @@ def is_cast(node: Any, dtype: torch.dtype | None = None) -> bool:
 
 def widens(node: Any) -> bool:
     """Whether ``node`` is a cast that loses nothing (bf16 or fp16 to fp32)."""
-    return (
-        is_cast(node, torch.float32)
-        and dtype_of(node.args[0]) in (torch.bfloat16, torch.float16, torch.float32)
-    )
+    return is_cast(node, torch.float32) and dtype_of(node.args[0]) in (torch.bfloat16, torch.float16, torch.float32)
 
 
 def peel(node: Any) -> Any:
@@ -227,4 +224,3 @@ def constant(node: Any) -> float | None:
         with unset_fake_temporarily():
             return torch.tensor(value, dtype=dtype, device="cpu").item()
     return float(value) if dtype.is_floating_point else float(int(value))
-

@@ -43,9 +43,7 @@ def chained(existing: Any, fusion: AllReduceFusionPass) -> Any:
     return PassChain(*flat, fusion) if flat else fusion
 
 
-def inductor_options(
-    config: FusionConfig | None = None, *, mode: str | None = None, **options: Any
-) -> dict[str, Any]:
+def inductor_options(config: FusionConfig | None = None, *, mode: str | None = None, **options: Any) -> dict[str, Any]:
     """Options for ``torch.compile(model, options=...)`` that switch the pass on.
 
     Args:

@@ -119,9 +119,9 @@ class RaisedSite:
         nodes = self.nodes
         gone, values = set(nodes), {node for held in self.holders.values() for node in held}
         for node in reversed(nodes):
-            if node not in values and (is_cast(node) or keeps_rows(node)):
-                if any(user not in gone for user in node.users):
-                    gone.discard(node)
+            stays = node not in values and (is_cast(node) or keeps_rows(node))
+            if stays and any(user not in gone for user in node.users):
+                gone.discard(node)
         return gone
 
     @property
@@ -170,7 +170,7 @@ def build_shadow(sites: list[RaisedSite]) -> Shadow:
     graph = fx.Graph()
     origins: dict[fx.Node, fx.Node] = {}
     live: list[fx.Node] = []
-    for index, site in enumerate(sites):
+    for site in sites:
         if site.reason is not None:
             continue
         for node in site.inputs.values():
@@ -407,9 +407,7 @@ def _same_strides(a: fx.Node, b: fx.Node) -> bool:
     return all(statically_known_true(x == y) for x, y in strides)
 
 
-def _raise_site(
-    graph: fx.Graph, site: RaisedSite, index: int, origins: dict[fx.Node, fx.Node]
-) -> Iterable[fx.Node]:
+def _raise_site(graph: fx.Graph, site: RaisedSite, index: int, origins: dict[fx.Node, fx.Node]) -> Iterable[fx.Node]:
     """Write one site's IR nodes; gives the values that are read outside of it."""
     assert site.reduced is not None and site.norm is not None
     norm, values = site.norm, {}
@@ -428,9 +426,7 @@ def _raise_site(
     reduced = call(ir.ops.all_reduce.default, x, site.reduced.group)
     values["allreduce_out"] = reduced
     if norm.residual is None:
-        norm_value = call(
-            ir.ops.rms_norm.default, reduced, weight, epsilon, dtype, norm.weight_bias, int(norm.flags)
-        )
+        norm_value = call(ir.ops.rms_norm.default, reduced, weight, epsilon, dtype, norm.weight_bias, int(norm.flags))
     else:
         both = call(
             ir.ops.fused_add_rms_norm.default,

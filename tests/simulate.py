@@ -161,9 +161,7 @@ def run(module: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
     return [*results, *own]  # what was written to an input counts as well
 
 
-def fused_copy(
-    module: fx.GraphModule, config: arf.FusionConfig = STRICT
-) -> tuple[fx.GraphModule, arf.FusionReport]:
+def fused_copy(module: fx.GraphModule, config: arf.FusionConfig = STRICT) -> tuple[fx.GraphModule, arf.FusionReport]:
     """A fused copy of ``module``, linted, and its report."""
     fused = copied(module)
     report = arf.fuse(fused, config)
@@ -171,9 +169,7 @@ def fused_copy(
     return fused, report
 
 
-def check_same(
-    module: fx.GraphModule, fused: fx.GraphModule, seed: int = 0, ulps: int = 0, **symbols: int
-) -> None:
+def check_same(module: fx.GraphModule, fused: fx.GraphModule, seed: int = 0, ulps: int = 0, **symbols: int) -> None:
     """Every output and every input afterwards agrees bit for bit, in dtype, shape and value.
 
     On the CPU reference, fused and unfused are the same torch ops, so this is stricter than the *exact* contract;

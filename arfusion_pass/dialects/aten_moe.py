@@ -290,7 +290,7 @@ def _stacked(product: fx.Node, total: fx.Node, dtype: torch.dtype | None) -> _Ro
 
 
 def _loop(node: fx.Node, dtype: torch.dtype | None) -> _Routed | None:
-    """The K weighted rows added one by one in ``T``: ``mul(index(permuted, [select(index, 1, k)]), weight[:, k:k+1])``."""
+    """The K weighted rows added one by one in ``T``, each ``mul(index(permuted, [index[:, k]]), weight[:, k:k+1])``."""
     terms: list[fx.Node] = []
     sums: list[fx.Node] = []
     while is_call(node, aten.add.Tensor) and argument(node, "alpha", 1) == 1 and dtype_of(node) == dtype:
@@ -328,7 +328,7 @@ def _term(
     nodes = [term]
     rows, weight = term, None
     if is_call(term, aten.mul.Tensor):
-        for rows, other in ((term.args[0], term.args[1]), (term.args[1], term.args[0])):
+        for gathered, other in ((term.args[0], term.args[1]), (term.args[1], term.args[0])):
             if is_call(other, aten.slice.Tensor) and list(other.args[1:4]) == [1, k, k + 1]:
                 weight = other.args[0]
                 nodes.insert(0, other)
@@ -336,6 +336,7 @@ def _term(
                 weight = other.args[0].args[0]
                 nodes[:0] = [other.args[0], other]
             if weight is not None:
+                rows = gathered
                 break
         else:
             return None

@@ -1,9 +1,9 @@
 """Copies by which a graph makes its scales column-major, so that the fused op can write them so in the first place.
 
-    %t = aten.permute.default(%scale, [1, 0])                    # views (squeeze, reshape) may stand before it
-    %c = aten.clone.default(%t, memory_format=contiguous_format)                     -> COLUMN
-      or aten.constant_pad_nd.default(%t, [0, pad4(T) - T], 0.0)                     -> COLUMN_TMA
-      or aten.copy.default(%empty, %scale), where %empty has strides (1, T) or (1, pad4(T))
+%t = aten.permute.default(%scale, [1, 0])                    # views (squeeze, reshape) may stand before it
+%c = aten.clone.default(%t, memory_format=contiguous_format)                     -> COLUMN
+  or aten.constant_pad_nd.default(%t, [0, pad4(T) - T], 0.0)                     -> COLUMN_TMA
+  or aten.copy.default(%empty, %scale), where %empty has strides (1, T) or (1, pad4(T))
 """
 
 from __future__ import annotations

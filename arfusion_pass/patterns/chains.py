@@ -43,7 +43,7 @@ class AllReduceRMSNormChain:
 
         reduced = all_reduce(x, group)                                    empties = torch.empty(...) for what is read
         norm, total = fused_add_rms_norm(reduced, residual, weight, ...)  out = auto_functionalized(
-        codes = quant_fp8_static(norm, scale, ...)                            arfusion.allreduce_rms_norm, x, residual, ...)
+        codes = quant_fp8_static(norm, scale, ...)                            allreduce_rms_norm, x, residual, ...)
 
     Args:
         epsilon: of the norm, compared exactly (canonical, see ``config.canonical_epsilon``).

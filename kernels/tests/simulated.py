@@ -21,7 +21,15 @@ import arfusion_pass.ops.library  # noqa: F401  (defines the ops)
 from arfusion_pass.backends import c_api
 from arfusion_pass.ops import reference
 from arfusion_pass.ops.spec import (
-    NO_QUANT, Apply, Bound, Flags, QuantFormat, QuantSpec, ScaleLayout, ScaleRound, ScaleRule,
+    NO_QUANT,
+    Apply,
+    Bound,
+    Flags,
+    QuantFormat,
+    QuantSpec,
+    ScaleLayout,
+    ScaleRound,
+    ScaleRule,
 )
 from tests.gpu.calls import Config, Result, allocate, rank_input, shared_inputs, verify_epilogue
 
@@ -71,7 +79,7 @@ class Ranks:
         self.errors = [torch.zeros(16, dtype=torch.int32).pin_memory() for _ in range(world)]
 
     def launch(self, calls: list[c_api.Call], timeout_s: float = 5.0) -> None:
-        def pointers(tensors: list[torch.Tensor]):  # noqa: ANN202
+        def pointers(tensors: list[torch.Tensor]):
             return (ctypes.c_void_p * self.world)(*[t.data_ptr() for t in tensors])
 
         c_api.check(
@@ -150,8 +158,17 @@ def cases() -> list[Config]:
         made.append(dataclasses.replace(base, dtype=dtype, spec=spec, hidden=hidden, tokens=7))
         if spec.group > 0 or name == "token":
             made.append(dataclasses.replace(base, dtype=dtype, spec=spec, hidden=hidden // 2, tokens=130))
-            made.append(dataclasses.replace(base, dtype=dtype, spec=dataclasses.replace(spec, unrounded=True),
-                        hidden=384, tokens=3, norm_fp32=True, logical_scales=True))
+            made.append(
+                dataclasses.replace(
+                    base,
+                    dtype=dtype,
+                    spec=dataclasses.replace(spec, unrounded=True),
+                    hidden=384,
+                    tokens=3,
+                    norm_fp32=True,
+                    logical_scales=True,
+                )
+            )
     for dtype, residual, weight in itertools.product(DTYPES, ("none", "same", "fp32"), ("none", "same", "fp32")):
         flags = [0, int(Flags.UNROUNDED_SUM), int(Flags.ROUND_BEFORE_WEIGHT), 3]
         for flag, bias, wide in itertools.product(flags, (0.0, 1.0), (False, True)):
@@ -159,15 +176,40 @@ def cases() -> list[Config]:
                 continue
             if wide and flag & 2 and dtype != torch.float32:
                 continue  # where the two fp32 norms round apart to T before the weight, their products are far apart in fp32
-            made.append(Config(tokens=3, hidden=2880 if dtype != torch.float32 else 1440, dtype=dtype, residual=residual,
-                        weight=weight, weight_bias=bias, flags=flag, outputs=plain, norm_fp32=wide, residual_out_fp32=wide))
+            made.append(
+                Config(
+                    tokens=3,
+                    hidden=2880 if dtype != torch.float32 else 1440,
+                    dtype=dtype,
+                    residual=residual,
+                    weight=weight,
+                    weight_bias=bias,
+                    flags=flag,
+                    outputs=plain,
+                    norm_fp32=wide,
+                    residual_out_fp32=wide,
+                )
+            )
     for hidden, dtype in itertools.product((8, 16, 24, 256, 264, 2880, 5120, 6144, 8192, 8200, 12288, 16384), DTYPES):
         for tokens in (1, 2, 9):
-            made.append(Config(tokens=tokens, hidden=hidden, dtype=dtype, outputs=plain, weight="fp32" if tokens == 2 else "same"))
+            made.append(
+                Config(
+                    tokens=tokens, hidden=hidden, dtype=dtype, outputs=plain, weight="fp32" if tokens == 2 else "same"
+                )
+            )
     for outputs in (("allreduce_out",), ("residual_out",), ("norm_out",), ("allreduce_out", "norm_out")):
         made.append(Config(tokens=4, hidden=1024, outputs=outputs))
     for payload, dtype in itertools.product(("specials", "negative_zero", "sentinel", "subnormal", "nan_rank"), DTYPES):
-        made.append(Config(tokens=11, hidden=1024, dtype=dtype, payload=payload, residual="none", outputs=("allreduce_out", "residual_out")))
+        made.append(
+            Config(
+                tokens=11,
+                hidden=1024,
+                dtype=dtype,
+                payload=payload,
+                residual="none",
+                outputs=("allreduce_out", "residual_out"),
+            )
+        )
         made.append(Config(tokens=11, hidden=1024, dtype=dtype, payload=payload, outputs=plain))
     for tokens in (17, 64, 300, 1000):
         made.append(Config(tokens=tokens, hidden=1024, outputs=plain))
@@ -177,48 +219,87 @@ def cases() -> list[Config]:
 def run_moe(ranks: Ranks | None) -> int:
     """Both prologues against the reference, simulated or local."""
     count = 0
-    flag_sets = [0] + [int(f) for f in (Flags.MOE_ROUND_PRODUCT, Flags.MOE_ROUND_PARTIAL, Flags.MOE_ROUND_SUM,
-                       Flags.MOE_ROUND_SCALED)] + [0xF << 16]
+    flag_sets = (
+        [0]
+        + [
+            int(f)
+            for f in (Flags.MOE_ROUND_PRODUCT, Flags.MOE_ROUND_PARTIAL, Flags.MOE_ROUND_SUM, Flags.MOE_ROUND_SCALED)
+        ]
+        + [0xF << 16]
+    )
     for dtype, flags, tokens in itertools.product(DTYPES, flag_sets, (1, 6)):
         generator = torch.Generator(DEVICE).manual_seed(tokens)
         hidden, experts, top_k = 2048, 5, 4
 
         def rand(*shape: int) -> torch.Tensor:
-            return torch.randn(shape, generator=generator, device=DEVICE)  # noqa: B023
+            return torch.randn(shape, generator=generator, device=DEVICE)
 
         world = ranks.world if ranks else 1
-        for kind, weight_dtype in (("reduce", torch.float32), ("finalize", torch.float32), ("finalize", dtype), ("finalize", None)):
+        for kind, weight_dtype in (
+            ("reduce", torch.float32),
+            ("finalize", torch.float32),
+            ("finalize", dtype),
+            ("finalize", None),
+        ):
             calls, references, outs, keep = [], [], [], []
             for rank in range(world):
                 out = torch.empty(tokens, hidden, dtype=dtype, device=DEVICE)
                 shared = rand(tokens, hidden).to(dtype)
-                call = c_api.Call(dtype=DTYPES[dtype], tokens=tokens, hidden=hidden, flags=flags, allreduce_out=out.data_ptr(),
-                                  shared=shared.data_ptr(), epsilon=1e-6, routed_scaling_factor=1.0)
+                call = c_api.Call(
+                    dtype=DTYPES[dtype],
+                    tokens=tokens,
+                    hidden=hidden,
+                    flags=flags,
+                    allreduce_out=out.data_ptr(),
+                    shared=shared.data_ptr(),
+                    epsilon=1e-6,
+                    routed_scaling_factor=1.0,
+                )
                 if kind == "reduce":
                     x, scale = rand(experts, tokens, hidden).to(dtype), rand(experts, tokens)
                     references.append(reference.moe_reduce(x, scale, shared, flags))
-                    call.op, call.experts, call.x, call.expert_scale, call.expert_scale_fp32 = 1, experts, x.data_ptr(), scale.data_ptr(), 1
+                    call.op, call.experts, call.x, call.expert_scale, call.expert_scale_fp32 = (
+                        1,
+                        experts,
+                        x.data_ptr(),
+                        scale.data_ptr(),
+                        1,
+                    )
                     if ranks is None:
-                        torch.ops.arfusion.moe_reduce_allreduce_rms_norm(x, scale, shared, None, None, None, "", flags=flags, allreduce_out=out)
+                        torch.ops.arfusion.moe_reduce_allreduce_rms_norm(
+                            x, scale, shared, None, None, None, "", flags=flags, allreduce_out=out
+                        )
                 else:
                     rows = 3 * tokens
                     x = rand(rows, hidden).to(dtype)
-                    index = torch.randint(-1, rows, (tokens, top_k), generator=generator, device=DEVICE, dtype=torch.int32)
+                    index = torch.randint(
+                        -1, rows, (tokens, top_k), generator=generator, device=DEVICE, dtype=torch.int32
+                    )
                     scale = None if weight_dtype is None else rand(tokens, top_k).to(weight_dtype)
                     references.append(reference.moe_finalize(x, index, scale, shared, 2.5, flags))
-                    call.op, call.experts, call.x, call.index, call.permuted_rows = 2, top_k, x.data_ptr(), index.data_ptr(), rows
+                    call.op, call.experts, call.x, call.index, call.permuted_rows = (
+                        2,
+                        top_k,
+                        x.data_ptr(),
+                        index.data_ptr(),
+                        rows,
+                    )
                     call.expert_scale, call.routed_scaling_factor = pointer(scale), 2.5
                     call.expert_scale_fp32 = scale is not None and scale.dtype == torch.float32
                     keep.append(index)
                     if ranks is None:
-                        torch.ops.arfusion.moe_finalize_allreduce_rms_norm(x, index, scale, shared, 2.5, None, None, None, "", flags=flags, allreduce_out=out)
+                        torch.ops.arfusion.moe_finalize_allreduce_rms_norm(
+                            x, index, scale, shared, 2.5, None, None, None, "", flags=flags, allreduce_out=out
+                        )
                 calls.append(call), outs.append(out), keep.append((x, scale, shared))
             if ranks:
                 ranks.launch(calls)
             torch.cuda.synchronize()
             want = reference.sum_in_rank_order(torch.stack(references))
             for rank, out in enumerate(outs):
-                assert torch.equal(out, want), f"moe {kind} {dtype} flags {flags:#x} rank {rank}: {int((out != want).sum())} differ"
+                assert torch.equal(out, want), (
+                    f"moe {kind} {dtype} flags {flags:#x} rank {rank}: {int((out != want).sum())} differ"
+                )
             count += 1
     return count
 
@@ -299,13 +380,30 @@ def graph_time() -> None:
         row = []
         for name in (None, "static", "token", "group128", "nvfp4_128x4", "mxfp8_128x4"):
             spec = NO_QUANT if name is None else SPECS[name]
-            config = Config(tokens=tokens, hidden=hidden, spec=spec, outputs=("residual_out", "norm_out") if name is None else ("residual_out", "quant_out"))
+            config = Config(
+                tokens=tokens,
+                hidden=hidden,
+                spec=spec,
+                outputs=("residual_out", "norm_out") if name is None else ("residual_out", "quant_out"),
+            )
             x, shared, result = rank_input(config, 0, DEVICE), shared_inputs(config, DEVICE), allocate(config, DEVICE)
             out = {n: b.tensor for n, b in result.buffers.items()}
 
             def call() -> None:
-                torch.ops.arfusion.allreduce_rms_norm(x, shared.residual, shared.weight, shared.scale, "", 1e-6, 0.0, 0,  # noqa: B023
-                    spec.pack(), spec.bound, shared.scale_value, **out)  # noqa: B023
+                torch.ops.arfusion.allreduce_rms_norm(
+                    x,
+                    shared.residual,
+                    shared.weight,
+                    shared.scale,
+                    "",
+                    1e-6,
+                    0.0,
+                    0,
+                    spec.pack(),
+                    spec.bound,
+                    shared.scale_value,
+                    **out,
+                )
 
             call()
             graph = torch.cuda.CUDAGraph()
@@ -330,7 +428,7 @@ def main() -> None:
     quick = "--quick" in sys.argv
     failures, count = [], 0
 
-    def attempt(what: str, run) -> None:  # noqa: ANN001
+    def attempt(what: str, run) -> None:
         nonlocal count
         count += 1
         try:
