@@ -7,8 +7,9 @@
 It installs the pass in Inductor's global config, behind a pass that is there already, and registers SGLang's groups.
 
 Nothing of this has run with SGLang itself, only with ops under its schemas. What is known of its source: its
-*piecewise* graphs put a pass manager of their own into Inductor's config and cut the graph at ``inplace_all_reduce``, so that no
-all-reduce and its norm share a graph there; only the out-of-place all-reduce of the plain ``torch.compile`` path fuses.
+*piecewise* graphs put a pass manager of their own into Inductor's config and cut the graph at
+``inplace_all_reduce``, so that no all-reduce and its norm share a graph there; only the out-of-place all-reduce of
+the plain ``torch.compile`` path fuses.
 """
 
 from __future__ import annotations
