@@ -42,9 +42,9 @@ class FusionPassManager:
 
     def _chains(self, graph: fx.Graph) -> Iterator[AllReduceRMSNormChain]:
         """A chain for each combination of (epsilon, dtype, add, quantiser, prologue) in the graph, longest first."""
-        norms = {ir.ops.rms_norm.default: False, ir.ops.fused_add_rms_norm.default: True}
+        norms = {ir.op.rms_norm.default: False, ir.op.fused_add_rms_norm.default: True}
         quantisers = {quantiser.op: quantiser for quantiser in ir.QUANTISERS.values()}
-        prologues = {getattr(ir.ops, name).default: name for name in PROLOGUES}
+        prologues = {getattr(ir.op, name).default: name for name in PROLOGUES}
         held: dict[tuple[Any, ...], None] = {}
         for node in graph.nodes:
             if node.target in norms:

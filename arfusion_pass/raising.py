@@ -420,16 +420,16 @@ def _raise_site(graph: fx.Graph, site: RaisedSite, index: int, origins: dict[fx.
     dtype, epsilon = dtype_of(norm.norm or site.reduced.x), canonical_epsilon(norm.epsilon)
     weight = None if norm.weight is None else origins[norm.weight]
     if site.prologue is not None:
-        x = call(getattr(ir.ops, site.prologue.op).default, *_prologue_arguments(graph, site.prologue, origins))
+        x = call(getattr(ir.op, site.prologue.op).default, *_prologue_arguments(graph, site.prologue, origins))
     else:
         x = origins[site.reduced.x]
-    reduced = call(ir.ops.all_reduce.default, x, site.reduced.group)
+    reduced = call(ir.op.all_reduce.default, x, site.reduced.group)
     values["allreduce_out"] = reduced
     if norm.residual is None:
-        norm_value = call(ir.ops.rms_norm.default, reduced, weight, epsilon, dtype, norm.weight_bias, int(norm.flags))
+        norm_value = call(ir.op.rms_norm.default, reduced, weight, epsilon, dtype, norm.weight_bias, int(norm.flags))
     else:
         both = call(
-            ir.ops.fused_add_rms_norm.default,
+            ir.op.fused_add_rms_norm.default,
             *(reduced, origins[norm.residual], weight, epsilon, dtype, norm.weight_bias, int(norm.flags)),
             dtype_of(norm.total),
         )

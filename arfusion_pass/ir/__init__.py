@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from arfusion_pass.ir import ops as _definitions  # noqa: F401  (defines the ops)
+from arfusion_pass.ir import ops  # defines the ops
 from arfusion_pass.ir.quantisers import QUANTISERS, Quantiser
 
-ops = torch.ops.arfusion_ir
+op = torch.ops.arfusion_ir
+"""The namespace: ``op.rms_norm.default`` is an overload."""
 
-__all__ = ["QUANTISERS", "Quantiser", "ops"]
+__all__ = ["QUANTISERS", "Quantiser", "op", "ops"]

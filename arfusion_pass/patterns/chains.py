@@ -87,11 +87,11 @@ class AllReduceRMSNormChain:
         """The chain, its last op first; every value is an output."""
         x: PatternExpr = KeywordArg("x")
         if self.prologue is not None:
-            x = _call(getattr(ir.ops, self.prologue).default, *map(KeywordArg, PROLOGUES[self.prologue]))
-        reduced = _call(ir.ops.all_reduce.default, x, KeywordArg("group"))
+            x = _call(getattr(ir.op, self.prologue).default, *map(KeywordArg, PROLOGUES[self.prologue]))
+        reduced = _call(ir.op.all_reduce.default, x, KeywordArg("group"))
         if self.add:
             both = _call(
-                ir.ops.fused_add_rms_norm.default,
+                ir.op.fused_add_rms_norm.default,
                 *(reduced, KeywordArg("residual"), KeywordArg("weight"), self.epsilon, self.dtype),
                 *(KeywordArg("weight_bias"), KeywordArg("flags"), KeywordArg("residual_dtype")),
             )
@@ -99,7 +99,7 @@ class AllReduceRMSNormChain:
             values = [both, norm, _call(operator.getitem, both, 1), reduced]
         else:
             norm = _call(
-                ir.ops.rms_norm.default,
+                ir.op.rms_norm.default,
                 *(reduced, KeywordArg("weight"), self.epsilon, self.dtype),
                 *(KeywordArg("weight_bias"), KeywordArg("flags")),
             )
