@@ -45,7 +45,7 @@ ARF_API const char* arf_architectures(void);
 
 /* What the CUDA ops hand to Python, both with the op's own schema and arguments, defined by Python:
  *   arfusion::_fallback_<op>  the group is marked as fallback (below);
- *   arfusion::_python_<op>    flags has REFERENCE or FLASHINFER. It must not call arfusion::<op> with that flag again. */
+ *   arfusion::_python_<op>    flags has REFERENCE, FLASHINFER or RECORD. It must not call arfusion::<op> with that flag again. */
 
 /* ---- Workspaces ------------------------------------------------------------------------------------------------- */
 

@@ -470,7 +470,7 @@ template <typename Op>
 void boxed(StableIValue* stack, uint64_t, uint64_t) {
   StableIValue* epilogue = stack + Op::kArguments;
   const auto flags = static_cast<uint32_t>(word_to<int64_t>(epilogue[kFlags]));
-  if (flags & (arf::kReference | arf::kFlashinfer)) return redispatch("_python_", Op::kOp, stack);
+  if (flags & (arf::kReference | arf::kFlashinfer | arf::kRecord)) return redispatch("_python_", Op::kOp, stack);
   /* Another op needs the words untouched, so the group's state comes before they are taken. */
   const char* group = "";
   check(torch_string_c_str(word_to<StringHandle>(epilogue[kGroup]), &group), "string_c_str");

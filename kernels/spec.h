@@ -14,6 +14,7 @@ enum Flags : uint32_t {
   kTriggerEarly = 1u << 11,
   kReference = 1u << 12,
   kFlashinfer = 1u << 13,
+  kRecord = 1u << 14, /* never reaches a launch: the binding hands such a call to Python */
   kMoeRoundProduct = 1u << 16,
   kMoeRoundPartial = 1u << 17,
   kMoeRoundSum = 1u << 18,

@@ -10,7 +10,7 @@ ranks (:mod:`arfusion_pass.comm.workspace`). Each is::
 
 Here the summation order, and so the last bit of a sum, is the process group's, not ours.
 
-``arfusion::_python_<op>`` runs a call whose flags say ``REFERENCE`` or ``FLASHINFER``.
+``arfusion::_python_<op>`` runs a call whose flags say ``REFERENCE``, ``FLASHINFER`` or ``RECORD``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import torch
 import torch.distributed as dist
 
 from arfusion_pass.groups import resolve_group
-from arfusion_pass.ops.library import run_reference
+from arfusion_pass.ops import record
+from arfusion_pass.ops.library import fused_op, run_reference
 from arfusion_pass.ops.schema import NAMESPACE, SCHEMAS
 from arfusion_pass.ops.spec import Flags
 
@@ -68,7 +69,9 @@ def _python_op(op: str) -> Callable[..., None]:
         arguments = {argument.name: argument.default_value for argument in schema}
         arguments.update(zip(arguments, args, strict=False))
         arguments.update(kwargs)
-        if int(arguments["flags"]) & Flags.FLASHINFER:
+        if int(arguments["flags"]) & Flags.RECORD:
+            record.observe(arguments, lambda plain: fused_op(op)(**plain))
+        elif int(arguments["flags"]) & Flags.FLASHINFER:
             from arfusion_pass.backends import flashinfer
 
             flashinfer.run(op, arguments)

@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 
 import arfusion_pass.ops
 from arfusion_pass.backends import fallback, native
-from arfusion_pass.ops import reference
+from arfusion_pass.ops import record, reference
 from arfusion_pass.ops.schema import SCHEMAS
 from arfusion_pass.ops.spec import Flags, QuantFormat, QuantSpec
 
@@ -21,6 +21,30 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a mach
 def unloaded(monkeypatch):
     monkeypatch.setattr(native, "_failure", None)
     monkeypatch.delenv("ARFUSION_LIBRARY", raising=False)
+
+
+def test_a_recorded_call_is_handed_to_its_observer():
+    """Contract: the library hands a call with Flags.RECORD back to Python, where its recorder sees inputs and outputs
+    and the call runs as without the flag."""
+    fallback.register()
+    seen = []
+
+    def observer(arguments, run):
+        run(arguments)
+        seen.append((arguments["flags"], arguments["x"].clone(), arguments["norm_out"].clone()))
+
+    flags = record.add_observer(observer) | int(Flags.ROUND_BEFORE_WEIGHT)
+    x = torch.randn(3, 64, dtype=torch.bfloat16)
+    weight = torch.randn(64, dtype=torch.bfloat16)
+    norm, plain = torch.empty_like(x), torch.empty_like(x)
+    torch.ops.arfusion._python_allreduce_rms_norm(x, None, weight, None, "", flags=flags, norm_out=norm)
+    torch.ops.arfusion.allreduce_rms_norm(
+        x, None, weight, None, "", flags=int(Flags.ROUND_BEFORE_WEIGHT), norm_out=plain
+    )
+    assert torch.equal(norm, plain)
+    assert [call[0] for call in seen] == [int(Flags.ROUND_BEFORE_WEIGHT)]
+    assert torch.equal(seen[0][1], x)
+    assert torch.equal(seen[0][2], norm)
 
 
 @without_gpu
