@@ -1,8 +1,8 @@
 """Property: whatever a graph's sites are drawn from, what is fused means the same and what is not says why.
 
 Here every graph is captured from ``torch.compile`` and fused in this process, on simulated ranks; a few are compiled
-whole on two gloo ranks. By environment variable: ``ARFUSION_FUZZ_GRAPHS`` graphs (50 in CI, 500 and more at night) within
-``ARFUSION_FUZZ_SECONDS``, others than CI's by ``ARFUSION_FUZZ_SEED``; ``ARFUSION_FUZZ_COMPILED`` are compiled whole.
+whole on two gloo ranks. By environment variable: ``ARFUSION_FUZZ_GRAPHS`` graphs (50 in CI, 500 and more at night)
+within ``ARFUSION_FUZZ_SECONDS``, others than CI's by ``ARFUSION_FUZZ_SEED``; ``ARFUSION_FUZZ_COMPILED`` of them whole.
 ``pytest -s`` prints the counts.
 """
 
@@ -122,6 +122,7 @@ def check_graph(graph: rs.Graph, counts: collections.Counter[str]) -> None:
             counts[f"missed: {drawn.norm} {drawn.residual} {drawn.gamma} {graph.dtype}: {site.reason}"] += 1
 
 
+@pytest.mark.slow
 def test_captured(engine_world: None) -> None:
     """Graphs drawn by hypothesis, which shrinks what fails; most sites that could fuse do."""
     counts: collections.Counter[str] = collections.Counter()
@@ -180,6 +181,7 @@ def sound(graph: rs.Graph) -> bool:
     return all(site.unsound not in rs.UNSOUND_OPS for site in graph.sites)
 
 
+@pytest.mark.slow
 def test_compiled() -> None:
     """Graphs compiled whole on two real ranks: each fused call within the contract."""
     seeds = [n for n in range(1000) if sound(rs.draw_graph(random.Random(n).choice, most=3))][:COMPILED]
