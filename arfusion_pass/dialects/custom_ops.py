@@ -436,6 +436,9 @@ class CustomOpDialect(Dialect):
         for user in list(norm.users):
             entry = self.quantiser_ops.get(op_name(user) or "")
             quant = None if entry is None else entry.recognise(OpCall(user), norm)
+            if isinstance(quant, Quantised) and dtype_of(norm) == torch.float32:
+                # of a norm that was never rounded to the reduced tensor's dtype (of an fp32 site, raising drops this)
+                quant = dataclasses.replace(quant, spec=dataclasses.replace(quant.spec, unrounded=True))
             if quant is not None:
                 yield quant
 

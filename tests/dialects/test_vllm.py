@@ -164,6 +164,14 @@ def f_static(x, r, w, s):  # type: ignore[no-untyped-def]
     return static(norm, s, [-1, -1]), total
 
 
+def f_static_fp32_norm(x, r, w, s):  # type: ignore[no-untyped-def]
+    """The op reads an fp32 norm of a bf16 sum: rounding it to bf16 first would give other codes."""
+    total = reduce(x) + r
+    wide = total.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPSILON) * w.float()
+    return static(wide, s), total
+
+
 def f_static_plain(x, r, w, s):  # type: ignore[no-untyped-def]
     y = reduce(x)
     return static(c_norm(y, w), s), y
@@ -309,6 +317,7 @@ QUANT_CASES = {
     "funcol_static": Case(f_funcol_static, with_scale, (ADD + "StaticQuantFP8",)),
     "static": Case(f_static, with_scale, (ADD + "StaticQuantFP8",)),
     "static_dynamic": Case(f_static, with_scale, (ADD + "StaticQuantFP8",), dynamic=True),
+    "static_fp32_norm": Case(f_static_fp32_norm, with_scale, (ADD + "StaticQuantFP8",)),
     "static_plain": Case(f_static_plain, with_scale, (PLAIN + "StaticQuantFP8",)),
     "static_fan_out": Case(f_static_fan_out, with_scale, (ADD + "StaticQuantFP8",)),
     "static_off": Case(f_static, with_scale, (ADD,), config={"quantisers": False}),
