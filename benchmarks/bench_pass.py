@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch._inductor.lowering  # the pass runs inside Inductor, which has loaded this long before
 import torch.distributed as dist
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -65,12 +66,13 @@ def measure(layers: int) -> tuple[int, int, float, float]:
     """Nodes, sites, seconds of the pass by the clock and of CPU time, on a fresh graph."""
     import arfusion_pass as arf
 
+    fuse, config = arf.fuse, arf.FusionConfig(raise_errors=True)
     shapes = ((8, HIDDEN), (8, HIDDEN), (HIDDEN,), (1,), (HIDDEN, HIDDEN))
     example = [torch.empty(shape, dtype=torch.float32 if shape == (1,) else torch.bfloat16) for shape in shapes]
     graph = make_fx(model(layers), tracing_mode="fake", decomposition_table=select_decomp_table())(*example)
     nodes = len(graph.graph.nodes)
     start, cpu = time.perf_counter(), time.process_time()
-    report = arf.fuse(graph, arf.FusionConfig(raise_errors=True))
+    report = fuse(graph, config)
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     quantised = sum(site.quantiser is not None for site in report.fused)
     if (report.matched_count, quantised) != (2 * layers, 2 * layers):
@@ -104,7 +106,7 @@ def main() -> None:
         f"# The pass's own time\n\n{datetime.date.today()}, {os.cpu_count()} CPU cores (load average "
         f"{os.getloadavg()[0]:.1f}), torch {torch.__version__}, Python {sys.version.split()[0]}; `python -m "
         f"benchmarks.bench_pass`: best of {arguments.runs} fresh processes\na row, registration included, "
-        "import of the package not.\n\n"
+        "imports not.\n\n"
     )
     text = heading + "\n".join(rows) + "\n"
     print(text)
