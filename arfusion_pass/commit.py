@@ -129,7 +129,7 @@ class Committer:
         anchor = max([self._defined(node) for node in inputs] + [self.position[site.node]])
         moved: list[fx.Node] = []
         if anchor >= first:
-            moved_and_anchor = self._hoist(inputs, index, own, first)
+            moved_and_anchor = self._hoist(inputs, site, own, first)
             if site.reason is not None:
                 return
             if moved_and_anchor is None:
@@ -166,18 +166,16 @@ class Committer:
         return self.position[node]
 
     def _hoist(
-        self, inputs: Iterable[fx.Node], index: int, own: set[fx.Node], first: int
+        self, inputs: Iterable[fx.Node], site: RaisedSite, own: set[fx.Node], first: int
     ) -> tuple[list[fx.Node], int] | None:
         """The pure nodes to move up so that every input stands before position ``first``, and the anchor then."""
         moved: set[fx.Node] = set()
-        anchor = self.position[self.sites[index].node]
+        anchor = self.position[site.node]
         stack = list(inputs)
         while stack:
             node = stack.pop()
             if node in own:
-                self.sites[
-                    index
-                ].reason = (
+                site.reason = (
                     f"an input of the fused call is computed from {describe(node)}, which the call itself would produce"
                 )
                 return None

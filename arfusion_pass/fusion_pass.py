@@ -101,8 +101,9 @@ def run(graph: fx.Graph, config: FusionConfig) -> FusionReport:
     described: list[Site] = []
     replays: list[replay.ReplaySite] = []
     try:
-        sites = find_sites(graph, config)
-        described = [_describe(site) for site in sites]
+        found = find_sites(graph, config)
+        described = [_describe(site) for site in found]  # while its nodes stand; from here on only reasons change
+        sites = found
         if any(site.reason is None for site in sites):
             shadow = build_shadow(sites)
             calls = FusionPassManager(config).apply(shadow)
@@ -111,7 +112,6 @@ def run(graph: fx.Graph, config: FusionConfig) -> FusionReport:
             plans = committer.plan()
             if recorder is not None:
                 replays = [recorder.take(plan) for plan in plans]
-            described = [_describe(site) for site in sites]
             written = committer.apply()
             if recorder is not None:
                 after = replay.print_graph(graph)

@@ -263,6 +263,19 @@ def test_unexpected_error(monkeypatch: pytest.MonkeyPatch) -> None:
         arf.fuse(module, STRICT)
 
 
+def test_unexpected_error_while_describing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contract: never crash the compile. A site that cannot even be described leaves the graph and a note."""
+    from arfusion_pass import fusion_pass
+
+    def fail(*args: Any) -> None:
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr(fusion_pass, "_describe", fail)
+    module = trace(lambda x, w: llama(reduce(x), w, EPS), *tensors(X, W))
+    report = check_unchanged(module, arf.FusionConfig())
+    assert "boom" in str(report.note)
+
+
 def test_other_reduce_ops() -> None:
     """Reduce ops of other kinds never reach the pass as ``sum``: the schema's string is compared, not a prefix."""
     module = trace(lambda x, w: llama(reduce(x), w, EPS), *tensors(X, W))
