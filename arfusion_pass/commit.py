@@ -2,11 +2,13 @@
 
 Every site is planned first: where its call can stand (after its latest input and its all-reduce, before the first
 reader of anything it writes), that no mutation comes between, and what shape each buffer has. Only then is the
-graph changed. A site that fails its plan keeps its nodes and gets a reason.
+graph changed. A site that fails its plan keeps its nodes and gets a reason. An error while the calls are written undoes
+all of them: the graph is as it came, or every planned call is in it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import operator
 from collections.abc import Iterable
@@ -73,28 +75,42 @@ class Committer:
         return list(self.plans.values())
 
     def apply(self) -> list[tuple[Plan, fx.Node]]:
-        """Write the planned calls; gives each with its node in the user's graph."""
+        """Write the planned calls; gives each with its node in the user's graph. The old nodes stay, unread, until
+        :meth:`erase`. An error while writing undoes what was written, and is raised again."""
+        with contextlib.ExitStack() as undo:
+            written = self._write_all(undo)
+            undo.pop_all()
+        return written
+
+    def erase(self) -> None:
+        """Erase what the written calls replaced."""
+        for plan in self.plans.values():
+            self._erase(plan.site)
+
+    def _write_all(self, undo: contextlib.ExitStack) -> list[tuple[Plan, fx.Node]]:
+        """Write every plan; ``undo`` takes the inverse of each change before the next one is made."""
         written: list[tuple[Plan, fx.Node]] = []
         tail: dict[fx.Node, fx.Node] = {}
         replaced: dict[fx.Node, fx.Node] = {}
         for plan in self.plans.values():
             last = tail.get(plan.anchor, plan.anchor)
             for node in plan.moved:
+                undo.callback(node.prev.append, node)
                 last.append(node)
                 last = node
             # An input may have been moved, or written behind the same anchor, since this was planned.
             last = max([last, *(replaced.get(node, node) for node in _origins(plan.call))])
-            call, last, values = self._write(plan, last, replaced)
+            call, last, values = self._write(plan, last, replaced, undo)
             tail[plan.anchor] = last
             readers = plan.site.outside_readers
             for role, old_values in plan.site.holders.items():
                 outside = set(readers[role])
+                for user in readers[role]:
+                    undo.callback(_restore, user, user.args, user.kwargs)
                 for old in old_values if role in values else ():
                     old.replace_all_uses_with(values[role], delete_user_cb=outside.__contains__)
                     replaced[old] = values[role]
             written.append((plan, call))
-        for plan, _ in written:
-            self._erase(plan.site)
         return written
 
     def _plan(self, index: int) -> None:
@@ -209,7 +225,7 @@ class Committer:
         return None
 
     def _write(
-        self, plan: Plan, last: fx.Node, replaced: dict[fx.Node, fx.Node]
+        self, plan: Plan, last: fx.Node, replaced: dict[fx.Node, fx.Node], undo: contextlib.ExitStack
     ) -> tuple[fx.Node, fx.Node, dict[str, fx.Node]]:
         """Insert buffers, call and results after ``last``; gives the call, the last new node, and role to result."""
         meta = {key: plan.site.node.meta[key] for key in META_KEYS if key in plan.site.node.meta}
@@ -221,6 +237,7 @@ class Committer:
             current = fx.map_arg(args, lambda node: replaced.get(node, node))
             with self.graph.inserting_after(last):
                 last = self.graph.call_function(target, current, kwargs or {})
+            undo.callback(self.graph.erase_node, last)
             last.meta.update(meta, val=val)
             return last
 
@@ -269,6 +286,10 @@ class Committer:
             if not node._erased and not node.users and is_pure(node):
                 feeding += node.all_input_nodes
                 self.graph.erase_node(node)
+
+
+def _restore(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    node.args, node.kwargs = args, kwargs
 
 
 def _origins(call: fx.Node) -> list[fx.Node]:

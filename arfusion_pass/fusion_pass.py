@@ -113,14 +113,16 @@ def run(graph: fx.Graph, config: FusionConfig) -> FusionReport:
             if recorder is not None:
                 replays = [recorder.take(plan) for plan in plans]
             written = committer.apply()
+            committer.erase()
             if recorder is not None:
                 after = replay.print_graph(graph)
                 recorder.mark(replays, [call for _, call in written])
     except Exception as error:
         if config.raise_errors:
             raise
-        log.warning("arfusion left a graph as it was: %s: %s", type(error).__name__, error, exc_info=True)
-        note = f"the pass met something it did not expect and left the graph as it was: {type(error).__name__}: {error}"
+        outcome = "had written its fused calls" if written else "left the graph as it was"
+        note = f"the pass met something it did not expect and {outcome}: {type(error).__name__}: {error}"
+        log.warning("arfusion: %s", note, exc_info=True)
     fused = {id(plan.site): plan for plan, _ in written}
     final = tuple(
         _finish(text, fused[id(site)]) if id(site) in fused else _missed(site, text, note)

@@ -9,10 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import fx
 
 import arfusion_pass as arf
+from arfusion_pass import commit
+from arfusion_pass.buffers import Buffer
 from tests.models import Tensor, llama, reduce, weightless
-from tests.simulate import STRICT, c10d, check_fused, check_unchanged, fused_copy, symbolic, tensors, trace
+from tests.simulate import STRICT, c10d, check_fused, check_same, check_unchanged, fused_copy, symbolic, tensors, trace
 
 HIDDEN = 32
 X, W = (4, HIDDEN), (HIDDEN,)
@@ -249,7 +252,6 @@ def test_config_selects() -> None:
 
 def test_unexpected_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """Contract: never crash the compile. An error inside the pass leaves the graph, and every site says so."""
-    from arfusion_pass import commit
 
     def fail(*args: Any) -> None:
         raise RuntimeError("boom")
@@ -274,6 +276,55 @@ def test_unexpected_error_while_describing(monkeypatch: pytest.MonkeyPatch) -> N
     module = trace(lambda x, w: llama(reduce(x), w, EPS), *tensors(X, W))
     report = check_unchanged(module, arf.FusionConfig())
     assert "boom" in str(report.note)
+
+
+def test_unexpected_error_while_writing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contract: never crash the compile. Whichever step of writing fails, the graph is as it came: what was inserted
+    is gone, what was moved is back, and every reader reads what it did."""
+
+    def model(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        total = r + reduce(x)
+        second = total + reduce(llama(total, w, EPS))
+        early = second.relu()
+        return early, llama(second, w.abs(), EPS), second  # this weight must move up
+
+    apply = commit.Committer.apply
+    for owner, name in ((Buffer, "emit"), (Buffer, "view"), (fx.Node, "replace_all_uses_with")):
+        step = getattr(owner, name)
+        for succeed in range(4):
+            outcomes = iter([True] * succeed + [False])
+
+            def fail(*args: Any, _step: Any = step, _outcomes: Any = outcomes, **kwargs: Any) -> Any:
+                if next(_outcomes):
+                    return _step(*args, **kwargs)
+                raise RuntimeError("boom")
+
+            def apply_and_fail(committer: commit.Committer, _where: Any = (owner, name), _fail: Any = fail) -> Any:
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(*_where, _fail)
+                    return apply(committer)
+
+            module = trace(model, *tensors(X, X, W))
+            with monkeypatch.context() as patch:
+                patch.setattr(commit.Committer, "apply", apply_and_fail)
+                report = check_unchanged(module, arf.FusionConfig())
+            assert "left the graph as it was" in str(report.note)
+            assert all("boom" in str(site.reason) for site in report.sites)
+            check_fused(module, 2)  # and it can still be fused
+
+
+def test_unexpected_error_after_writing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error once the calls are written: they stay, the report counts them, and its note says so."""
+
+    def fail(*args: Any) -> None:
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr(commit.Committer, "erase", fail)
+    module = trace(lambda x, w: llama(reduce(x), w, EPS), *tensors(X, W))
+    fused, report = fused_copy(module, arf.FusionConfig())
+    assert report.matched_count == 1
+    assert "had written its fused calls" in str(report.note)
+    check_same(module, fused)
 
 
 def test_other_reduce_ops() -> None:
