@@ -16,7 +16,7 @@ from arfusion_pass.graph import last_dim
 from arfusion_pass.ops.spec import Flags
 
 
-def _flags(call: OpCall, dtype: torch.dtype, weight: torch.dtype | None, add: bool) -> Flags:
+def _flags(call: OpCall, x: torch.dtype, weight: torch.dtype | None, add: bool) -> Flags:
     return Flags.NONE
 
 
@@ -33,7 +33,7 @@ _NORM = NormOp(
     flags=_flags,
     epsilon="eps",
     default_epsilon=torch.finfo(torch.float32).eps,
-    weight_in_x_dtype=False,
+    mixed=True,
     refuse=_over_rows,
 )
 

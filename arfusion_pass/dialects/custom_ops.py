@@ -31,8 +31,20 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from arfusion_pass.dialects.base import Dialect, Norm, Quantised, Reduced, Refused
-from arfusion_pass.dialects.operands import EPSILON_ADVICE, Sum, sums, weight_of
-from arfusion_pass.graph import constant, describe, dtype_of, last_dim, path, row_views, tensor_of, value_of
+from arfusion_pass.dialects.operands import EPSILON_ADVICE, Sum, readable_total, sums, weight_of
+from arfusion_pass.graph import (
+    constant,
+    describe,
+    dtype_of,
+    is_cast,
+    last_dim,
+    only_user,
+    path,
+    row_views,
+    tensor_of,
+    value_of,
+    widens,
+)
 from arfusion_pass.ops.layouts import CODE_DTYPES, token_count
 from arfusion_pass.ops.spec import Flags
 
@@ -239,7 +251,7 @@ def is_contiguous(size: Sequence[Any], stride: Sequence[Any]) -> bool:
 
 
 FlagRule = Callable[[OpCall, torch.dtype, "torch.dtype | None", bool], Flags]
-"""``(call, T, dtype of the weight as the op sees it, whether the op adds a residual)`` to the rounding flags."""
+"""``(call, dtype of x as the op sees it, the weight's, whether the op adds a residual)`` to the rounding flags."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,7 +266,9 @@ class NormOp:
         total: the result that is the sum.
         weight_bias: what the op adds to its weight (Gemma: 1).
         default_epsilon: what an epsilon of None means, or None.
-        weight_in_x_dtype: the op takes only a weight (and a residual) of ``x``'s dtype.
+        mixed: the op takes 16-bit and fp32 operands in any mix.
+        fp32: the op takes fp32 operands, all of them, as well as 16-bit ones.
+        fp32_weight: whether a call's op takes an fp32 weight beside a 16-bit ``x``, and multiplies in fp32.
         refuse: a reason against one call, or None.
         quant: the quantiser that the op ends in.
     """
@@ -268,12 +282,15 @@ class NormOp:
     total: Output | None = None
     weight_bias: float = 0.0
     default_epsilon: float | None = None
-    weight_in_x_dtype: bool = True
+    mixed: bool = False
+    fp32: bool = False
+    fp32_weight: Callable[[OpCall], bool] = lambda call: False
     refuse: Callable[[OpCall], str | None] = lambda call: None
     quant: QuantOp | None = None
 
     def recognise(self, call: OpCall, start: fx.Node, candidate: Sum, value: fx.Node) -> Norm | Refused | None:
-        """The norm that ``call`` is, reading ``start`` (the reduced ``value``, or its sum with a residual)."""
+        """The norm that ``call`` is, reading ``start``: the reduced ``value`` or its sum with a residual, as it is or
+        widened to fp32."""
         roles = [role for role in (self.x, self.residual) if call.reads(role, start)]
         if len(roles) != 1:
             return None
@@ -292,12 +309,12 @@ class NormOp:
         epsilon = self.default_epsilon if call[self.epsilon] is None else constant(call[self.epsilon])
         if epsilon is None:
             return Refused(EPSILON_ADVICE.format(node=call[self.epsilon]), call.node)
-        dtype = dtype_of(value)
+        dtype, x_dtype = dtype_of(value), dtype_of(start)
         given = None if self.weight is None else call[self.weight]
         weight = None if given is None else weight_of(given, last_dim(start), dtype)
         if given is not None and weight is None:
             return Refused(f"the weight {describe(given)} of {call.node.name} is no [hidden] vector", call.node)
-        assert dtype is not None
+        assert dtype is not None and x_dtype is not None
         nodes = (*candidate.nodes, *path(candidate.start, start), *call.nodes)
         norm = call.output(self.norm)
         quant: Quantised | None = None
@@ -305,34 +322,49 @@ class NormOp:
             found = self.quant.recognise(call, start)
             if found is None or isinstance(found, Refused):
                 return found
-            quant = dataclasses.replace(found, nodes=nodes)
+            spec = dataclasses.replace(found.spec, unrounded=found.spec.unrounded or x_dtype == torch.float32 != dtype)
+            quant = dataclasses.replace(found, spec=spec, nodes=nodes)
         elif norm is None:
             return None  # only the sum is read: nothing to fuse
+        else:
+            last = only_user(norm)
+            if last is not None and dtype_of(norm) == torch.float32 != dtype and is_cast(last, dtype):
+                norm, nodes = last, (*nodes, last)
+        total = readable_total(candidate, nodes) if residual is None else call.output(self.total)
         return Norm(
             operand=value,
             norm=norm,
             epsilon=epsilon,
-            nodes=nodes,
+            nodes=nodes if total is None or total in nodes else (*nodes, total),
             weight=None if weight is None else weight.node,
             weight_bias=0.0 if weight is None else self.weight_bias + weight.bias,
-            flags=candidate.flags | self.flags(call, dtype, dtype_of(given), residual is not None),
+            flags=candidate.flags | self.flags(call, x_dtype, dtype_of(given), residual is not None),
             residual=candidate.residual if residual is None else residual.node,
-            total=candidate.total if residual is None else call.output(self.total),
+            total=total,
             quant=quant,
         )
 
     def _misfit(self, call: OpCall, start: fx.Node, value: fx.Node, residual: Operand | None) -> str | None:
-        dtype, name = dtype_of(value), call.node.name
-        if dtype_of(start) != dtype:
-            return f"{describe(call.node)} normalises {dtype_of(start)}, the all-reduce is {dtype}"
+        dtype, x_dtype, name = dtype_of(value), dtype_of(start), call.node.name
+        if x_dtype != dtype and not (self.mixed or self.fp32):
+            return (
+                f"{describe(call.node)} normalises {describe(start)}, which is {x_dtype}; the op takes only 16-bit "
+                f"tensors: round to {dtype} in front of it"
+            )
         if residual is not None and not residual.whole:
             return f"the residual of {name} is a part of {describe(residual.node)}"
-        if not self.weight_in_x_dtype:
+        if self.mixed:
             return None
         weight = None if self.weight is None else call[self.weight]
-        for role, node in (("weight", weight), ("residual", None if residual is None else residual.node)):
-            if node is not None and dtype_of(node) != dtype:
-                return f"the {role} {describe(node)} of {name} is {dtype_of(node)}; the op takes only {dtype}"
+        if dtype_of(weight) == torch.float32 and self.fp32_weight(call):
+            weight = None
+        operands = {"weight": weight, "residual": None if residual is None else residual.node}
+        for role, node in {**operands, "result": call.output(self.norm)}.items():
+            if node is not None and dtype_of(node) != x_dtype:
+                return (
+                    f"the {role} {describe(node)} of {name} is {dtype_of(node)}; the op takes only {x_dtype} beside an "
+                    f"input of {x_dtype}: cast it to that"
+                )
         return None
 
 
@@ -424,12 +456,13 @@ class CustomOpDialect(Dialect):
         if not self.norm_ops:
             return
         for candidate in (Sum(value), *sums(value)):
-            for start in row_views(candidate.start):
-                for user in list(start.users):
-                    entry = self.norm_ops.get(op_name(user) or "")
-                    norm = None if entry is None else entry.recognise(OpCall(user), start, candidate, value)
-                    if norm is not None:
-                        yield norm
+            for view in row_views(candidate.start):
+                for start in (view, *filter(widens, list(view.users))):
+                    for user in list(start.users):
+                        entry = self.norm_ops.get(op_name(user) or "")
+                        norm = None if entry is None else entry.recognise(OpCall(user), start, candidate, value)
+                        if norm is not None:
+                            yield norm
 
     def quantisers(self, norm: fx.Node) -> Iterable[Quantised | Refused]:
         """The quantisers in the table that read ``norm``."""

@@ -26,7 +26,7 @@ LAYOUT_CODES = {0: ScaleLayout.SWIZZLED_128X4, 1: ScaleLayout.SWIZZLED_8X4, 2: S
 UNROUNDED_STATIC_FP8 = QuantSpec(QuantFormat.FP8, group=0, apply=Apply.RECIPROCAL, unrounded=True)
 
 
-def _flags(call: OpCall, dtype: torch.dtype, weight: torch.dtype | None, add: bool) -> Flags:
+def _flags(call: OpCall, x: torch.dtype, weight: torch.dtype | None, add: bool) -> Flags:
     return Flags.UNROUNDED_SUM if add else Flags.NONE
 
 

@@ -18,6 +18,8 @@ What the ops compute, read in vLLM's sources; ``T`` is the dtype of ``x``:
     The sum is rounded to ``T`` and the norm reads that. ``Tensor? weight`` in the schema: ``T(x * rsqrt * weight)``
     in fp32. ``Tensor weight`` (before vLLM's norms were IR ops, up to 0.19): ``T(x * rsqrt) * weight`` in ``T``.
     vLLM changed this twice more on the way (its #40860, #42379, #46070), in versions whose graphs hold ``vllm_ir``.
+    All operands have one dtype, which may be fp32. With an optional weight an fp32 one beside a 16-bit ``x`` is read as
+    what it means there, ``T(x * rsqrt * weight)``: vLLM's own CUDA kernels raise on that mix.
 ``_C::rms_norm_static_fp8_quant`` and with add
     As the norm of the same library, rounded to ``T``, then quantised.
 ``_C::rms_norm_dynamic_per_token_quant``, ``_C::rms_norm_per_block_quant``
@@ -50,18 +52,25 @@ from arfusion_pass.graph import last_dim
 from arfusion_pass.ops.spec import Apply, Bound, Flags, QuantFormat, QuantSpec, ScaleLayout, ScaleRound
 
 
-def _ir_flags(call: OpCall, dtype: torch.dtype, weight: torch.dtype | None, add: bool) -> Flags:
+def _ir_flags(call: OpCall, x: torch.dtype, weight: torch.dtype | None, add: bool) -> Flags:
     flags = Flags.UNROUNDED_SUM if add else Flags.NONE
-    return flags | (Flags.ROUND_BEFORE_WEIGHT if weight == dtype else Flags.NONE)
+    return flags | (Flags.NONE if weight in (None, torch.float32) else Flags.ROUND_BEFORE_WEIGHT)
 
 
-def _kernel_flags(call: OpCall, dtype: torch.dtype, weight: torch.dtype | None, add: bool) -> Flags:
-    in_fp32 = weight is None or call.is_optional("weight") or _weight_in_fp32()
+def _kernel_flags(call: OpCall, x: torch.dtype, weight: torch.dtype | None, add: bool) -> Flags:
+    if x == torch.float32:
+        return Flags.UNROUNDED_SUM if add else Flags.NONE  # rounding to x's dtype is none
+    in_fp32 = weight in (None, torch.float32) or _takes_fp32_weight(call)
     return Flags.NONE if in_fp32 else Flags.ROUND_BEFORE_WEIGHT
 
 
-def _dynamic_flags(call: OpCall, dtype: torch.dtype, weight: torch.dtype | None, add: bool) -> Flags:
-    return Flags.ROUND_BEFORE_WEIGHT | (Flags.UNROUNDED_SUM if add else Flags.NONE)
+def _dynamic_flags(call: OpCall, x: torch.dtype, weight: torch.dtype | None, add: bool) -> Flags:
+    rounds = Flags.NONE if x == torch.float32 else Flags.ROUND_BEFORE_WEIGHT
+    return rounds | (Flags.UNROUNDED_SUM if add else Flags.NONE)
+
+
+def _takes_fp32_weight(call: OpCall) -> bool:
+    return call.is_optional("weight") or _weight_in_fp32()
 
 
 def _weight_in_fp32() -> bool:
@@ -127,22 +136,31 @@ def _mxfp8(call: OpCall, x: fx.Node) -> Any:
 
 
 NORMS = {
-    "vllm_ir::rms_norm": NormOp("x", norm=0, flags=_ir_flags, weight_in_x_dtype=False, refuse=_whole_variance),
+    "vllm_ir::rms_norm": NormOp("x", norm=0, flags=_ir_flags, mixed=True, refuse=_whole_variance),
     "vllm_ir::fused_add_rms_norm": NormOp(
-        "x", norm=0, flags=_ir_flags, residual="x_residual", total=1, weight_in_x_dtype=False, refuse=_whole_variance
+        "x", norm=0, flags=_ir_flags, residual="x_residual", total=1, mixed=True, refuse=_whole_variance
     ),
     "vllm_ir::fused_add_rms_norm.maybe_inplace": NormOp(
-        "x", norm=0, flags=_ir_flags, residual="x_residual", total=1, weight_in_x_dtype=False, refuse=_whole_variance
+        "x", norm=0, flags=_ir_flags, residual="x_residual", total=1, mixed=True, refuse=_whole_variance
     ),
-    "_C::rms_norm": NormOp("input", norm="result", flags=_kernel_flags),
-    "_C::fused_add_rms_norm": NormOp("input", norm="input", flags=_kernel_flags, residual="residual", total="residual"),
+    "_C::rms_norm": NormOp("input", norm="result", flags=_kernel_flags, fp32=True, fp32_weight=_takes_fp32_weight),
+    "_C::fused_add_rms_norm": NormOp(
+        "input",
+        norm="input",
+        flags=_kernel_flags,
+        residual="residual",
+        total="residual",
+        fp32=True,
+        fp32_weight=_takes_fp32_weight,
+    ),
     "_C::rms_norm_static_fp8_quant": NormOp(
-        "input", norm=None, flags=_kernel_flags, quant=QuantOp("input", "result", static_fp8, scale="scale")
+        "input", norm=None, flags=_kernel_flags, fp32=True, quant=QuantOp("input", "result", static_fp8, scale="scale")
     ),
     "_C::fused_add_rms_norm_static_fp8_quant": NormOp(
         "input",
         norm=None,
         flags=_kernel_flags,
+        fp32=True,
         residual="residual",
         total="residual",
         quant=QuantOp("input", "result", static_fp8, scale="scale"),
@@ -151,6 +169,7 @@ NORMS = {
         "input",
         norm=None,
         flags=_dynamic_flags,
+        fp32=True,
         residual="residual",
         total="residual",
         refuse=_no_upper_bound,
@@ -160,6 +179,7 @@ NORMS = {
         "input",
         norm=None,
         flags=_dynamic_flags,
+        fp32=True,
         residual="residual",
         total="residual",
         refuse=_no_upper_bound,

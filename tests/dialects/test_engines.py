@@ -69,6 +69,13 @@ def f_sgl_wrong_weight(x, r, w):  # type: ignore[no-untyped-def]
     return sgl_add(sglang(x), r.clone(), w.float())
 
 
+def f_sgl_fp32_sum(x, r, w):  # type: ignore[no-untyped-def]
+    total = sglang(x) + r.float()
+    out = torch.empty_like(total)
+    torch.ops.sgl_kernel.rmsnorm(out, total, w, EPSILON, False)
+    return out
+
+
 def f_sgl_static(x, r, w, s):  # type: ignore[no-untyped-def]
     norm, total = sgl_add(sglang(x), r.clone(), w)
     codes = torch.empty_like(norm, dtype=fp8)
@@ -150,6 +157,7 @@ CASES = {
     "sgl_gemma": Case(f_sgl_gemma, standard, (GEMMA,)),
     "sgl_inplace": Case(f_sgl_inplace, standard, missed=("out-of-place all-reduce",)),
     "sgl_wrong_weight": Case(f_sgl_wrong_weight, standard, missed=("takes only torch.bfloat16",)),
+    "sgl_fp32_sum": Case(f_sgl_fp32_sum, standard, missed=("round to torch.bfloat16 in front of it",)),
     "sgl_static": Case(f_sgl_static, with_scale, (ADD + "StaticQuantFP8",)),
     "sgl_token": Case(f_sgl_token, standard, (ADD + "TokenQuantFP8",)),
     "sgl_group": Case(f_sgl_group, standard, (ADD + "GroupQuantFP8",)),

@@ -151,6 +151,50 @@ def f_c_aten_add(x, r, w):  # type: ignore[no-untyped-def]
     return c_norm(total, w), total
 
 
+def f_ir_fp32_sum(x, r, w):  # type: ignore[no-untyped-def]
+    """The IR's norm reads an fp32 sum: its result is fp32, and others read the sum rounded."""
+    total = reduce(x) + r.float()
+    return torch.ops.vllm_ir.rms_norm(total, w, EPSILON), total.to(x.dtype)
+
+
+def f_ir_fp32_sum_rounded(x, r, w):  # type: ignore[no-untyped-def]
+    norm, total = f_ir_fp32_sum(x, r, w)
+    return norm.to(x.dtype), total
+
+
+def f_ir_widened(x, r, w):  # type: ignore[no-untyped-def]
+    return torch.ops.vllm_ir.rms_norm((reduce(x) + r).float(), w, EPSILON)
+
+
+def f_c_fp32_weight(x, r, w):  # type: ignore[no-untyped-def]
+    return c_norm(reduce(x), w.float() * 1.01)
+
+
+def f_c_add_fp32_weight(x, r, w):  # type: ignore[no-untyped-def]
+    return c_add_norm(reduce(x), r.clone(), w.float() * 1.01)
+
+
+def f_c_fp32_sum(x, r, w):  # type: ignore[no-untyped-def]
+    total = reduce(x) + r.float()
+    return c_norm(total, w.float() * 1.01), total
+
+
+def f_c_add_widened(x, r, w):  # type: ignore[no-untyped-def]
+    """The op adds in fp32: its norm reads the unrounded sum."""
+    return c_add_norm(reduce(x).float(), r.float() * 1.01, w.float() * 1.01)
+
+
+def f_c_fp32_sum_only(x, r, w):  # type: ignore[no-untyped-def]
+    return c_norm(reduce(x) + r.float(), w)
+
+
+def f_c_norm_static_fp32_sum(x, r, w, s):  # type: ignore[no-untyped-def]
+    total = reduce(x) + r.float()
+    result = torch.empty_like(x, dtype=fp8)
+    torch.ops._C.rms_norm_static_fp8_quant(result, total, w.float(), s, EPSILON)
+    return result, total
+
+
 def f_funcol_static(x, r, w, s):  # type: ignore[no-untyped-def]
     import torch.distributed as dist
     from torch.distributed import _functional_collectives as funcol
@@ -312,6 +356,16 @@ NORM_CASES = {
     "c_add": Case(f_c_add, standard, (ADD,)),
     "c_add_view": Case(f_c_add_view, standard, (ADD,)),
     "c_aten_add": Case(f_c_aten_add, standard, (ADD,)),
+    "ir_fp32_sum": Case(f_ir_fp32_sum, standard, (ADD,)),
+    "ir_fp32_sum_fp32_weight": Case(lambda x, r, w: f_ir_fp32_sum(x, r, w.float() * 1.01), standard, (ADD,)),
+    "ir_fp32_sum_rounded": Case(f_ir_fp32_sum_rounded, standard, (ADD,)),
+    "ir_widened": Case(f_ir_widened, standard, (ADD,)),
+    "c_fp32_weight": Case(f_c_fp32_weight, standard, (PLAIN,)),
+    "c_add_fp32_weight": Case(f_c_add_fp32_weight, standard, (ADD,)),
+    "c_add_fp32_residual": Case(f_c_add, fp32_residual, missed=("takes only torch.bfloat16",)),
+    "c_fp32_sum": Case(f_c_fp32_sum, standard, (ADD,)),
+    "c_add_widened": Case(f_c_add_widened, standard, (ADD,)),
+    "c_fp32_sum_only": Case(f_c_fp32_sum_only, standard, missed=("takes only torch.float32",)),
 }
 QUANT_CASES = {
     "funcol_static": Case(f_funcol_static, with_scale, (ADD + "StaticQuantFP8",)),
@@ -339,6 +393,7 @@ QUANT_CASES = {
     "mxfp8_linear": Case(f_mxfp8_linear, standard, (PLAIN + "QuantMXFP8",)),
     "norm_static": Case(f_norm_static, with_scale, (PLAIN + "StaticQuantFP8",)),
     "add_norm_static": Case(f_add_norm_static, with_scale, (ADD + "StaticQuantFP8",)),
+    "norm_static_fp32_sum": Case(f_c_norm_static_fp32_sum, with_scale, (ADD + "StaticQuantFP8",)),
     "add_norm_static_off": Case(
         f_add_norm_static, with_scale, missed=("quantisers=False",), config={"quantisers": False}
     ),
