@@ -333,13 +333,20 @@ def _placeholder_values(module: fx.GraphModule, names: dict[str, str], real: dic
 
 
 def _concrete(fake: torch.Tensor, real: torch.Tensor, bindings: dict[Any, int]) -> list[int]:
-    """The real sizes of a fake tensor, given a real tensor of as many elements; binds plain symbols."""
+    """The real sizes of a fake tensor, given a real tensor of as many elements; binds symbols and their multiples."""
     if real.dim() == fake.dim():
         for size, actual in zip(fake.shape, real.shape, strict=True):
-            if isinstance(size, torch.SymInt):
-                bindings.setdefault(size.node.expr, actual)
+            _bind(size, actual, bindings)
         return list(real.shape)
+    _bind(fake.numel(), real.numel(), bindings)
     return [_size(size, bindings) for size in fake.shape]
+
+
+def _bind(size: Any, actual: int, bindings: dict[Any, int]) -> None:
+    if isinstance(size, torch.SymInt):
+        bindings.setdefault(size.node.expr, actual)
+        factor, symbol = size.node.expr.as_coeff_Mul()
+        bindings.setdefault(symbol, actual // int(factor))
 
 
 def _size(value: Any, bindings: dict[Any, int]) -> Any:

@@ -1,11 +1,16 @@
-"""How far a norm may be off."""
+"""How far a norm may be off, and how a site is replayed."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+import arfusion_pass as arf
+from arfusion_pass.inspection import replay
 from arfusion_pass.inspection.replay import compare, norm_values
 from arfusion_pass.ops.spec import Flags
+from tests.models import Tensor, llama, reduce
+from tests.simulate import STRICT, copied, run, simulated_ranks, symbolic, trace
 
 BF16 = torch.bfloat16
 
@@ -26,3 +31,25 @@ def test_why_two() -> None:
     weight = torch.full_like(one, 0.98)
     assert compare(one, above).max_ulp == 1
     assert compare(one * weight, above * weight).max_ulp == 2
+
+
+@pytest.mark.parametrize("prologue", [False, True])
+def test_symbol_known_by_its_multiple(world: None, prologue: bool) -> None:
+    """A subgraph that needs the symbol ``s`` is replayed where every input has ``2 * s`` rows, and where the fused
+    call reduces rows that the graph views in three dimensions."""
+
+    def model(x: Tensor, index: Tensor, w: Tensor) -> Tensor:
+        rows = x.reshape(-1, 32)
+        if prologue:
+            rows = rows[index.reshape(-1, 2).clamp(min=0)].sum(1)
+        return llama(reduce(rows.reshape(x.shape)), w, 1e-6)
+
+    x, w = symbolic((2, "s", 32), (32,))
+    index = x[..., :2].long()
+    module = trace(model, x, index, w)
+    fused = copied(module)
+    with replay.recording() as recorder:
+        assert arf.fuse(fused, STRICT).matched_count == 1
+    run(fused, [torch.randn(2, 5, 32, dtype=BF16), torch.randint(0, 9, (2, 5, 2)), torch.ones(32, dtype=BF16)])
+    with simulated_ranks():
+        assert [check.detail for check in recorder.checks()] == ["within the contract"]
