@@ -8,22 +8,22 @@ from a seed (for ranks in other processes). Each all-reduce's input is multiplie
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import fx
 
-from tests import models
+from tests import models, moe_cases
 from tests import quant_cases as q
-from tests.dialects import engine_ops
+from tests.dialects import engine_calls, engine_ops
+from tests.simulate import ENGINE_COLLECTIVES
 
 Tensor = torch.Tensor
 T = TypeVar("T")
 Pick = Callable[[Sequence[T]], T]
 
-HIDDEN, TOKENS, BATCH = q.HIDDEN, 7, 2
+HIDDEN, TOKENS, BATCH, EXPERTS = q.HIDDEN, 7, 2, 4
 GROUP, ENGINE_GROUP = "0", "tp:0"
 EPSILONS = (1e-5, 1e-6, 3e-6, 1e-2, 1.1920928955078125e-07)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -35,10 +35,15 @@ DYNAMIC = ("token", "token_vllm", "token_torchao", "token_squeezed", "token_low"
            "group_pow2_log2", "group_pow2_bits", "int8_token", "int8_token_low")  # fmt: skip
 UNSOUND_QUANTISERS = ("tensor_dynamic", "token_added", "token_240", "token_upper", "group_96", "group_of_columns",
                       "group_other_scale", "int8_truncated")  # fmt: skip
-ENGINE_QUANTISERS = ("c_static", "c_token", "c_group")
+ENGINE_QUANTISERS = tuple(engine_calls.QUANTISERS)
 
-NORMS = (*models.NORMS, "unrounded", "ir", "ir_add", "c", "c_add")
-RESIDUALS = ("left", "right", "none", "fp32", "late")
+COLLECTIVES = ("functional", "vllm", "sglang", "symm_mem", "tensorrt_llm")
+PROLOGUES = (*moe_cases.FINALIZE, *moe_cases.REDUCE)
+NORMS = (*models.NORMS, "unrounded", "aten_fused")
+ENGINE_NORMS = (*engine_calls.NORMS, *engine_calls.ADD_NORMS, *engine_calls.QUANT_NORMS)
+ANY_WEIGHT = ("ir", "ir_add", "c", "c_add")
+"""Engine norms that take an fp32 weight; the others get one in the dtype of what they normalise."""
+RESIDUALS = ("left", "right", "none", "fp32", "late", "widened")
 FAN_OUTS = ("alone", "matmul", "output", "other quantiser", "twin", "relu")
 BETWEEN = ("nothing", "tanh", "matmul", "views", "total read", "clone")
 
@@ -101,8 +106,9 @@ IN_PART = ("weight a row",)
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """One all-reduce and what follows it; every field is one of the tuples above."""
+    """One all-reduce, what is in front of it and what follows; every field is one of the tuples above, or empty."""
 
+    prologue: str
     collective: str
     epsilon: float
     norm: str
@@ -139,16 +145,18 @@ def draw_graph(pick: Pick[Any], most: int = 4) -> Graph:
 
 
 def _draw_site(pick: Pick[Any]) -> Site:
-    family = pick(("none", "static", "dynamic", "engine", "static", "dynamic", "unsound"))
+    family = pick(("none", "static", "dynamic", "engine", "static", "dynamic", "engine", "unsound"))
     quantisers = {"none": ("",), "static": STATIC, "dynamic": DYNAMIC, "engine": ENGINE_QUANTISERS,
                   "unsound": UNSOUND_QUANTISERS}[family]  # fmt: skip
+    norm = pick(pick((NORMS, ENGINE_NORMS)))
     return Site(
-        collective=pick(("functional", "vllm")),
+        prologue=pick(("", "", "moe")) and pick(PROLOGUES),
+        collective=pick(COLLECTIVES),
         epsilon=pick(EPSILONS),
-        norm=pick(NORMS),
+        norm=norm,
         gamma=pick(("same", "same", "fp32")),
         residual=pick(RESIDUALS),
-        quantiser=pick(quantisers),
+        quantiser="" if norm in engine_calls.QUANT_NORMS else pick(quantisers),
         scale=pick((0, 1, 2)),
         fan_out=pick(FAN_OUTS),
         between=pick(BETWEEN),
@@ -157,13 +165,30 @@ def _draw_site(pick: Pick[Any]) -> Site:
 
 
 def register() -> None:
-    """The engine's ops."""
+    """The engines' ops, and an opaque one that stands for ``aten._fused_rms_norm`` until :func:`undecompose`."""
     engine_ops.register_vllm()
+    engine_ops.register_sglang()
+    engine_ops.register_flashinfer()
+    engine_ops.register_tensorrt_llm()
+    engine_ops.register_symm_mem()
+    engine_ops.define(
+        "arfusion_test::fused_rms_norm",
+        "(Tensor x, int[] normalized_shape, Tensor? weight, float? eps) -> (Tensor, Tensor)",
+        torch.ops.aten._fused_rms_norm,
+        lambda x, *_: (torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)),
+    )
+
+
+def undecompose(graph: fx.Graph) -> None:
+    """Give a graph the ``aten._fused_rms_norm`` that Inductor decomposes and other back-ends keep."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.arfusion_test.fused_rms_norm.default):
+        node.target = torch.ops.aten._fused_rms_norm.default
 
 
 def example_inputs(graph: Graph, rank: int = 0, tokens: int = TOKENS) -> list[Tensor]:
-    """x (each rank's own), residual, weight, fp32 weight, three scales, a matrix, a narrow matrix."""
-    rows = (tokens, HIDDEN) if graph.rank == 2 else (BATCH, tokens, HIDDEN)
+    """x (each rank's own), residual, weight, fp32 weight, router's index and weights, three scales, a matrix, a narrow
+    matrix."""
+    rows = (tokens,) if graph.rank == 2 else (BATCH, tokens)
     own, same = torch.Generator().manual_seed(rank + 1), torch.Generator().manual_seed(100)
 
     def rand(*sizes: int, generator: torch.Generator = same) -> Tensor:
@@ -171,10 +196,12 @@ def example_inputs(graph: Graph, rank: int = 0, tokens: int = TOKENS) -> list[Te
 
     weight = 1 + 0.3 * rand(HIDDEN)
     return [
-        rand(*rows, generator=own).to(graph.dtype),
-        rand(*rows).to(graph.dtype),
+        rand(*rows, HIDDEN, generator=own).to(graph.dtype),
+        rand(*rows, HIDDEN).to(graph.dtype),
         weight.to(graph.dtype),
         weight + 0.01 * rand(HIDDEN),
+        torch.randint(-1, tokens, (*rows, EXPERTS), generator=same),
+        torch.rand(*rows, EXPERTS, generator=same).to(graph.dtype),
         torch.tensor(0.37),
         torch.tensor([0.0217]),
         torch.tensor([[0.11]]),
@@ -184,25 +211,26 @@ def example_inputs(graph: Graph, rank: int = 0, tokens: int = TOKENS) -> list[Te
 
 
 class Program:
-    """A graph as a function of :func:`example_inputs`."""
+    """A graph as a function of :func:`example_inputs`, on ``world`` ranks."""
 
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
+    def __init__(self, graph: Graph, world: int) -> None:
+        self.graph, self.world = graph, world
 
     def __call__(self, x: Tensor, r: Tensor, w: Tensor, wide: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        *scales, square, narrow = rest
+        index, router, *scales, square, narrow = rest
         outputs: list[Tensor] = []
         for number, site in enumerate(self.graph.sites):
-            x = _collective(x * mark(number), site)
+            x = _prologue(site, x * mark(number), r, index, router)
+            x = _collective(x, site, self.world)
             weight = wide if site.gamma == "fp32" else w
             if site.unsound in UNSOUND:
                 results = UNSOUND[site.unsound](x, r, weight, site.epsilon)
                 outputs += results
                 x = results[0].to(w.dtype)
                 continue
-            h, total = _norm(site, x, r, weight)
+            h, total, codes = _norm(site, x, r, weight, scales)
             outputs += [total] if site.between == "total read" else []
-            outputs += _quantised(site, h, scales, narrow)
+            outputs += codes or _quantised(site, h, scales, narrow)
             r = total.to(w.dtype)
             x = _between(site, h.to(w.dtype), square)
         return (*outputs, x, r)
@@ -213,38 +241,68 @@ def mark(number: int) -> float:
     return 1.0 + (number + 1) / 64
 
 
-def _collective(x: Tensor, site: Site) -> Tensor:
+def _prologue(site: Site, x: Tensor, r: Tensor, index: Tensor, router: Tensor) -> Tensor:
+    """The MoE combination in front of the all-reduce: ``x`` as the experts' rows."""
+    if not site.prologue:
+        return x
+    rows, index, router = x.reshape(-1, HIDDEN), index.reshape(-1, EXPERTS), router.reshape(-1, EXPERTS)
+    if site.prologue in moe_cases.FINALIZE:
+        combined = moe_cases.FINALIZE[site.prologue](rows, index, router, r.reshape(-1, HIDDEN))
+    else:
+        experts = rows * router.t().unsqueeze(-1).cos()
+        combined = moe_cases.REDUCE[site.prologue](experts, router.t(), r.reshape(-1, HIDDEN))
+    return combined.reshape(x.shape)
+
+
+def _collective(x: Tensor, site: Site, world: int) -> Tensor:
     if site.unsound in UNSOUND_OPS:
         return models.reduce(x, GROUP, site.unsound)
-    return torch.ops.vllm.all_reduce(x, ENGINE_GROUP) if site.collective == "vllm" else models.reduce(x, GROUP)
+    if site.collective == "functional":
+        return models.reduce(x, GROUP)
+    return engine_calls.all_reduce(site.collective, x, GROUP if site.collective == "symm_mem" else ENGINE_GROUP, world)
 
 
-def _norm(site: Site, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """The norm and the residual sum."""
+def _norm(
+    site: Site, y: Tensor, r: Tensor, w: Tensor, scales: list[Tensor]
+) -> tuple[Tensor, Tensor, list[Tensor] | None]:
+    """The norm, the residual sum, and what a norm that quantises has written (its norm is then made of that)."""
     eps = site.epsilon
-    if site.norm == "c_add":
-        residual = r.clone()
-        torch.ops._C.fused_add_rms_norm(y, residual, w, eps)
-        return y, residual
-    if site.norm == "ir_add":
-        return torch.ops.vllm_ir.fused_add_rms_norm(*((r, y) if site.residual == "left" else (y, r)), w, eps)
+    if site.norm in engine_calls.QUANT_NORMS:
+        rows, residual = y.reshape(-1, HIDDEN), r.reshape(-1, HIDDEN)
+        scale = scales[site.scale].reshape(1)
+        codes, total = engine_calls.QUANT_NORMS[site.norm](rows, residual, w.to(y.dtype), scale, eps)
+        return codes[0].to(y.dtype).reshape(y.shape), total.reshape(y.shape), codes
+    if site.norm in engine_calls.ADD_NORMS:
+        if site.residual == "late":
+            r = torch.tanh(r)
+        elif site.residual == "fp32" and site.norm == "ir_add":
+            r = r.float()
+        elif site.residual == "widened" and site.norm in ANY_WEIGHT:
+            y, r = y.float(), r.float()
+        operands = (r, y) if site.norm == "ir_add" and site.residual == "left" else (y, r)
+        return *engine_calls.ADD_NORMS[site.norm](*operands, _weight(site, w, y), eps), None
     if site.norm == "unrounded":
-        return models.unrounded_sum(y, r, w, eps, models.fp32_result)
+        return *models.unrounded_sum(y, r, w, eps, models.fp32_result), None
     total = {
         "left": lambda: r + y,
         "right": lambda: y + r,
         "none": lambda: y,
         "fp32": lambda: r.float() + y,
         "late": lambda: y + torch.tanh(r),
+        "widened": lambda: (r + y).float(),
     }[site.residual]()
-    if site.norm == "ir":
-        return torch.ops.vllm_ir.rms_norm(total, w, eps), total
-    if site.norm == "c":
-        result = torch.empty_like(total)
-        torch.ops._C.rms_norm(result, total, w, eps)
-        return result, total
+    if site.norm in engine_calls.NORMS:
+        return engine_calls.NORMS[site.norm](total, _weight(site, w, total), eps), total, None
+    if site.norm == "aten_fused":
+        return torch.ops.arfusion_test.fused_rms_norm(total, [HIDDEN], w, eps)[0], total, None
     norm = models.NORMS[site.norm]
-    return norm(total, w.to(total.dtype) if site.norm == "torch" and site.gamma == "same" else w, eps), total
+    same = site.norm == "torch" and site.gamma == "same"
+    return norm(total, w.to(total.dtype) if same else w, eps), total, None
+
+
+def _weight(site: Site, w: Tensor, x: Tensor) -> Tensor:
+    """An engine norm's weight, in a dtype that its op takes."""
+    return w if site.norm in ANY_WEIGHT and (site.norm[0] != "c" or x.dtype != torch.float32) else w.to(x.dtype)
 
 
 def _quantised(site: Site, h: Tensor, scales: list[Tensor], narrow: Tensor) -> list[Tensor]:
@@ -269,19 +327,8 @@ def _quantise(name: str, h: Tensor, scale: Tensor) -> list[Tensor]:
     if name in STATIC:
         return [getattr(q, name)(h, scale)]
     rows = h.reshape(-1, HIDDEN) if h.dim() != 2 else h
-    if name == "c_static":
-        codes = torch.empty_like(rows, dtype=q.FP8)
-        torch.ops._C.static_scaled_fp8_quant(codes, rows, scale.reshape(1), None)
-        return [codes]
-    if name == "c_token":
-        codes, scales = torch.empty_like(rows, dtype=q.FP8), rows.new_empty(rows.shape[0], 1, dtype=torch.float32)
-        torch.ops._C.dynamic_per_token_scaled_fp8_quant(codes, rows, scales, None)
-        return [codes, scales]
-    if name == "c_group":
-        codes = torch.empty_like(rows, dtype=q.FP8)
-        scales = rows.new_empty(rows.shape[0], HIDDEN // 128, dtype=torch.float32)
-        torch.ops._C.per_token_group_fp8_quant(rows, codes, scales, 128, 1e-10, -448.0, 448.0, False, False, False)
-        return [codes, scales]
+    if name in engine_calls.QUANTISERS:
+        return engine_calls.QUANTISERS[name](rows, scale)
     return list(getattr(q, name)(rows))
 
 
@@ -296,22 +343,33 @@ def _between(site: Site, h: Tensor, square: Tensor) -> Tensor:
     return h.clone() if site.between == "clone" else h
 
 
+def all_reduces(graph: fx.Graph) -> list[fx.Node]:
+    """The all-reduces of a graph, however they are spelled."""
+    return [node for node in graph.nodes if _is_all_reduce(node)]
+
+
+def _is_all_reduce(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.name in ("_c10d_functional::all_reduce", *ENGINE_COLLECTIVES)
+
+
 def numbered(graph: fx.Graph) -> dict[str, int]:
     """The drawn site of every all-reduce in a graph, by the node's name."""
-    found = {}
-    targets = (torch.ops._c10d_functional.all_reduce.default, torch.ops.vllm.all_reduce.default)
-    for node in graph.nodes:
-        if node.op == "call_function" and node.target in targets:
-            found[node.name] = _number(node.args[0])
-    return found
+    return {node.name: _number(node) for node in all_reduces(graph)}
 
 
-def _number(node: Any) -> int:
-    while isinstance(node, fx.Node):
+def _number(collective: fx.Node) -> int:
+    """The mark that an all-reduce's input is made with, looked for back to other all-reduces."""
+    waiting, seen = list(collective.all_input_nodes), set[fx.Node]()
+    while waiting:
+        node = waiting.pop()
+        if node in seen or _is_all_reduce(node):
+            continue
+        seen.add(node)
         constants = [arg for arg in node.args if isinstance(arg, float)]
-        if node.target in (torch.ops.aten.mul.Tensor, torch.ops.aten.mul.Scalar, operator.mul) and constants:
+        if node.target in (torch.ops.aten.mul.Tensor, torch.ops.aten.mul.Scalar) and constants:
             number = constants[0] * 64 - 65
-            assert number == int(number)
-            return int(number)
-        node = node.args[0]
+            if number in range(8):
+                return int(number)
+        waiting += node.all_input_nodes
     raise AssertionError("an all-reduce without its mark")

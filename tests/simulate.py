@@ -35,6 +35,14 @@ prims = torch.ops.prims
 
 STRICT = arf.FusionConfig(raise_errors=True)
 
+ENGINE_COLLECTIVES = (
+    "vllm::all_reduce",
+    "sglang::outplace_all_reduce",
+    "symm_mem::one_shot_all_reduce",
+    "trtllm::allreduce",
+)
+"""Schema names of the all-reduces that :class:`Interpreter` simulates besides torch's own."""
+
 
 @contextlib.contextmanager
 def fake_world(size: int = 2) -> Iterator[None]:
@@ -66,13 +74,17 @@ def simulated_ranks() -> Iterator[None]:
 
 
 class Interpreter(fx.Interpreter):
-    """Runs a graph node by node, its collectives by :func:`all_reduce`."""
+    """Runs a graph node by node, its collectives by :func:`all_reduce`; engines' run over the whole world."""
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is c10d.all_reduce.default:
             return all_reduce(args[0], args[2])
         if target is c10d.wait_tensor.default:
             return args[0]
+        schema = getattr(target, "_schema", None)
+        if schema is not None and schema.name in ENGINE_COLLECTIVES:
+            result = all_reduce(args[0], dist.group.WORLD)
+            return [result] if schema.name == "trtllm::allreduce" else result
         return super().call_function(target, args, kwargs)
 
 

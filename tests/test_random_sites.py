@@ -25,16 +25,18 @@ from torch._inductor import config as inductor_config
 
 import arfusion_pass as arf
 from arfusion_pass import groups
+from arfusion_pass.dialects import DIALECTS
 from arfusion_pass.inspection import replay
 from arfusion_pass.inspection.graph_diff import print_graph
 from tests import random_sites as rs
 from tests.helpers import run_ranks
-from tests.simulate import STRICT, Interpreter, all_reduce, calls, captured, copied, fake_world, simulated_ranks
+from tests.simulate import STRICT, Interpreter, captured, copied, fake_world, simulated_ranks
 
 GRAPHS = int(os.environ.get("ARFUSION_FUZZ_GRAPHS", "50"))
 SECONDS = float(os.environ.get("ARFUSION_FUZZ_SECONDS", "120"))
 COMPILED = int(os.environ.get("ARFUSION_FUZZ_COMPILED", "8"))
 SEED = os.environ.get("ARFUSION_FUZZ_SEED")
+WORLD = 3
 
 
 @pytest.fixture
@@ -42,25 +44,22 @@ def engine_world(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A fake world of three ranks that has the engine's ops and its name for the group."""
     monkeypatch.setattr(groups, "_registered", {})
     rs.register()
-    with fake_world(3):
-        arf.register_group(rs.ENGINE_GROUP, dist.group.WORLD)
+    with fake_world(WORLD):
+        register_groups(WORLD)
         yield
 
 
-class _Interpreter(Interpreter):
-    """The engine's all-reduce on simulated ranks, too."""
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target is torch.ops.vllm.all_reduce.default:
-            return all_reduce(args[0], args[1])
-        return super().call_function(target, args, kwargs)
+def register_groups(world: int) -> None:
+    """The engines' names for the group of all ranks."""
+    for name in (rs.ENGINE_GROUP, f"trtllm:{','.join(map(str, range(world)))}"):
+        arf.register_group(name, dist.group.WORLD)
 
 
 def run(module: torch.fx.GraphModule, inputs: list[Any]) -> list[Any]:
     """The outputs on the simulated ranks."""
     own = [value.clone() if isinstance(value, torch.Tensor) else value for value in inputs]
     with simulated_ranks(), torch.no_grad():
-        return list(_Interpreter(module).run(*own))
+        return list(Interpreter(module).run(*own))
 
 
 def graph_inputs(module: torch.fx.GraphModule, graph: rs.Graph, tokens: int) -> list[Any]:
@@ -84,7 +83,10 @@ def graph_inputs(module: torch.fx.GraphModule, graph: rs.Graph, tokens: int) -> 
 def check_graph(graph: rs.Graph, counts: collections.Counter[str]) -> None:
     """Contracts *sound* and *exact* on one graph; what it held is added to ``counts``."""
     with inductor_config.patch(enable_auto_functionalized_v2=graph.functionalized_v2):
-        module = captured(rs.Program(graph), rs.example_inputs(graph), dynamic=rs.TOKENS if graph.dynamic else None)
+        module = captured(
+            rs.Program(graph, WORLD), rs.example_inputs(graph), dynamic=rs.TOKENS if graph.dynamic else None
+        )
+    rs.undecompose(module.graph)
     numbers = rs.numbered(module.graph)
     assert sorted(numbers.values()) == list(range(len(graph.sites)))
     fused = copied(module)
@@ -94,8 +96,7 @@ def check_graph(graph: rs.Graph, counts: collections.Counter[str]) -> None:
     text = f"{graph}\n{report}\n{print_graph(module.graph)}"
     assert [site.name for site in report.sites] == list(numbers), text
     assert all(site.reason for site in report.missed), text
-    left = calls(fused, torch.ops._c10d_functional.all_reduce.default, torch.ops.vllm.all_reduce.default)
-    assert left == len(report.missed), text
+    assert len(rs.all_reduces(fused.graph)) == len(report.missed), text
     for site in report.fused:
         drawn = graph.sites[numbers[site.name]]
         assert not drawn.unsound or drawn.unsound in rs.IN_PART, text
@@ -115,11 +116,14 @@ def check_graph(graph: rs.Graph, counts: collections.Counter[str]) -> None:
     assert not problems, f"{problems}\n{text}"
     counts.update(graphs=1, sites=len(report.sites), fused=len(report.fused))
     counts["quantised"] += sum(site.quantiser is not None for site in report.fused)
+    for site in report.fused:
+        counts.update(f"fused: {name}" for name in site.dialect.split("+"))
     for site in report.missed:
         drawn = graph.sites[numbers[site.name]]
         if not drawn.unsound:
             counts["missed though sound"] += 1
-            counts[f"missed: {drawn.norm} {drawn.residual} {drawn.gamma} {graph.dtype}: {site.reason}"] += 1
+            drawing = f"{drawn.prologue} {drawn.collective} {drawn.norm} {drawn.residual} {drawn.gamma} {graph.dtype}"
+            counts[f"missed: {drawing}: {site.reason}"] += 1
 
 
 @pytest.mark.slow
@@ -143,20 +147,24 @@ def test_captured(engine_world: None) -> None:
     (check if SEED is None else seed(int(SEED))(check))()
     print("\n" + "\n".join(f"{count:6} {what}" for what, count in counts.most_common()))
     assert counts["fused"] > 4 * counts["missed though sound"]
+    drawn = {what.removeprefix("fused: ") for what in counts if what.startswith("fused: ")}
+    assert drawn == {dialect.name for dialect in DIALECTS} or counts["sites"] < 100
 
 
 def _compiled(rank: int, world: int, seeds: list[int]) -> list[tuple[str, int, int, list[str]]]:
     """(error or nothing, sites, fused, problems) of each graph on one rank."""
     rs.register()
-    arf.register_group(rs.ENGINE_GROUP, dist.group.WORLD)
+    register_groups(world)
     results = []
     for number in seeds:
         graph = rs.draw_graph(random.Random(number).choice, most=3)
         torch._dynamo.reset()
         inputs = rs.example_inputs(graph, rank)
         if graph.dynamic:
-            for tensor in inputs[:2]:
-                torch._dynamo.mark_dynamic(tensor, graph.rank - 2)
+            for tensor in inputs:
+                for dim, size in enumerate(tensor.shape):
+                    if size == rs.TOKENS:
+                        torch._dynamo.mark_dynamic(tensor, dim)
         error, problems, sites, fused = "", [], 0, 0
         try:
             with (
@@ -164,7 +172,7 @@ def _compiled(rank: int, world: int, seeds: list[int]) -> list[tuple[str, int, i
                 torch.no_grad(),
                 replay.recording() as recorder,
             ):
-                torch.compile(rs.Program(graph), options=arf.inductor_options(STRICT), fullgraph=True)(*inputs)
+                torch.compile(rs.Program(graph, world), options=arf.inductor_options(STRICT), fullgraph=True)(*inputs)
             sites = sum(len(report.sites) for report in recorder.reports)
             fused = sum(report.matched_count for report in recorder.reports)
             problems = [f"{graph}: {check.site.name}: {check.detail}" for check in recorder.checks() if not check.ok]

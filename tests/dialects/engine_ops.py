@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from arfusion_pass.ops import layouts, quantisers
 from arfusion_pass.ops.spec import QuantFormat, QuantSpec, ScaleLayout
+from tests.ops import oracle
 
 FP8_MAX = 448.0
 
@@ -163,49 +163,75 @@ def _c_norm_block(  # type: ignore[no-untyped-def]
     scale.copy_(scales)
 
 
-def _blocks(x: torch.Tensor, spec: QuantSpec, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """NVFP4 and MXFP8 by the reference: what these cases test is how the ops are called and where scales lie."""
-    codes, scales = quantisers.quantise(x, spec, scale, 1.0, x.dtype)
-    buffer = layouts.allocate_scales(x.shape[0], x.shape[1], spec, "cpu")
-    assert scales is not None
-    assert buffer is not None
-    layouts.write_scales(scales, buffer, x.shape[1], spec)
-    return codes, buffer
+def _blocks(
+    x: torch.Tensor, format: QuantFormat, size: int, layout: ScaleLayout, scale: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales of NVFP4 or MXFP8 (uint8; a swizzled layout's flat), by the numpy oracle."""
+    dtype = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[x.dtype]
+    given = 1.0 if scale is None else scale.item()
+    rows = x.detach().float().reshape(-1, x.shape[-1])
+    codes, scales = (
+        torch.from_numpy(each) for each in oracle.quantise(rows.numpy(), QuantSpec(format, size), given, dtype)
+    )
+    tile = {ScaleLayout.SWIZZLED_128X4: 128, ScaleLayout.SWIZZLED_8X4: 8}.get(layout)
+    if tile is not None:
+        count, columns = scales.shape
+        scales = torch.nn.functional.pad(scales, (0, -columns % 4, 0, -count % tile))
+        # a tile of 128 rows is four times 32 of them, side by side
+        tiles = scales.reshape(-1, max(tile // 32, 1), min(tile, 32), scales.shape[1] // 4, 4)
+        scales = tiles.permute(0, 3, 2, 1, 4).reshape(-1)
+    return codes, scales
+
+
+def _block_scales(x: torch.Tensor, size: int, layout: ScaleLayout) -> torch.Tensor:
+    """An empty buffer for the scales of :func:`_blocks`."""
+    rows, columns = x.shape[0], x.shape[1] // size
+    tile = {ScaleLayout.SWIZZLED_128X4: 128, ScaleLayout.SWIZZLED_8X4: 8}.get(layout)
+    if tile is None:
+        return x.new_empty(rows, columns, dtype=torch.uint8)
+    return x.new_empty((rows + tile - 1) // tile * tile * ((columns + 3) // 4 * 4), dtype=torch.uint8)
+
+
+def _swizzle(swizzled: bool, eight: bool = False) -> ScaleLayout:
+    if not swizzled:
+        return ScaleLayout.LINEAR
+    return ScaleLayout.SWIZZLED_8X4 if eight else ScaleLayout.SWIZZLED_128X4
+
+
+def _nvfp4_blocks(x: torch.Tensor, scale: torch.Tensor, layout: ScaleLayout) -> tuple[torch.Tensor, torch.Tensor]:
+    return _blocks(x, QuantFormat.NVFP4, 16, layout, scale)
+
+
+def _nvfp4_buffers(x: torch.Tensor, layout: ScaleLayout) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape[0], x.shape[1] // 2, dtype=torch.uint8), _block_scales(x, 16, layout)
+
+
+def _mxfp8_blocks(x: torch.Tensor, layout: ScaleLayout) -> tuple[torch.Tensor, torch.Tensor]:
+    codes, scales = _blocks(x, QuantFormat.MXFP8, 32, layout, None)
+    return codes.view(torch.float8_e4m3fn).view(x.shape), scales
+
+
+def _mxfp8_buffers(x: torch.Tensor, layout: ScaleLayout) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(x, dtype=torch.float8_e4m3fn), _block_scales(x, 32, layout)
 
 
 def _nvfp4(input, input_scale, is_sf_swizzled_layout):  # type: ignore[no-untyped-def]
-    layout = ScaleLayout.SWIZZLED_128X4 if is_sf_swizzled_layout else ScaleLayout.LINEAR
-    codes, scales = _blocks(input, QuantSpec(QuantFormat.NVFP4, group=16, layout=layout), input_scale)
-    scales = scales.view(torch.uint8)
-    return codes, scales.view(torch.int32) if is_sf_swizzled_layout else scales
+    codes, scales = _nvfp4_blocks(input, input_scale, _swizzle(is_sf_swizzled_layout))
+    return codes, scales.view(torch.int32).view(-1, input.shape[1] // 64) if is_sf_swizzled_layout else scales
 
 
 def _nvfp4_fake(input, input_scale, is_sf_swizzled_layout):  # type: ignore[no-untyped-def]
-    rows, groups = input.shape[0], input.shape[1] // 16
-    scales = input.new_empty(rows, groups, dtype=torch.uint8)
+    codes, scales = _nvfp4_buffers(input, _swizzle(is_sf_swizzled_layout))
     if is_sf_swizzled_layout:
-        scales = input.new_empty((rows + 127) // 128 * 128, (groups + 3) // 4, dtype=torch.int32)
-    return input.new_empty(rows, input.shape[1] // 2, dtype=torch.uint8), scales
+        rows = (input.shape[0] + 127) // 128 * 128
+        scales = input.new_empty(rows, (input.shape[1] // 16 + 3) // 4, dtype=torch.int32)
+    return codes, scales
 
 
 def _nvfp4_out(input, input_scale, is_sf_swizzled_layout, *, output, output_scale):  # type: ignore[no-untyped-def]
     codes, scales = _nvfp4(input, input_scale, is_sf_swizzled_layout)
     output.copy_(codes)
     output_scale.copy_(scales)
-
-
-def _mxfp8(x, is_sf_swizzled_layout=False, alignment=0):  # type: ignore[no-untyped-def]
-    layout = ScaleLayout.SWIZZLED_128X4 if is_sf_swizzled_layout else ScaleLayout.LINEAR
-    codes, scales = _blocks(x, QuantSpec(QuantFormat.MXFP8, group=32, layout=layout), None)
-    return codes, scales.reshape(-1) if is_sf_swizzled_layout else scales
-
-
-def _mxfp8_fake(x, is_sf_swizzled_layout=False, alignment=0):  # type: ignore[no-untyped-def]
-    rows, groups = x.shape[0], x.shape[1] // 32
-    scales = x.new_empty(rows, groups, dtype=torch.uint8)
-    if is_sf_swizzled_layout:
-        scales = x.new_empty((rows + 127) // 128 * 128 * ((groups + 3) // 4 * 4), dtype=torch.uint8)
-    return torch.empty_like(x, dtype=torch.float8_e4m3fn), scales
 
 
 def register_vllm(optional_weight: bool = True) -> None:
@@ -294,8 +320,8 @@ def register_vllm(optional_weight: bool = True) -> None:
     define(
         "vllm::mxfp8_quantize",
         "(Tensor x, bool is_sf_swizzled_layout=False, SymInt alignment=0) -> (Tensor, Tensor)",
-        _mxfp8,
-        _mxfp8_fake,
+        lambda x, is_sf_swizzled_layout=False, alignment=0: _mxfp8_blocks(x, _swizzle(is_sf_swizzled_layout)),
+        lambda x, is_sf_swizzled_layout=False, alignment=0: _mxfp8_buffers(x, _swizzle(is_sf_swizzled_layout)),
     )
     define(
         "vllm::rocm_unquantized_gemm",
@@ -420,9 +446,24 @@ def register_flashinfer() -> None:
         _fi_add_quant,
     )
 
+    define(
+        "flashinfer::fp4_quantize_sm100",
+        "(Tensor input, Tensor? global_scale=None, int sf_vec_size=16, bool sf_use_ue8m0=False, "
+        "bool is_sf_swizzled_layout=True, bool is_sf_8x4_layout=False, bool is_global_scale_inversed=False, "
+        "bool? enable_pdl=None) -> (Tensor, Tensor)",
+        lambda x, scale, size, ue8m0, swizzled, eight, *rest: _nvfp4_blocks(x, scale, _swizzle(swizzled, eight)),
+        lambda x, scale, size, ue8m0, swizzled, eight, *rest: _nvfp4_buffers(x, _swizzle(swizzled, eight)),
+    )
+    define(
+        "flashinfer::mxfp8_quantize_sm100",
+        "(Tensor input, int sf_swizzle_layout=0, SymInt alignment=32, bool? enable_pdl=None) -> (Tensor, Tensor)",
+        lambda x, code=0, *rest: _mxfp8_blocks(x, _swizzle(code != 2, code == 1)),
+        lambda x, code=0, *rest: _mxfp8_buffers(x, _swizzle(code != 2, code == 1)),
+    )
+
 
 def register_tensorrt_llm() -> None:
-    """TensorRT-LLM's all-reduce (its ``op`` NONE), and FlashInfer's norms under its names."""
+    """TensorRT-LLM's all-reduce (its ``op`` NONE), FlashInfer's norms under its names, and its quantisers."""
     define(
         "trtllm::allreduce",
         "(Tensor input, Tensor? residual, Tensor? norm_weight, Tensor? scale, Tensor? bias, Tensor? workspace, "
@@ -447,6 +488,25 @@ def register_tensorrt_llm() -> None:
         lambda input, scales: (to_fp8(input.float() / scales), scales.clone()),
         lambda input, scales: (torch.empty_like(input, dtype=torch.float8_e4m3fn), torch.empty_like(scales)),
     )
+
+    define(
+        "trtllm::fp4_quantize",
+        "(Tensor input, Tensor? globalScale, int sfVecSize, bool sfUseUE8M0=False, bool isSfSwizzledLayout=True) "
+        "-> (Tensor, Tensor)",
+        lambda x, scale, size, ue8m0=False, swizzled=True: _flat(_nvfp4_blocks(x, scale, _swizzle(swizzled))),
+        lambda x, scale, size, ue8m0=False, swizzled=True: _flat(_nvfp4_buffers(x, _swizzle(swizzled))),
+    )
+    define(
+        "trtllm::mxfp8_quantize",
+        "(Tensor input, bool swizzedLayout=True, int alignment=32) -> (Tensor, Tensor)",
+        lambda x, swizzled=True, alignment=32: _flat(_mxfp8_blocks(x, _swizzle(swizzled))),
+        lambda x, swizzled=True, alignment=32: _flat(_mxfp8_buffers(x, _swizzle(swizzled))),
+    )
+
+
+def _flat(outputs: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """TensorRT-LLM gives scales as one row in every layout."""
+    return outputs[0], outputs[1].reshape(-1)
 
 
 def register_symm_mem() -> None:
