@@ -349,6 +349,11 @@ def _find_quantiser(site: RaisedSite) -> None:
                     site.note = site.note or quant.reason
                 elif quant.dtype not in (None, dtype):
                     site.note = site.note or f"{describe(quant.codes)} rounds to {quant.dtype}, the reduced is {dtype}"
+                elif quant.scale is not None and (cause := _computed_from(quant.scale, site)) is not None:
+                    site.note = site.note or (
+                        f"the scale {describe(quant.scale)} is computed from {describe(cause)}, which the fused call "
+                        "would produce"
+                    )
                 elif quant.codes not in codes:
                     codes.add(quant.codes)
                     views = path(site.norm.norm, value)
@@ -368,6 +373,19 @@ def _find_quantiser(site: RaisedSite) -> None:
                 site.dialects += (dialect_name,)
                 return
             site.note = site.note or reason
+
+
+def _computed_from(node: fx.Node, site: RaisedSite) -> fx.Node | None:
+    """The value of a site's all-reduce or norm that ``node`` is computed from, or None."""
+    own, seen, stack = set(site.nodes), set[fx.Node](), [node]
+    while stack:
+        current = stack.pop()
+        if current in own:
+            return current
+        if current not in seen and not current < site.node:  # nothing before the all-reduce comes from it
+            seen.add(current)
+            stack.extend(current.all_input_nodes)
+    return None
 
 
 def _fuse_quantisers(site: RaisedSite, quants: list[Quantised]) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from typing import Any
 
 import pytest
@@ -253,6 +254,25 @@ def test_traced_engine_norm_is_exact(world: None) -> None:
     module = trace(fn, *tensors((TOKENS, HIDDEN), (TOKENS, HIDDEN), (HIDDEN,)))
     report = check_fused(module, 2)
     assert [site.dialect for site in report.fused] == ["functional_collectives+vllm"] * 2
+
+
+@pytest.mark.parametrize("custom", [False, True])
+def test_scale_computed_from_the_norm_is_left(world: None, custom: bool) -> None:
+    """A static quantiser whose scale is the norm's own maximum needs all tokens first: the norm is fused without it,
+    and a note says why."""
+    engine_ops.register_vllm()
+    engine_ops.register_tensorrt_llm()
+
+    def fn(x: torch.Tensor, w: torch.Tensor) -> Any:
+        norm = torch.ops.vllm_ir.rms_norm(torch.ops.vllm.all_reduce(x, "0"), w, 1e-6)
+        scale = norm.float().abs().amax() / 448.0
+        if custom:
+            return torch.ops.tensorrt_llm.static_quantize_e4m3_per_tensor(norm, scale)[0]
+        return (norm.float() / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+
+    report = check_fused(trace(fn, *tensors((TOKENS, HIDDEN), (HIDDEN,))), 1)
+    assert report.fused[0].quantiser is None
+    assert re.search("is computed from rms_norm|amax", str(report.fused[0].note))
 
 
 def test_rounding_of_vllm_kernels_by_generation(monkeypatch: pytest.MonkeyPatch) -> None:
