@@ -31,6 +31,11 @@ def weighted_fp32(permuted: Tensor, index: Tensor, weights: Tensor, shared: Tens
     return (permuted[index].float() * weights.float().unsqueeze(-1)).sum(dim=1).to(permuted.dtype)
 
 
+def promoted(permuted: Tensor, index: Tensor, weights: Tensor, shared: Tensor) -> Tensor:
+    """A router in fp32, which makes the products fp32."""
+    return (permuted[index] * weights.float().cos().unsqueeze(-1)).sum(dim=1).to(permuted.dtype)
+
+
 def scaled(permuted: Tensor, index: Tensor, weights: Tensor, shared: Tensor) -> Tensor:
     return weighted(permuted, index, weights, shared) * FACTOR
 
@@ -76,6 +81,7 @@ FINALIZE: dict[str, Combine] = {
     "plain": plain,
     "weighted": weighted,
     "weighted_fp32": weighted_fp32,
+    "promoted": promoted,
     "scaled": scaled,
     "shared_last": shared_last,
     "shared_first": shared_first,
@@ -95,6 +101,11 @@ def reduced_fp32(experts: Tensor, scales: Tensor, token: Tensor) -> Tensor:
     return (experts.float() * scales.float().unsqueeze(-1)).sum(dim=0).to(experts.dtype)
 
 
+def reduced_promoted(experts: Tensor, scales: Tensor, token: Tensor) -> Tensor:
+    """Scales in fp32."""
+    return (scales.float().cos().unsqueeze(-1) * experts).sum(dim=0).to(experts.dtype)
+
+
 def reduced_token(experts: Tensor, scales: Tensor, token: Tensor) -> Tensor:
     return reduced(experts, scales, token) + token
 
@@ -102,5 +113,6 @@ def reduced_token(experts: Tensor, scales: Tensor, token: Tensor) -> Tensor:
 REDUCE: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "reduced": reduced,
     "reduced_fp32": reduced_fp32,
+    "reduced_promoted": reduced_promoted,
     "reduced_token": reduced_token,
 }
