@@ -97,14 +97,17 @@ ARF_DEVICE void rotate(const Params& p, const Link& link, unsigned cta, unsigned
 static __device__ __noinline__ bool give_up(const Params& p, unsigned cta, uint32_t generation, uint32_t strategy,
                                             uint32_t token, int peer) {
   if (static_cast<const volatile Control*>(p.control)[cta].poisoned) return true;
-  volatile Control* first_look = p.control + kMaxCtas + cta; /* {~generation, microseconds modulo 2^32} */
+  /* {~generation, microseconds modulo 2^32} in one word of 8 bytes: all threads of a CTA write and read it, and the time
+   * of another launch under this one's tag would end a wait that has only begun. */
+  volatile uint64_t* first_look = reinterpret_cast<volatile uint64_t*>(p.control + kMaxCtas + cta);
   const uint32_t now = static_cast<uint32_t>(clock_ns() / 1000);
-  if (first_look->generation != ~generation) { /* never the 0 that the words begin with */
-    first_look->poisoned = now;
-    first_look->generation = ~generation;
+  const uint64_t seen = *first_look;
+  if (static_cast<uint32_t>(seen >> 32) != ~generation) { /* never the 0 that the words begin with */
+    *first_look = static_cast<uint64_t>(~generation) << 32 | now;
     return false;
   }
-  if (now - first_look->poisoned < p.timeout_us) return false;
+  const int32_t waited = static_cast<int32_t>(now - static_cast<uint32_t>(seen)); /* below 0: another looked just after us */
+  if (waited < static_cast<int32_t>(p.timeout_us)) return false;
   if (atomicExch(&p.control[0].poisoned, 2u) == 2u) return true; /* someone else reports */
   for (unsigned i = 1; i < kMaxCtas; ++i) p.control[i].poisoned = 1u;
   volatile arf_error_record* record = p.error;

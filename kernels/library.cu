@@ -33,7 +33,7 @@ int cuda_failed(cudaError_t error, const char* what) {
   return fail(ARF_CUDA, "%s failed: %s", what, cudaGetErrorString(error));
 }
 
-uint32_t timeout_us(int64_t ns) { return static_cast<uint32_t>(std::min<int64_t>(ns / 1000 + 1, int64_t{1} << 31)); }
+uint32_t timeout_us(int64_t ns) { return static_cast<uint32_t>(std::min<int64_t>(ns / 1000 + 1, INT32_MAX)); }
 
 /* One (group, device). Never freed once made: a launch may hold it while another thread destroys it. */
 struct Workspace {

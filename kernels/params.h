@@ -39,7 +39,7 @@ struct Params {
   int32_t world;
   Control* control;
   arf_error_record* error;
-  uint32_t timeout_us; /* at most 2^31 */
+  uint32_t timeout_us; /* below 2^31 */
 
   /* Shape */
   uint32_t tokens;       /* of this piece */
