@@ -59,13 +59,23 @@ ARF_DEVICE uint32_t rank_in_cluster() {
 
 ARF_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
+ARF_DEVICE void store_shared(uint32_t to, uint32_t word) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(word) : "memory"); /* to this CTA */
+}
+
+ARF_DEVICE uint32_t load_shared(uint32_t from) {
+  uint32_t word;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(from) : "memory"); /* from this CTA */
+  return word;
+}
+
 /* Before the exchange: one thread makes `count` mbarriers of one arrival each, all CTAs learn of it in join_cluster. */
-ARF_DEVICE void open_barriers(uint64_t* barriers, int count, const Part& part) {
+ARF_DEVICE void open_barriers(uint32_t barriers, int count, const Part& part) {
 #if __CUDA_ARCH__ >= 900
   if (part.count == 1) return;
   if (threadIdx.x == 0) {
     for (int i = 0; i < count; ++i) {
-      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barriers + i)) : "memory"); /* one arrival a phase */
+      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barriers + 8 * i) : "memory"); /* one arrival a phase */
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); /* the inits before the arrive below, cluster-wide */
   }
@@ -83,19 +93,19 @@ ARF_DEVICE void join_cluster(const Part& part) {
 }
 
 /* A word, the same in all lanes of the warp, into `slot` of every CTA; `expected` words make a row complete. */
-ARF_DEVICE void publish(uint32_t* slot, uint64_t* barrier, uint32_t word, bool valid, uint32_t expected, const Part& part) {
+ARF_DEVICE void publish(uint32_t slot, uint32_t barrier, uint32_t word, bool valid, uint32_t expected, const Part& part) {
 #if __CUDA_ARCH__ >= 900
   const uint32_t lane = threadIdx.x % kWarp;
   if (threadIdx.x == 0) {
     asm volatile("{ .reg .b64 state;\n\t"
                  "mbarrier.arrive.expect_tx.shared::cta.b64 state, [%0], %1; }" /* this phase ends after so many bytes */
-                 ::"r"(shared_address(barrier)), "r"(expected * 4)
+                 ::"r"(barrier), "r"(expected * 4)
                  : "memory");
   }
   if (valid && lane < part.count) {
     uint32_t to, signal;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(shared_address(slot)), "r"(lane)); /* slot in CTA `lane` */
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(signal) : "r"(shared_address(barrier)), "r"(lane));
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(slot), "r"(lane)); /* slot in CTA `lane` */
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(signal) : "r"(barrier), "r"(lane));
     asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" /* word and its arrival */
                  ::"r"(to), "r"(word), "r"(signal)
                  : "memory");
@@ -104,14 +114,14 @@ ARF_DEVICE void publish(uint32_t* slot, uint64_t* barrier, uint32_t word, bool v
 }
 
 /* Until the phase with this parity of `barrier` is over. */
-ARF_DEVICE void await_published(uint64_t* barrier, uint32_t phase) {
+ARF_DEVICE void await_published(uint32_t barrier, uint32_t phase) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
       "{ .reg .pred done;\n\t"
       "again_%=:\n\t"
       "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n\t" /* sleeps a while, then says whether over */
       "@!done bra again_%=; }"
-      ::"r"(shared_address(barrier)), "r"(phase)
+      ::"r"(barrier), "r"(phase)
       : "memory");
 #endif
 }

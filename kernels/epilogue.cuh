@@ -25,6 +25,19 @@ struct Scratch {
   uint64_t barriers[4]; /* in a cluster: squares, amax, for either parity */
 };
 
+/* A Scratch by its shared-memory address. From the variable itself the compiler works its address out anew at every use,
+ * from a special register, some 40 cycles each behind the last arrival. */
+struct Shared {
+  uint32_t base;
+
+  ARF_DEVICE explicit Shared(const Scratch& scratch) : base(shared_address(&scratch)) {
+    asm volatile("" : "+r"(base)); /* nothing; the value is now opaque, so it is kept */
+  }
+  ARF_DEVICE uint32_t squares(uint32_t parity) const { return base + offsetof(Scratch, squares) + parity * kMaxTiles * 4; }
+  ARF_DEVICE uint32_t amax(uint32_t parity) const { return base + offsetof(Scratch, amax) + parity * kMaxTiles * 4; }
+  ARF_DEVICE uint32_t barriers(uint32_t i) const { return base + offsetof(Scratch, barriers) + i * 8; }
+};
+
 /* Where a thread stands: its CTA's part of the rows, and which row this is for the CTA. */
 struct Place {
   Part part;
@@ -48,21 +61,26 @@ ARF_DEVICE void await_fetches() {
   asm volatile("cp.async.wait_all;" ::: "memory"); /* this thread's cp.async are done and visible to it */
 }
 
-ARF_DEVICE float butterfly_sum(float s, uint32_t span) {
-  for (uint32_t step = span >> 1; step; step >>= 1) s = __fadd_rn(s, __shfl_xor_sync(~0u, s, step));
+ARF_DEVICE float butterfly_sum(float s) {
+#pragma unroll
+  for (int step = kWarp / 2; step; step >>= 1) s = __fadd_rn(s, __shfl_xor_sync(~0u, s, step));
   return s;
 }
 
-template <int D, int F, int K>
+/* C: a common call (plan.cu: is_common). What such a call cannot ask for costs it neither a branch nor a register. */
+template <int D, int F, int K, bool C>
 struct Epilogue {
   static constexpr int N = kElements<D>;
-  static constexpr bool kWide = N == 8; /* an fp32 row beside T takes two 16-byte loads a vector */
+  static constexpr bool kWide = N == 8 && !C; /* an fp32 row beside T takes two 16-byte loads a vector */
   using Q = Quantiser<D>;
   using Row = float[K][N];
 
   struct Residual {
     uint4 a, b;
   };
+
+  ARF_DEVICE static bool has_weight(const Params& p) { return C || p.weight; }
+  ARF_DEVICE static bool needs_norm(const Params& p) { return C || p.need_norm; }
 
   /* The residual of token t at vector v. Plain loads: residual_out may alias it. */
   ARF_DEVICE static Residual load_residual(const Params& p, uint32_t t, uint32_t v, bool holds) {
@@ -84,10 +102,18 @@ struct Epilogue {
     if (p.residual) prefetch(static_cast<const uint4*>(p.residual) + t * p.residual_stride + (kWide && p.residual_fp32 ? 2 * v : v));
   }
 
-  /* Starts fetching the weight of this thread's vectors; once a launch. */
-  ARF_DEVICE static void fetch_weight(const Params& p, const Place& at) {
-    if (!p.weight || !p.need_norm) return;
+  /* The weight of this thread's vectors: of a common call in registers, else in shared memory, from which each thread
+   * reads what it fetched. */
+  struct Weight {
+    uint4 raw;
+  };
+
+  /* Starts fetching it; once a launch. */
+  ARF_DEVICE static Weight fetch_weight(const Params& p, const Place& at) {
+    Weight none = {};
+    if (!has_weight(p) || !needs_norm(p)) return none;
     const uint4* weight = static_cast<const uint4*>(p.weight);
+    if constexpr (C) return {at.vector(0) < p.vectors ? __ldg(weight + at.vector(0)) : none.raw};
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       const uint32_t v = at.vector(k), slot = at.slot(k);
@@ -99,10 +125,18 @@ struct Epilogue {
         fetch_async(weight_storage + slot, weight + v);
       }
     }
+    return none;
   }
 
-  ARF_DEVICE static void read_weight(const Params& p, uint32_t slot, float (&w)[N]) {
-    if (kWide && p.weight_fp32) {
+  /* Before the first row is finished. */
+  ARF_DEVICE static void await_weight() {
+    if constexpr (!C) await_fetches();
+  }
+
+  ARF_DEVICE static void read_weight(const Params& p, const Weight& weight, uint32_t slot, float (&w)[N]) {
+    if constexpr (C) {
+      unpack<D>(weight.raw, w);
+    } else if (kWide && p.weight_fp32) {
       widen(weight_storage[2 * slot], weight_storage[2 * slot + 1], w);
     } else {
       unpack<D>(weight_storage[slot], w);
@@ -147,11 +181,11 @@ struct Epilogue {
       for (int i = 0; i < N; ++i) value[i] = __fadd_rn(value[i], residual[i]);
     }
     if (p.residual_out) store_vector(p, p.residual_out, p.residual_out_fp32, t, v, value);
-    if (!(p.flags & kUnroundedSum)) unpack<D>(pack<D>(value), value);
+    if (C || !(p.flags & kUnroundedSum)) unpack<D>(pack<D>(value), value);
   }
 
   /* Sum of the row's squares, the same in every thread of every part. */
-  ARF_DEVICE static float sum_of_squares(const Params& p, Scratch& scratch, const Place& at, const Row& row) {
+  ARF_DEVICE static float sum_of_squares(const Params& p, Shared scratch, const Place& at, const Row& row) {
     const uint32_t lane = threadIdx.x % kWarp, parity = at.parity();
 #pragma unroll
     for (int k = 0; k < K; ++k) {
@@ -159,43 +193,45 @@ struct Epilogue {
       float s = 0.0f;
 #pragma unroll
       for (int i = 0; i < N; ++i) s = __fmaf_rn(row[k][i], row[k][i], s);
-      s = butterfly_sum(s, kWarp);
-      deliver(p, scratch.squares[parity], scratch.barriers + parity, at.vector(k) / kWarp, bits_of(s), at.part);
+      s = butterfly_sum(s);
+      deliver(p, scratch.squares(parity), scratch.barriers(parity), at.vector(k) / kWarp, bits_of(s), at.part);
     }
-    meet(scratch.barriers + parity, at);
+    meet(scratch.barriers(parity), at);
     float s = 0.0f;
-    for (uint32_t tile = lane & (p.tile_span - 1); tile < p.tiles; tile += kWarp) {
-      s = __fadd_rn(s, float_of(scratch.squares[parity][tile]));
+    if constexpr (K == 1) { /* at most 32 tiles; zeros for those that are not there change no sum */
+      if (lane < p.tiles) s = float_of(load_shared(scratch.squares(parity) + 4 * lane));
+      return butterfly_sum(s);
     }
-    return butterfly_sum(s, p.tile_span);
+    for (uint32_t tile = lane; tile < p.tiles; tile += kWarp) s = __fadd_rn(s, float_of(load_shared(scratch.squares(parity) + 4 * tile)));
+    return butterfly_sum(s);
   }
 
   /* The row's largest magnitude, NaN if it has one. The order does not matter to a maximum. */
-  ARF_DEVICE static float row_amax(const Params& p, Scratch& scratch, const Place& at, const Row& row) {
+  ARF_DEVICE static float row_amax(const Params& p, Shared scratch, const Place& at, const Row& row) {
     const uint32_t lane = threadIdx.x % kWarp, parity = at.parity();
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       if (k && k >= p.per_thread) break;
       const uint32_t amax = __reduce_max_sync(~0u, Q::amax_of(row[k]));
-      deliver(p, scratch.amax[parity], scratch.barriers + 2 + parity, at.vector(k) / kWarp, amax, at.part);
+      deliver(p, scratch.amax(parity), scratch.barriers(2 + parity), at.vector(k) / kWarp, amax, at.part);
     }
-    meet(scratch.barriers + 2 + parity, at);
+    meet(scratch.barriers(2 + parity), at);
     uint32_t amax = 0;
-    for (uint32_t tile = lane; tile < p.tiles; tile += kWarp) amax = max(amax, scratch.amax[parity][tile]);
+    for (uint32_t tile = lane; tile < p.tiles; tile += kWarp) amax = max(amax, load_shared(scratch.amax(parity) + 4 * tile));
     return float_of(__reduce_max_sync(~0u, amax));
   }
 
   /* A tile's word to wherever the row is worked on, and the wait for all of them. In a cluster per_thread is 1. */
-  ARF_DEVICE static void deliver(const Params& p, uint32_t* words, uint64_t* barrier, uint32_t tile, uint32_t word,
+  ARF_DEVICE static void deliver(const Params& p, uint32_t words, uint32_t barrier, uint32_t tile, uint32_t word,
                                  const Part& part) {
     if (part.count > 1) {
-      publish(words + tile, barrier, word, tile < p.tiles, p.tiles, part);
+      publish(words + 4 * tile, barrier, word, tile < p.tiles, p.tiles, part);
     } else if (threadIdx.x % kWarp == 0) {
-      words[tile] = word;
+      store_shared(words + 4 * tile, word);
     }
   }
 
-  ARF_DEVICE static void meet(uint64_t* barrier, const Place& at) {
+  ARF_DEVICE static void meet(uint32_t barrier, const Place& at) {
     if (at.part.count > 1) {
       await_published(barrier, at.phase());
     } else {
@@ -204,42 +240,55 @@ struct Epilogue {
   }
 
   /* Normalises a vector in place, writes norm_out, and leaves what the quantiser reads. */
-  ARF_DEVICE static void normalise(const Params& p, uint32_t t, uint32_t v, uint32_t slot, float rstd, float (&x)[N]) {
+  ARF_DEVICE static void normalise(const Params& p, const Weight& weight, uint32_t t, uint32_t v, uint32_t slot, float rstd,
+                                   float (&x)[N]) {
     const bool round_first = p.flags & kRoundBeforeWeight;
 #pragma unroll
     for (int i = 0; i < N; ++i) x[i] = __fmul_rn(x[i], rstd);
     if (round_first) unpack<D>(pack<D>(x), x);
-    if (p.weight) {
+    if (has_weight(p)) {
       float w[N];
-      read_weight(p, slot, w);
+      read_weight(p, weight, slot, w);
+      if (p.weight_bias != 0.0f) { /* not for 0: -0.0 + 0 is +0.0 */
 #pragma unroll
-      for (int i = 0; i < N; ++i) {
-        if (p.weight_bias != 0.0f) w[i] = __fadd_rn(w[i], p.weight_bias); /* not for 0: -0.0 + 0 is +0.0 */
-        x[i] = __fmul_rn(x[i], w[i]);
+        for (int i = 0; i < N; ++i) w[i] = __fadd_rn(w[i], p.weight_bias);
       }
+#pragma unroll
+      for (int i = 0; i < N; ++i) x[i] = __fmul_rn(x[i], w[i]);
       /* A T weight without bias multiplies in T (Hugging Face Llama's second rounding). */
-      if (round_first && !p.weight_fp32 && p.weight_bias == 0.0f) unpack<D>(pack<D>(x), x);
+      if (round_first && (C || !p.weight_fp32) && p.weight_bias == 0.0f) unpack<D>(pack<D>(x), x);
     }
     if (p.norm_out) store_vector(p, p.norm_out, p.norm_out_fp32, t, v, x);
     if (F != kPlain && !p.quant.unrounded()) unpack<D>(pack<D>(x), x);
   }
 
-  /* Norm and quantiser of row t; all threads call. Lanes without a vector hold zeros. given: the scale input. */
-  ARF_DEVICE static void finish_row(const Params& p, Scratch& scratch, const Place& at, uint32_t t, Row& row, float given) {
-    if (!p.need_norm) return;
+  /* Norm and quantiser of row t; all threads call. Lanes without a vector hold zeros. factor: of static FP8
+   * the scale and how it is applied, of NVFP4 the scale. */
+  ARF_DEVICE static void finish_row(const Params& p, Shared scratch, const Place& at, const Weight& weight, uint32_t t, Row& row,
+                                    typename Q::Factor factor) {
+    if (!needs_norm(p)) return;
     const float mean = __fmul_rn(sum_of_squares(p, scratch, at, row), p.inverse_hidden);
     const float rstd = __frsqrt_rn(__fadd_rn(mean, p.epsilon)); /* rsqrtf: 2 ulp, half of what an fp32 norm may be off */
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       if (k && k >= p.per_thread) break;
-      if (at.vector(k) < p.vectors) normalise(p, t, at.vector(k), at.slot(k), rstd, row[k]);
+      if (at.vector(k) < p.vectors) normalise(p, weight, t, at.vector(k), at.slot(k), rstd, row[k]);
     }
     if constexpr (F == kPlain) return;
-    typename Q::Factor factor = {};
-    if constexpr (F == kStatic) factor = Q::static_factor(p, given);
+    if constexpr (C && (F == kStatic || F == kDynamic)) {
+      if (p.usual) {
+        const uint32_t v = at.vector(0);
+        if constexpr (F == kDynamic) {
+          Q::usual_group_vector(p, t, v, v < p.vectors, row[0]);
+        } else if (v < p.vectors) {
+          Q::store_bytes(p, Q::usual(p), t, v, row[0], factor);
+        }
+        return;
+      }
+    }
     const bool by_token = F == kDynamic && p.group < 0;
     if (by_token) {
-      const float scale = Q::dynamic_scale(p, row_amax(p, scratch, at, row), factor);
+      const float scale = Q::dynamic_scale(p, p.quant, row_amax(p, scratch, at, row), factor);
       if (at.vector(0) == 0) store_scale(p, t, 0, scale);
     }
 #pragma unroll
@@ -248,9 +297,9 @@ struct Epilogue {
       const uint32_t v = at.vector(k);
       const bool active = v < p.vectors;
       if constexpr (F == kFp4) {
-        Q::nvfp4_vector(p, t, v, active, row[k], given);
+        Q::nvfp4_vector(p, t, v, active, row[k], factor.value);
       } else if (F == kStatic || by_token) {
-        if (active) Q::store_bytes(p, t, v, row[k], factor);
+        if (active) Q::store_bytes(p, p.quant, t, v, row[k], factor);
       } else {
         Q::group_vector(p, t, v, active, row[k]);
       }

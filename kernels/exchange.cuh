@@ -64,13 +64,11 @@ ARF_DEVICE uint64_t clock_ns() {
 }
 
 
-
-
 /* This CTA's view of the exchange during one launch. */
 struct Link {
   uint64_t offset;     /* of this launch's generation in every buffer */
   uint32_t generation;
-  bool dead;           /* a wait of this workspace has expired: nothing is pushed or awaited, all data are NaN */
+  uint32_t dead;       /* not 0: a wait of this workspace has expired: nothing is pushed or awaited, all data are NaN */
 };
 
 /* Every thread reads its CTA's own pair; no thread may write it before all have (see `rotate`). */
@@ -80,7 +78,13 @@ ARF_DEVICE Link open_link(const Params& p, unsigned cta) {
                : "=r"(generation), "=r"(poisoned)
                : "l"(p.control + cta)
                : "memory");
-  return {(generation & 1u) * p.generation_bytes, generation, poisoned != 0};
+  return {0, generation, poisoned};
+}
+
+/* Before the first push: called behind the loads of what is pushed, so that they do not wait for open_link's. */
+ARF_DEVICE void settle(const Params& p, Link& link) {
+  asm volatile("" : "+r"(link.generation), "+r"(link.dead)); /* nothing; the compiler may not use either value earlier */
+  link.offset = (link.generation & 1u) * p.generation_bytes;
 }
 
 /* Leaves all pairs at the next generation, each written by one CTA: no counter, no last arriver, no round trip. Only
@@ -122,44 +126,68 @@ static __device__ __noinline__ bool give_up(const Params& p, unsigned cta, uint3
   return true;
 }
 
-/* One peer's vector at `at`; all NaN, and link.dead set, if the wait expires. */
-ARF_DEVICE uint4 receive_one(const Params& p, Link& link, unsigned cta, char* at, uint32_t strategy, uint32_t token, int peer) {
-  unsigned misses = 0;
-  while (!link.dead) {
-    const uint4 v = load_volatile(at);
-    if (largest_word(v) != kEmpty) return v;
-    if (++misses == kPollsPerCheck) {
-      misses = 0;
-      link.dead = give_up(p, cta, link.generation, strategy, token, peer);
+/* Repeats `ready` until it says that a vector has arrived. Where many rows are awaited at once (p.quiet), only the first
+ * lane of the warp that misses its vector goes on polling, then all look again: every lane's polls together would take as
+ * much of L2's bandwidth as the exchange. lanes: those that call. `missing` names the peer that the error reports. */
+template <class Ready, class Missing>
+ARF_DEVICE void await_arrival(const Params& p, Link& link, unsigned cta, uint32_t strategy, uint32_t token, uint32_t lanes,
+                              const Ready& ready, const Missing& missing) {
+  auto poll = [&] {
+    unsigned misses = 0;
+    while (!link.dead && !ready()) {
+      if (++misses == kPollsPerCheck) {
+        misses = 0;
+        link.dead = give_up(p, cta, link.generation, strategy, token, missing());
+      }
     }
+  };
+  if (!p.quiet) return poll();
+  bool arrived = link.dead || ready();
+  while (const uint32_t absent = __ballot_sync(lanes, !arrived)) {
+    const bool first = threadIdx.x % kWarp == __ffs(absent) - 1;
+    if (first) poll();
+    __syncwarp(lanes);
+    link.dead = __any_sync(lanes, link.dead);
+    if (!arrived) arrived = first || link.dead || ready();
   }
-  return filled(kEmpty);
+}
+
+/* One peer's vector at `at`; all NaN, and link.dead set, if the wait expires. */
+ARF_DEVICE uint4 receive_one(const Params& p, Link& link, unsigned cta, char* at, uint32_t strategy, uint32_t token, int peer,
+                             uint32_t lanes) {
+  uint4 v;
+  await_arrival(
+      p, link, cta, strategy, token, lanes,
+      [&] {
+        v = load_volatile(at);
+        return largest_word(v) != kEmpty;
+      },
+      [&] { return peer; });
+  return link.dead ? filled(kEmpty) : v;
 }
 
 /* All peers' vectors at `at` + slot * slot_bytes, in in[slot], polled together. */
 template <int World>
-ARF_DEVICE void receive_all(const Params& p, Link& link, unsigned cta, char* at, uint32_t token, uint4 (&in)[World - 1]) {
-  char* slots[World - 1];
+ARF_DEVICE void receive_all(const Params& p, Link& link, unsigned cta, char* at, uint32_t token, uint32_t lanes,
+                            uint4 (&in)[World - 1]) {
+  await_arrival(
+      p, link, cta, ARF_ONESHOT, token, lanes,
+      [&] {
+        uint32_t largest = 0;
 #pragma unroll
-  for (int s = 0; s < World - 1; ++s) slots[s] = at + s * static_cast<uint64_t>(p.slot_bytes);
-  unsigned misses = 0;
-  while (!link.dead) {
-    uint32_t largest = 0;
+        for (int s = 0; s < World - 1; ++s) in[s] = load_volatile(at + s * static_cast<uint64_t>(p.slot_bytes));
 #pragma unroll
-    for (int s = 0; s < World - 1; ++s) in[s] = load_volatile(slots[s]);
+        for (int s = 0; s < World - 1; ++s) largest = max(largest, largest_word(in[s]));
+        return largest != kEmpty;
+      },
+      [&] {
+        int first = 0;
 #pragma unroll
-    for (int s = 0; s < World - 1; ++s) largest = max(largest, largest_word(in[s]));
-    if (largest != kEmpty) break;
-    if (++misses == kPollsPerCheck) {
-      misses = 0;
-      int missing = 0;
-#pragma unroll
-      for (int s = World - 2; s >= 0; --s) {
-        if (largest_word(in[s]) == kEmpty) missing = s;
-      }
-      link.dead = give_up(p, cta, link.generation, ARF_ONESHOT, token, missing + (missing >= p.rank));
-    }
-  }
+        for (int s = World - 2; s >= 0; --s) {
+          if (largest_word(in[s]) == kEmpty) first = s;
+        }
+        return first + (first >= p.rank);
+      });
   if (link.dead) {
 #pragma unroll
     for (int s = 0; s < World - 1; ++s) in[s] = filled(kEmpty);
@@ -195,12 +223,12 @@ ARF_DEVICE uint4 select(bool first, const uint4& a, const uint4& b) {
  * A world known at compile time is polled all at once; any other one rank after the other, which costs an L2 round trip
  * (0.3 us) a peer but no registers: unrolled for 8 it spilled 8 KB. */
 template <int D, int World>
-ARF_DEVICE void receive_sum(const Params& p, Link& link, unsigned cta, char* at, uint32_t token, const uint4& mine,
-                            float (&sum)[kElements<D>]) {
+ARF_DEVICE void receive_sum(const Params& p, Link& link, unsigned cta, char* at, uint32_t token, uint32_t lanes,
+                            const uint4& mine, float (&sum)[kElements<D>]) {
   constexpr int N = kElements<D>;
   if constexpr (World != 0) {
     uint4 in[World - 1]; /* by slot: ranks below ours, then those above */
-    receive_all<World>(p, link, cta, at, token, in);
+    receive_all<World>(p, link, cta, at, token, lanes, in);
     unpack<D>(select(p.rank == 0, mine, in[0]), sum);
 #pragma unroll
     for (int r = 1; r < World; ++r) {
@@ -215,7 +243,8 @@ ARF_DEVICE void receive_sum(const Params& p, Link& link, unsigned cta, char* at,
     for (int r = 0; r < p.world; ++r) {
       uint4 v = mine;
       if (r != p.rank) {
-        v = receive_one(p, link, cta, at + static_cast<uint64_t>(slot_of(r, p.rank)) * p.slot_bytes, ARF_ONESHOT, token, r);
+        v = receive_one(p, link, cta, at + static_cast<uint64_t>(slot_of(r, p.rank)) * p.slot_bytes, ARF_ONESHOT, token, r,
+                        lanes);
       }
       float f[N];
       unpack<D>(v, f);

@@ -147,11 +147,12 @@ ARF_DEVICE float e4m3_to_float(uint32_t code) {
 
 /* To nearest even, saturating at 6; NaN becomes +6, -0.0 keeps its sign: the instruction's results. */
 ARF_DEVICE uint32_t e2m1_one_software(float x) {
-  const float a = fabsf(x);
-  if (!(a <= 5.0f)) return x != x ? 7u : (bits_of(x) >> 28 & 8u) | 7u;
-  /* Ties go to the even code: open at 0.25, 1.25, 2.5, closed at 0.75, 1.75, 3.5. */
-  const uint32_t code = (a > 0.25f) + (a >= 0.75f) + (a > 1.25f) + (a >= 1.75f) + (a > 2.5f) + (a >= 3.5f);
-  return (bits_of(x) >> 28 & 8u) | code;
+  const float a = fminf(fabsf(x), 6.0f); /* NaN as well */
+  const uint32_t fine = bits_of(__fadd_rn(a, 4194304.0f)) - 0x4A800000u; /* plus 2^22: the mantissa ends in multiples of 0.5 */
+  const uint32_t b = bits_of(a);
+  const uint32_t coarse = ((b + 0x1FFFFFu + (b >> 22 & 1u)) >> 22) - 252u; /* to nearest even at bit 22 */
+  const uint32_t sign = x == x ? bits_of(x) >> 28 & 8u : 0u;
+  return sign | (a < 2.0f ? fine : coarse);
 }
 
 /* A byte, `low` in the low nibble. */

@@ -1,8 +1,9 @@
 /* The kernels: local, one-shot and two-shot, each a loop over tokens with the same epilogue.
  *
  * W: 1 local; 2, 4, 8; 0 for any world up to 8. K: vectors a thread may hold of a row; 1 where the row has at most
- * 1024 (hidden 8192, fp32 4096), which keeps the decode kernels nearly free of spills. Dependencies between ranks are only ever between CTAs of the same index
- * (same tokens), and CTAs are dispatched in order, so a grid larger than what fits at once still makes progress. */
+ * 1024 (hidden 8192, fp32 4096), which keeps the decode kernels nearly free of spills. C: a common call (plan.cu).
+ * A CTA waits for pushes by CTAs of its own index on other ranks (same tokens), or by the first p.pushers CTAs, which wait
+ * for nobody. CTAs are dispatched in order, so a grid larger than what fits at once still makes progress. */
 #pragma once
 #include "epilogue.cuh"
 #include "exchange.cuh"
@@ -10,9 +11,9 @@
 
 namespace arf {
 
-template <int D, int W, int F, int K>
+template <int D, int W, int F, int K, bool C>
 struct Kernel {
-  using E = Epilogue<D, F, K>;
+  using E = Epilogue<D, F, K, C>;
   static constexpr int N = E::N;
 
   struct Own {
@@ -29,7 +30,7 @@ struct Kernel {
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       own.x[k] = make_uint4(0, 0, 0, 0);
-      if (holds(p, at, k)) own.x[k] = contribution<D>(p, t, at.vector(k));
+      if (holds(p, at, k)) own.x[k] = contribution<D, C>(p, t, at.vector(k));
     }
     return own;
   }
@@ -46,42 +47,48 @@ struct Kernel {
     }
   }
 
-  /* Brings all parameters into the constant cache: each launch has its own, so each line's first use is a miss, and those
-   * in the epilogue would stand between the last arrival and the outputs. */
-  ARF_DEVICE static void touch(const Params& p) {
+  /* What needs no data of other kernels comes before the wait for them. First all parameters into the constant cache: each
+   * launch has its own, so each line's first use is a miss, and those in the epilogue would stand between the last arrival
+   * and the outputs. */
+  ARF_DEVICE static Place begin(const Params& p, Shared scratch, const Position& position) {
     const uint32_t* words = reinterpret_cast<const uint32_t*>(&p);
     constexpr int kWords = sizeof(Params) / 4, kLine = 16;
     uint32_t mix = words[kWords - 1];
 #pragma unroll
     for (int i = 0; i < kWords; i += kLine) mix = mix * 31 + words[i];
-    if (mix == 0x5bd1e995u) __nanosleep(1); /* a use of the words that cannot be dropped; harmless the one time in 2^32 */
-  }
-
-  /* What needs no data of other kernels comes before the wait for them. */
-  ARF_DEVICE static Place begin(const Params& p, Scratch& scratch, const Position& position) {
     const Place at = {position.part, position.part.rank * blockDim.x, 0};
-    open_barriers(scratch.barriers, 4, at.part);
-    touch(p);
+    open_barriers(scratch.barriers(0), 4, at.part);
+    if (mix == 0x5bd1e995u) __nanosleep(1); /* a use of the words that cannot be dropped; harmless the one time in 2^32 */
     wait_for_previous_kernel();
     if (p.flags & kTriggerEarly) let_next_kernel_start();
     return at;
   }
 
-  ARF_DEVICE static void start(const Params& p, const Place& at, unsigned cta, unsigned ctas, float& given) {
-    if constexpr (F == kStatic || F == kFp4) given = E::Q::given_scale(p);
-    E::fetch_weight(p, at);
+  /* What the epilogue needs once, fetched while the first row is on its way. */
+  struct Given {
+    typename E::Weight weight;
+    typename E::Q::Factor factor; /* of a quantiser that is given its scale */
+  };
+
+  /* CTA `cta` of `ctas` that finish rows. */
+  ARF_DEVICE static Given start(const Params& p, const Place& at, unsigned cta, unsigned ctas) {
+    Given given = {E::fetch_weight(p, at), {}};
+    if constexpr (F == kStatic) given.factor = E::Q::static_factor(p, E::Q::given_scale(p));
+    if constexpr (F == kFp4) given.factor.value = E::Q::given_scale(p);
     if (F >= kDynamic && p.pad) {
       write_padding(p, threadIdx.x + cta * blockDim.x, static_cast<uint64_t>(ctas) * blockDim.x);
     }
+    return given;
   }
 
-  ARF_DEVICE static void local(const Params& p, Scratch& scratch, const Position& position) {
+  ARF_DEVICE static void local(const Params& p, Shared scratch, const Position& position) {
     Place at = begin(p, scratch, position);
     const uint32_t cta = position.cta, ctas = position.ctas, first = position.first, step = position.step;
-    float given = 0.0f;
     Own own = load_own(p, at, first);
     typename E::Residual residual = E::load_residual(p, first, at.vector(0), holds(p, at, 0));
-    start(p, at, cta, ctas, given);
+    const Given given = start(p, at, cta, ctas);
+    E::await_weight();
+    join_cluster(at.part);
     for (uint32_t t = first; t < p.tokens; t += step, ++at.row) {
       float row[K][N];
 #pragma unroll
@@ -99,34 +106,38 @@ struct Kernel {
         own = load_own(p, at, t + step);
         residual = E::load_residual(p, t + step, at.vector(0), holds(p, at, 0));
       }
-      if (t == first) await_fetches(), join_cluster(at.part);
-      E::finish_row(p, scratch, at, t, row, given);
+      E::finish_row(p, scratch, at, given.weight, t, row, given.factor);
     }
     if (!(p.flags & kTriggerEarly)) let_next_kernel_start();
   }
 
-  ARF_DEVICE static void one_shot(const Params& p, Scratch& scratch, const Position& position) {
+  ARF_DEVICE static void one_shot(const Params& p, Shared scratch, const Position& position) {
     Place at = begin(p, scratch, position);
-    const uint32_t cta = position.cta, ctas = position.ctas, first = position.first, step = position.step;
-    Own own = load_own(p, at, first);
+    const uint32_t cta = position.cta, ctas = position.ctas;
     Link link = open_link(p, cta);
+    if (cta < p.pushers) { /* then clusters are of one CTA */
+      settle(p, link);
+      push_rows(p, link, at, cta);
+      return finish(p, link, at, cta, ctas);
+    }
+    const uint32_t first = position.first - p.pushers, step = position.step - p.pushers;
+    Own own = load_own(p, at, first);
     typename E::Residual residual[K];
 #pragma unroll
     for (int k = 0; k < K; ++k) residual[k] = E::load_residual(p, first, at.vector(k), holds(p, at, k));
-    push_row(p, link, at, first, own);
-    float given = 0.0f;
-    start(p, at, cta, ctas, given);
-    const bool ahead = p.op == ARF_OP_ALLREDUCE; /* a MoE row is not gathered twice */
+    settle(p, link);
+    if (!p.pushers) push_row(p, link, at, first, own);
+    const Given given = start(p, at, cta - p.pushers, ctas - p.pushers);
+    E::await_weight();
+    join_cluster(at.part);
     for (uint32_t t = first; t < p.tokens; t += step, ++at.row) {
       if (t != first) {
         own = load_own(p, at, t);
-        if (!ahead) push_row(p, link, at, t, own);
+        if (!p.pushers) push_row(p, link, at, t, own);
 #pragma unroll
         for (int k = 0; k < K; ++k) residual[k] = E::load_residual(p, t, at.vector(k), holds(p, at, k));
       }
-      /* The next row travels while this one is awaited; it is read again then, from L2, rather than held in registers. */
-      if (ahead && t + step < p.tokens) {
-        push_row(p, link, at, t + step, load_own(p, at, t + step));
+      if (p.pushers && t + step < p.tokens) {
 #pragma unroll
         for (int k = 0; k < K; ++k) {
           if (holds(p, at, k)) E::prefetch_residual(p, t + step, at.vector(k));
@@ -139,17 +150,43 @@ struct Kernel {
         for (int i = 0; i < N; ++i) row[k][i] = 0.0f;
         if (!holds(p, at, k)) continue;
         float sum[N];
-        receive_sum<D, W>(p, link, cta, p.own + offset_of(p, link, at, t, k), t, own.x[k], sum);
+        receive_sum<D, W>(p, link, cta, p.own + offset_of(p, link, at, t, k), t, lanes(p, at, k), own.x[k], sum);
         E::finish_sum(p, t, at.vector(k), sum, residual[k], row[k]);
       }
-      if (t == first) await_fetches(), join_cluster(at.part);
-      E::finish_row(p, scratch, at, t, row, given);
+      E::finish_row(p, scratch, at, given.weight, t, row, given.factor);
 #pragma unroll
       for (int k = 0; k < K; ++k) {
         if (holds(p, at, k)) empty_all<W>(p, link, p.own + offset_of(p, link, at, t, k));
       }
     }
     finish(p, link, at, cta, ctas);
+  }
+
+  /* Rows cta, cta + pushers, ... to all peers, in order, so that rows arrive in order and those in front are finished
+   * while those behind are on the link. */
+  ARF_DEVICE static void push_rows(const Params& p, const Link& link, const Place& at, uint32_t cta) {
+    constexpr int kBatch = 4; /* rows whose loads are in flight together */
+#pragma unroll 1
+    for (int k = 0; k < K; ++k) {
+      if (!holds(p, at, k)) break;
+      for (uint32_t t = cta; t < p.tokens; t += kBatch * p.pushers) {
+        uint4 x[kBatch];
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          if (t + i * p.pushers < p.tokens) x[i] = contribution<D, C>(p, t + i * p.pushers, at.vector(k));
+        }
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          if (t + i * p.pushers < p.tokens) push_all<W>(p, link, offset_of(p, link, at, t + i * p.pushers, k), x[i]);
+        }
+      }
+    }
+  }
+
+  /* The lanes of this thread's warp that hold a k-th vector. */
+  ARF_DEVICE static uint32_t lanes(const Params& p, const Place& at, int k) {
+    const uint32_t tail = p.vectors - (at.vector(k) & ~(kWarp - 1));
+    return tail >= kWarp ? ~0u : (1u << tail) - 1;
   }
 
   /* Two-shot's work for a CTA: row q of every slot, that is tokens q * world to q * world + world - 1, or with p.split
@@ -169,71 +206,83 @@ struct Kernel {
 
   /* Token t belongs to rank t mod world. Buffer of a generation: world - 1 scatter slots of ceil(tokens / world) rows
    * (what each peer contributes to my tokens), then as many gather slots (each peer's sums); row t / world. */
-  ARF_DEVICE static void two_shot(const Params& p, Scratch& scratch, const Position& position) {
+  ARF_DEVICE static void two_shot(const Params& p, Shared scratch, const Position& position) {
     Place at = begin(p, scratch, position);
-    const uint32_t cta = position.cta, first = position.first, step = position.step;
+    const uint32_t cta = position.cta;
     Link link = open_link(p, cta);
+    settle(p, link);
     const uint32_t units = (p.tokens + world(p) - 1) / world(p) * p.split;
-    const uint64_t gather = static_cast<uint64_t>(world(p) - 1) * p.slot_bytes;
-    for (uint32_t u = first; u < units; u += step) scatter(p, link, at, unit(p, u));
-    float given = 0.0f;
-    start(p, at, cta, position.ctas, given);
+    if (cta < p.pushers) {
+      for (uint32_t u = cta; u < units; u += p.pushers) scatter(p, link, at, unit(p, u));
+      return finish(p, link, at, cta, position.ctas);
+    }
+    const uint32_t first = position.first - p.pushers, step = position.step - p.pushers;
+    if (!p.pushers) {
+      for (uint32_t u = first; u < units; u += step) scatter(p, link, at, unit(p, u));
+    }
+    const Given given = start(p, at, cta - p.pushers, position.ctas - p.pushers);
+    E::await_weight();
     join_cluster(at.part);
-    for (uint32_t u = first; u < units; u += step) {
-      const Unit mine = unit(p, u);
-      const uint32_t t = mine.q * world(p) + p.rank;
-      if (t >= p.tokens || !shares(p, mine, p.rank)) continue;
-      const Own own = load_own(p, at, t);
+    for (uint32_t u = first; u < units; u += step) sum_own(p, scratch, link, at, cta, given, unit(p, u));
+    for (uint32_t u = first; u < units; u += step) gather(p, scratch, link, at, cta, given, unit(p, u));
+    finish(p, link, at, cta, position.ctas);
+  }
+
+  /* Our token of a unit: the sum goes to all peers before its row is finished. */
+  ARF_DEVICE static void sum_own(const Params& p, Shared scratch, Link& link, Place& at, uint32_t cta, const Given& given,
+                                 const Unit& u) {
+    const uint32_t t = u.q * world(p) + p.rank;
+    if (t >= p.tokens || !shares(p, u, p.rank)) return;
+    const uint64_t sums = static_cast<uint64_t>(world(p) - 1) * p.slot_bytes;
+    const Own own = load_own(p, at, t);
+    float row[K][N];
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) row[k][i] = 0.0f;
+      if (!holds(p, at, k)) continue;
+      const uint64_t offset = offset_of(p, link, at, u.q, k);
+      const typename E::Residual residual = E::load_residual(p, t, at.vector(k), true);
+      float sum[N];
+      receive_sum<D, W>(p, link, cta, p.own + offset, t, lanes(p, at, k), own.x[k], sum);
+      push_all<W>(p, link, sums + offset, pack<D>(sum));
+      E::finish_sum(p, t, at.vector(k), sum, residual, row[k]);
+    }
+    E::finish_row(p, scratch, at, given.weight, t, row, given.factor);
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      if (holds(p, at, k)) empty_all<W>(p, link, p.own + offset_of(p, link, at, u.q, k));
+    }
+    ++at.row;
+  }
+
+  /* The other tokens of a unit, from their owners' sums. */
+  ARF_DEVICE static void gather(const Params& p, Shared scratch, Link& link, Place& at, uint32_t cta, const Given& given,
+                                const Unit& u) {
+    for (int i = 0; i < world(p) - 1; ++i) {
+      const uint32_t owner = peer(p, i);
+      const uint32_t t = u.q * world(p) + owner;
+      if (t >= p.tokens || !shares(p, u, owner)) continue;
+      char* const sums = p.own + static_cast<uint64_t>(world(p) - 1 + slot_of(owner, p.rank)) * p.slot_bytes;
       float row[K][N];
 #pragma unroll
       for (int k = 0; k < K; ++k) {
 #pragma unroll
-        for (int i = 0; i < N; ++i) row[k][i] = 0.0f;
+        for (int j = 0; j < N; ++j) row[k][j] = 0.0f;
         if (!holds(p, at, k)) continue;
-        const uint64_t offset = offset_of(p, link, at, mine.q, k);
+        char* const from = sums + offset_of(p, link, at, u.q, k);
         const typename E::Residual residual = E::load_residual(p, t, at.vector(k), true);
         float sum[N];
-        receive_sum<D, W>(p, link, cta, p.own + offset, t, own.x[k], sum);
-        push_all<W>(p, link, gather + offset, pack<D>(sum));
+        unpack<D>(receive_one(p, link, cta, from, ARF_TWOSHOT_GATHER, t, owner, lanes(p, at, k)), sum);
         E::finish_sum(p, t, at.vector(k), sum, residual, row[k]);
       }
-      if (at.row == 0) await_fetches();
-      E::finish_row(p, scratch, at, t, row, given);
+      E::finish_row(p, scratch, at, given.weight, t, row, given.factor);
 #pragma unroll
       for (int k = 0; k < K; ++k) {
-        if (holds(p, at, k)) empty_all<W>(p, link, p.own + offset_of(p, link, at, mine.q, k));
+        if (holds(p, at, k)) empty_one(link, sums + offset_of(p, link, at, u.q, k));
       }
       ++at.row;
     }
-    for (uint32_t u = first; u < units; u += step) {
-      const Unit others = unit(p, u);
-      for (int i = 0; i < world(p) - 1; ++i) {
-        const uint32_t owner = peer(p, i);
-        const uint32_t t = others.q * world(p) + owner;
-        if (t >= p.tokens || !shares(p, others, owner)) continue;
-        char* const sums = p.own + gather + static_cast<uint64_t>(slot_of(owner, p.rank)) * p.slot_bytes;
-        float row[K][N];
-#pragma unroll
-        for (int k = 0; k < K; ++k) {
-#pragma unroll
-          for (int j = 0; j < N; ++j) row[k][j] = 0.0f;
-          if (!holds(p, at, k)) continue;
-          char* const from = sums + offset_of(p, link, at, others.q, k);
-          const typename E::Residual residual = E::load_residual(p, t, at.vector(k), true);
-          float sum[N];
-          unpack<D>(receive_one(p, link, cta, from, ARF_TWOSHOT_GATHER, t, owner), sum);
-          E::finish_sum(p, t, at.vector(k), sum, residual, row[k]);
-        }
-        if (at.row == 0) await_fetches();
-        E::finish_row(p, scratch, at, t, row, given);
-#pragma unroll
-        for (int k = 0; k < K; ++k) {
-          if (holds(p, at, k)) empty_one(link, sums + offset_of(p, link, at, others.q, k));
-        }
-        ++at.row;
-      }
-    }
-    finish(p, link, at, cta, position.ctas);
   }
 
   /* Our contribution to every peer's tokens of a unit. */
@@ -254,7 +303,7 @@ struct Kernel {
         for (int i = 0; i < W - 1; ++i) {
           const uint32_t t = u.q * W + peer(p, i);
           sends[i] = t < p.tokens && shares(p, u, peer(p, i));
-          if (sends[i]) x[i] = contribution<D>(p, t, at.vector(k));
+          if (sends[i]) x[i] = contribution<D, C>(p, t, at.vector(k));
         }
 #pragma unroll
         for (int i = 0; i < W - 1; ++i) {
@@ -265,7 +314,7 @@ struct Kernel {
         for (int i = 0; i < p.world - 1; ++i) {
           const uint32_t t = u.q * p.world + peer(p, i);
           if (t >= p.tokens || !shares(p, u, peer(p, i))) continue;
-          store_volatile(p.push[i] + offset, pushable(contribution<D>(p, t, at.vector(k))));
+          store_volatile(p.push[i] + offset, pushable(contribution<D, C>(p, t, at.vector(k))));
         }
       }
     }
@@ -284,57 +333,64 @@ struct Kernel {
   }
 };
 
-template <int D, int W, int F, int K, bool kTwoShot>
+template <int D, int W, int F, int K, bool kTwoShot, bool C>
 __global__ void __launch_bounds__(kMaxThreads, 1) fused_kernel(const __grid_constant__ Params p) {
-  __shared__ Scratch scratch;
+  __shared__ Scratch storage;
+  const Shared scratch(storage);
   const Position position = {blockIdx.x, gridDim.x, cluster_number(), cluster_count(), {rank_in_cluster(), p.cluster}};
   if constexpr (W == 1) {
-    Kernel<D, W, F, K>::local(p, scratch, position);
+    Kernel<D, W, F, K, C>::local(p, scratch, position);
   } else if constexpr (kTwoShot) {
-    Kernel<D, W, F, K>::two_shot(p, scratch, position);
+    Kernel<D, W, F, K, C>::two_shot(p, scratch, position);
   } else {
-    Kernel<D, W, F, K>::one_shot(p, scratch, position);
+    Kernel<D, W, F, K, C>::one_shot(p, scratch, position);
   }
 }
 
 /* All ranks in one launch: cluster b is rank b mod world's cluster b / world, so that CTAs of one index are dispatched together.
  * The same device code as the any-world kernels; only the parameters lie in shared memory. */
-template <int D, int F, bool kTwoShot>
+template <int D, int F, bool kTwoShot, bool C>
 __global__ void __launch_bounds__(kMaxThreads, 1) simulated_kernel(const __grid_constant__ SimulatedParams all, int world) {
-  __shared__ Scratch scratch;
+  __shared__ Scratch storage;
   __shared__ Params p;
+  const Shared scratch(storage);
   const uint32_t* from = reinterpret_cast<const uint32_t*>(&all.rank[cluster_number() % world]);
   for (unsigned i = threadIdx.x; i < sizeof(Params) / 4; i += blockDim.x) reinterpret_cast<uint32_t*>(&p)[i] = from[i];
   __syncthreads();
   const uint32_t first = cluster_number() / world, part = rank_in_cluster();
   const Position position = {first * p.cluster + part, gridDim.x / world, first, cluster_count() / world, {part, p.cluster}};
+  constexpr int K = C ? 1 : kMaxVectors<D>;
   if constexpr (kTwoShot) {
-    Kernel<D, 0, F, kMaxVectors<D>>::two_shot(p, scratch, position);
+    Kernel<D, 0, F, K, C>::two_shot(p, scratch, position);
   } else {
-    Kernel<D, 0, F, kMaxVectors<D>>::one_shot(p, scratch, position);
+    Kernel<D, 0, F, K, C>::one_shot(p, scratch, position);
   }
 }
 
 }  // namespace arf
 
-/* The body of a kernel getter: table[strategy][family]; for the local kernels the second row is the one for wide rows. */
-#define ARF_FUSED_ROW(D, W, K, TWO)                                                                                     \
-  {reinterpret_cast<const void*>(&arf::fused_kernel<D, W, arf::kPlain, K, TWO>),                                        \
-   reinterpret_cast<const void*>(&arf::fused_kernel<D, W, arf::kStatic, K, TWO>),                                       \
-   reinterpret_cast<const void*>(&arf::fused_kernel<D, W, arf::kDynamic, K, TWO>),                                      \
-   reinterpret_cast<const void*>(&arf::fused_kernel<D, W, arf::kFp4, K, TWO>)}
-#define ARF_SIMULATED_ROW(D, TWO)                                                                                       \
-  {reinterpret_cast<const void*>(&arf::simulated_kernel<D, arf::kPlain, TWO>),                                          \
-   reinterpret_cast<const void*>(&arf::simulated_kernel<D, arf::kStatic, TWO>),                                         \
-   reinterpret_cast<const void*>(&arf::simulated_kernel<D, arf::kDynamic, TWO>),                                        \
-   reinterpret_cast<const void*>(&arf::simulated_kernel<D, arf::kFp4, TWO>)}
+/* The body of a kernel getter: table[row][family]. */
+#define ARF_FUSED_ROW(D, W, K, TWO, C)                                                                                  \
+  {reinterpret_cast<const void*>(&arf::fused_kernel<D, W, arf::kPlain, K, TWO, C>),                                     \
+   reinterpret_cast<const void*>(&arf::fused_kernel<D, W, arf::kStatic, K, TWO, C>),                                    \
+   reinterpret_cast<const void*>(&arf::fused_kernel<D, W, arf::kDynamic, K, TWO, C>),                                   \
+   reinterpret_cast<const void*>(&arf::fused_kernel<D, W, arf::kFp4, K, TWO, C>)}
+#define ARF_SIMULATED_ROW(D, TWO, C)                                                                                    \
+  {reinterpret_cast<const void*>(&arf::simulated_kernel<D, arf::kPlain, TWO, C>),                                       \
+   reinterpret_cast<const void*>(&arf::simulated_kernel<D, arf::kStatic, TWO, C>),                                      \
+   reinterpret_cast<const void*>(&arf::simulated_kernel<D, arf::kDynamic, TWO, C>),                                     \
+   reinterpret_cast<const void*>(&arf::simulated_kernel<D, arf::kFp4, TWO, C>)}
 #define ARF_LOCAL_TABLE(D)                                                                                              \
-  static const void* const table[2][arf::kFamilies] = {ARF_FUSED_ROW(D, 1, 1, false),                                   \
-                                                       ARF_FUSED_ROW(D, 1, arf::kMaxVectors<D>, false)};
+  static const void* const table[3][arf::kFamilies] = {ARF_FUSED_ROW(D, 1, arf::kMaxVectors<D>, false, false),          \
+                                                       ARF_FUSED_ROW(D, 1, 1, false, false),                            \
+                                                       ARF_FUSED_ROW(D, 1, 1, false, true)};
 #define ARF_WORLD_TABLE(D, W)                                                                                           \
-  static const void* const table[2][arf::kFamilies] = {ARF_FUSED_ROW(D, W, 1, false), ARF_FUSED_ROW(D, W, 1, true)};
+  static const void* const table[4][arf::kFamilies] = {                                                                 \
+      ARF_FUSED_ROW(D, W, 1, false, false), ARF_FUSED_ROW(D, W, 1, true, false),                                        \
+      ARF_FUSED_ROW(D, W, 1, false, true), ARF_FUSED_ROW(D, W, 1, true, true)};
 #define ARF_ANY_TABLE(D)                                                                                                \
-  static const void* const table[2][arf::kFamilies] = {ARF_FUSED_ROW(D, 0, arf::kMaxVectors<D>, false),                 \
-                                                       ARF_FUSED_ROW(D, 0, arf::kMaxVectors<D>, true)};
+  static const void* const table[2][arf::kFamilies] = {ARF_FUSED_ROW(D, 0, arf::kMaxVectors<D>, false, false),          \
+                                                       ARF_FUSED_ROW(D, 0, arf::kMaxVectors<D>, true, false)};
 #define ARF_SIMULATED_TABLE(D)                                                                                          \
-  static const void* const table[2][arf::kFamilies] = {ARF_SIMULATED_ROW(D, false), ARF_SIMULATED_ROW(D, true)};
+  static const void* const table[4][arf::kFamilies] = {ARF_SIMULATED_ROW(D, false, false), ARF_SIMULATED_ROW(D, true, false), \
+                                                       ARF_SIMULATED_ROW(D, false, true), ARF_SIMULATED_ROW(D, true, true)};

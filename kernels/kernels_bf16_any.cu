@@ -2,8 +2,8 @@
 #include "kernels.cuh"
 
 namespace arf {
-const void* kernels_bf16_any(int strategy, int family) {
+const void* kernels_bf16_any(int row, int family) {
   ARF_ANY_TABLE(ARF_BF16)
-  return table[strategy][family];
+  return table[row][family];
 }
 }  // namespace arf

@@ -2,8 +2,8 @@
 #include "kernels.cuh"
 
 namespace arf {
-const void* kernels_bf16_eight(int strategy, int family) {
+const void* kernels_bf16_eight(int row, int family) {
   ARF_WORLD_TABLE(ARF_BF16, 8)
-  return table[strategy][family];
+  return table[row][family];
 }
 }  // namespace arf

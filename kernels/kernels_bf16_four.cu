@@ -2,8 +2,8 @@
 #include "kernels.cuh"
 
 namespace arf {
-const void* kernels_bf16_four(int strategy, int family) {
+const void* kernels_bf16_four(int row, int family) {
   ARF_WORLD_TABLE(ARF_BF16, 4)
-  return table[strategy][family];
+  return table[row][family];
 }
 }  // namespace arf

@@ -2,8 +2,8 @@
 #include "kernels.cuh"
 
 namespace arf {
-const void* kernels_bf16_simulated(int strategy, int family) {
+const void* kernels_bf16_simulated(int row, int family) {
   ARF_SIMULATED_TABLE(ARF_BF16)
-  return table[strategy][family];
+  return table[row][family];
 }
 }  // namespace arf

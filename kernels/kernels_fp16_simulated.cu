@@ -2,8 +2,8 @@
 #include "kernels.cuh"
 
 namespace arf {
-const void* kernels_fp16_simulated(int strategy, int family) {
+const void* kernels_fp16_simulated(int row, int family) {
   ARF_SIMULATED_TABLE(ARF_FP16)
-  return table[strategy][family];
+  return table[row][family];
 }
 }  // namespace arf

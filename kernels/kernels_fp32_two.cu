@@ -2,8 +2,8 @@
 #include "kernels.cuh"
 
 namespace arf {
-const void* kernels_fp32_two(int strategy, int family) {
+const void* kernels_fp32_two(int row, int family) {
   ARF_WORLD_TABLE(ARF_FP32, 2)
-  return table[strategy][family];
+  return table[row][family];
 }
 }  // namespace arf

@@ -48,8 +48,9 @@ struct Params {
   uint32_t split;        /* two-shot: CTAs (clusters) that share a row of tokens, 1, a power of two or world */
   uint32_t split_shift;
   uint32_t cluster;      /* CTAs that share a row; 1 unless per_thread is 1 */
+  uint32_t pushers;      /* CTAs that only push; 0: every CTA pushes the rows that it finishes */
+  bool quiet;            /* one lane of a warp polls, not all */
   uint32_t tiles;        /* of 32 vectors in a row: the leaves of the variance's tree */
-  uint32_t tile_span;    /* least power of two not below `tiles`, at most 32 */
   float inverse_hidden;
 
   /* Epilogue */
@@ -73,7 +74,9 @@ struct Params {
   Quant quant;
   int32_t group; /* -1: a token */
   uint32_t lane_shift; /* log2 of the vectors in a group */
-  float bound;
+  bool usual;          /* a spec that the kernels know at compile time */
+  float amax_bound;    /* lower bounds, 0 for none */
+  float scale_bound;
   float scale_value;
   const void* scale;
   int32_t scale_dtype;
@@ -110,7 +113,8 @@ enum Family { kPlain = 0, kStatic = 1, kDynamic = 2, kFp4 = 3, kFamilies = 4 };
  * wider rows, take kAny. */
 enum World { kLocal = 0, kTwo = 1, kFour = 2, kEight = 3, kAny = 4, kSimulated = 5, kWorlds = 6 };
 
-/* Kernel for strategy 0 one-shot, 1 two-shot (local: 0 rows of at most 1024 vectors, 1 wider); each .cu has one. */
-using KernelGetter = const void* (*)(int strategy, int family);
+/* Row 0 one-shot, 1 two-shot, 2 and 3 the same for common calls (not kAny); local: 0 rows of more than 1024
+ * vectors, 1 narrower, 2 common calls. Each .cu has one. */
+using KernelGetter = const void* (*)(int row, int family);
 
 }  // namespace arf

@@ -32,9 +32,10 @@ std::atomic<bool> cast_saturates{false};
 std::atomic<int> override_threads{0}, override_ctas{0};
 
 /* One-shot sends W - 1 times the message a rank, two-shot 2 (W - 1) / W times and one hop more. With two ranks both send
- * the same, so two-shot never pays. Built-in values: see README.md for the measurement. */
+ * the same; two-shot pays for wide rows in long messages, as its scatter is half as long (46.6 against 49.3 us for 7168 x
+ * 1024). Built-in values: see README.md for the measurement. */
 const arf_threshold kBuiltIn[] = {
-    {2, 0, int64_t{1} << 40}, {3, 0, 512 << 10}, {4, 0, 256 << 10}, {5, 0, 128 << 10},
+    {2, 0, int64_t{1} << 40}, {2, 4224, 6 << 20}, {3, 0, 512 << 10}, {4, 0, 256 << 10}, {5, 0, 128 << 10},
     {6, 0, 128 << 10},        {7, 0, 64 << 10},  {8, 0, 64 << 10},
 };
 std::mutex table_mutex;
@@ -70,6 +71,14 @@ constexpr int kClusterCtas = 128; /* CTAs that a split may make: about one a mul
 constexpr int kSplitCtas = 264;   /* CTAs that two-shot's split may make: two a multiprocessor */
 /* Warps that a part keeps at least, about: 7168 x 1 among four takes 4.16 us in 7 parts, 4.28 in 4. */
 constexpr int kClusterTiles = 3;
+
+/* More tokens than this, and one lane of a warp polls for all: 16.8 against 18.5 us for 8192 x 256 among two. */
+constexpr int kLoudTokens = 64;
+/* CTAs that only push, and for how many tokens (H200, hidden 7168 and 8192): 21.2 against 22.7 us for 7168 x 256 among four
+ * in two-shot, 74.0 against 76.7 for 7168 x 1024; 14.5 against 15.2 for 7168 x 256 among two in one-shot, and no gain from
+ * 512 tokens on. Narrower rows lose by it: there CTAs that push and CTAs that finish share a multiprocessor anyway. */
+constexpr int kTwoshotPushers = 32, kTwoshotPushTokens = 256;
+constexpr int kOneshotPushers = 16, kOneshotPushTokens = 160, kOneshotPushMost = 448;
 
 /* A FP8 group must be a power of two of lanes within a warp. */
 bool group_fits(int64_t group, int elements) {
@@ -197,8 +206,27 @@ void split_rows(int64_t tokens, int major, Plan* plan) {
   plan->threads = tiles_each * kWarp;
 }
 
+/* What most models' graphs ask for: tensors of one dtype, a weight, a norm of the rounded sum. Kernels of their own
+ * (template parameter C) do without the branches and registers of everything else. */
+bool is_common(const arf_call& c) {
+  const bool fp32_beside = c.residual_fp32 || c.residual_out_fp32 || c.weight_fp32 || c.norm_out_fp32;
+  return c.op == ARF_OP_ALLREDUCE && c.weight && (c.norm_out || c.quant_out) && !(c.flags & kUnroundedSum) &&
+         (c.dtype == ARF_FP32 || !fp32_beside);
+}
+
+/* The FP8 that most models use: static, or groups of 128 with fp32 scales. Layouts differ only in their strides, and a cast
+ * that saturates clamps. */
+bool is_usual(const arf_call& c) {
+  const Quant q{static_cast<uint32_t>(c.quant & 0xFFFFFFFF)};
+  const int64_t group = (c.quant >> 32) - 1;
+  const uint32_t free = Quant::kRule | 3u << 8 /* bound */ | (group ? 15u << 4 : 0) /* layout */ | (group ? 0 : 3u << 14) /* apply */;
+  const bool saturates = q.clamp() || cast_saturates.load(std::memory_order_relaxed);
+  return saturates && ((q.bits | 1u << 18) & ~free) == Quant::kUsual && (group == 0 || group == 128) &&
+         q.layout() != Layout::kPackedUe8m0;
+}
+
 int weight_bytes(const arf_call& c, const Plan& plan) {
-  if (!c.weight || !(c.norm_out || c.quant_out)) return 0;
+  if (!c.weight || !(c.norm_out || c.quant_out) || plan.common) return 0;
   const bool wide = c.weight_fp32 && c.dtype != ARF_FP32;
   return plan.threads * static_cast<int>(plan.per_thread) * kVectorBytes * (wide ? 2 : 1);
 }
@@ -217,13 +245,17 @@ std::string make_plan(int world, int64_t workspace_bytes, const arf_call& c, boo
   const bool wide = plan->per_thread > 1;
   plan->cluster = 1;
   plan->split = 1;
+  plan->pushers = 0;
+  plan->quiet = false;
+  plan->common = false;
   plan->family = q.format() == Format::kNone ? kPlain
                  : q.format() == Format::kNvfp4 ? kFp4
                  : (q.format() == Format::kFp8 && (c.quant >> 32) - 1 == 0) ? kStatic : kDynamic;
   if (world == 1) {
     plan->strategy = ARF_AUTO;
     plan->kernels = kLocal;
-    plan->kernel_row = wide;
+    plan->common = !wide && is_common(c);
+    plan->kernel_row = wide ? 0 : plan->common ? 2 : 1;
     plan->piece_tokens = c.tokens;
     plan->pieces = c.tokens ? 1 : 0;
     split_rows(c.tokens, major, plan);
@@ -250,6 +282,8 @@ std::string make_plan(int world, int64_t workspace_bytes, const arf_call& c, boo
   if (strategy == ARF_TWOSHOT) plan->piece_tokens = std::min(capacity, (plan->piece_tokens + world - 1) / world * world);
   plan->kernel_row = strategy == ARF_TWOSHOT;
   plan->kernels = simulated ? kSimulated : wide ? kAny : world == 2 ? kTwo : world == 4 ? kFour : world == 8 ? kEight : kAny;
+  plan->common = !wide && plan->kernels != kAny && is_common(c);
+  if (plan->common) plan->kernel_row += 2;
   if (strategy == ARF_TWOSHOT) {
     /* A CTA a token while one wave holds them, then fewer: below that the multiprocessors would stand idle. */
     const int64_t rows = (plan->piece_tokens + world - 1) / world;
@@ -263,17 +297,25 @@ std::string make_plan(int world, int64_t workspace_bytes, const arf_call& c, boo
     split_rows(plan->piece_tokens, major, plan);
   }
   plan->shared_bytes = weight_bytes(c, *plan);
+  plan->quiet = plan->piece_tokens > kLoudTokens;
+  /* Where a multiprocessor holds one row, its CTA's pushes hold up everything behind them, and rows arrive all at the end. */
+  if (c.op == ARF_OP_ALLREDUCE && plan->cluster == 1 && plan->threads > kMaxThreads / 2) {
+    if (strategy == ARF_TWOSHOT && plan->piece_tokens >= kTwoshotPushTokens) plan->pushers = kTwoshotPushers;
+    if (strategy == ARF_ONESHOT && plan->piece_tokens > kOneshotPushTokens && plan->piece_tokens <= kOneshotPushMost) {
+      plan->pushers = kOneshotPushers;
+    }
+  }
   return "";
 }
 
 int grid_size(const Plan& plan, int world, int64_t tokens, int resident) {
   const int64_t rows = plan.strategy == ARF_TWOSHOT ? (tokens + world - 1) / world * plan.split : tokens;
   const int forced = override_ctas.load(std::memory_order_relaxed);
-  /* Two-shot: a CTA a row even where not all fit at once: 84.7 us against 93.7 for 4096 x 2048 among four. One-shot holds
-   * each CTA's next row in flight, and is better off with those that fit (29.6 against 31.6 us, 4096 x 1024 among two). */
-  int64_t most = plan.strategy == ARF_TWOSHOT ? kMaxCtas : std::min<int64_t>(resident, kMaxCtas);
+  /* A CTA a row even where not all fit at once: 84.7 us against 93.7 for 4096 x 2048 among four in two-shot, 51.8 against
+   * 53.9 among two in one-shot. The local kernel has its next row's loads in flight instead. */
+  int64_t most = world == 1 ? std::min<int64_t>(resident, kMaxCtas) : kMaxCtas;
   if (forced) most = std::min<int64_t>(forced, kMaxCtas);
-  return static_cast<int>(std::max<int64_t>(1, std::min(rows, most / plan.cluster))) * plan.cluster;
+  return static_cast<int>(std::max<int64_t>(1, std::min(rows + plan.pushers, most / plan.cluster))) * plan.cluster;
 }
 
 namespace {
@@ -288,7 +330,8 @@ void fill_quant(const arf_call& c, int64_t first, int64_t tokens, Params* p) {
   p->quant = Quant{static_cast<uint32_t>(c.quant & 0xFFFFFFFF)};
   p->group = static_cast<int32_t>(group);
   while (group > (int64_t{kVectorBytes / item_bytes(c.dtype)} << p->lane_shift)) ++p->lane_shift;
-  p->bound = c.quant_bound;
+  p->usual = is_usual(c);
+  (p->quant.bound() == Bound::kScale ? p->scale_bound : p->amax_bound) = p->quant.bound() == Bound::kNone ? 0.0f : c.quant_bound;
   p->scale_value = c.scale_value;
   p->scale = c.scale;
   p->scale_dtype = c.scale_dtype;
@@ -344,10 +387,10 @@ void fill_params(const arf_call& c, const Plan& plan, int rank, int world, void*
   p->per_thread = plan.per_thread;
   p->cluster = plan.cluster;
   p->split = plan.split;
+  p->pushers = plan.pushers;
+  p->quiet = plan.quiet;
   while (1 << p->split_shift < plan.split) ++p->split_shift;
   p->tiles = (plan.vectors + kWarp - 1) / kWarp;
-  p->tile_span = 1;
-  while (p->tile_span < p->tiles && p->tile_span < kWarp) p->tile_span *= 2;
   p->inverse_hidden = 1.0f / static_cast<float>(c.hidden);
   p->flags = static_cast<uint32_t>(c.flags);
   p->op = c.op;

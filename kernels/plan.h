@@ -18,6 +18,9 @@ struct Plan {
   int threads;
   int cluster;
   int split;
+  bool common;  /* what the kernels with C know of the call */
+  int pushers;  /* CTAs that only push */
+  bool quiet;
   int shared_bytes;
   int64_t piece_tokens;
   int64_t pieces;

@@ -59,9 +59,9 @@ __device__ __noinline__ uint4 moe_contribution(const Params& p, uint32_t t, uint
 }
 
 /* Vector v of token t. A plain load, not ld.global.nc: outputs may alias x. */
-template <int D>
+template <int D, bool C>
 ARF_DEVICE uint4 contribution(const Params& p, uint32_t t, uint32_t v) {
-  if (p.op == ARF_OP_ALLREDUCE) return static_cast<const uint4*>(p.x)[t * p.x_stride + v];
+  if (C || p.op == ARF_OP_ALLREDUCE) return static_cast<const uint4*>(p.x)[t * p.x_stride + v];
   return moe_contribution<D>(p, t, v);
 }
 

@@ -1,7 +1,8 @@
 /* The quantisers, on the vectors a thread holds: step by step what arfusion_pass/ops/quantisers.py computes.
  *
  * Every division is IEEE, no multiply-add is fused, nothing is flushed to zero: codes and scales are bit-equal to the
- * reference applied to the same norm. The spec's fields are uniform over a launch, so its branches never diverge. */
+ * reference applied to the same norm. The spec's fields are uniform over a launch, so its branches never diverge; for the
+ * usual specs (plan.cu: is_usual) `q` is known at compile time but for the rule, and they are not there. */
 #pragma once
 #include "layouts.cuh"
 
@@ -13,6 +14,7 @@ constexpr float kInt8Max = 127.0f;
 template <int D>
 struct Quantiser {
   static constexpr int N = kElements<D>;
+  static constexpr uint32_t kUsualGroup = 128;
 
   /* How a scale meets a value: x / value, or x * value. */
   struct Factor {
@@ -21,14 +23,14 @@ struct Quantiser {
   };
 
   /* The spec's branches stand outside the loops over elements: inside, eight of them in a row cost 0.8 us a row. */
-  ARF_DEVICE static void apply(const Params& p, const float (&x)[N], Factor f, float (&y)[N]) {
+  ARF_DEVICE static void apply(Quant q, const float (&x)[N], Factor f, float (&y)[N]) {
     if (f.divide) {
       divide_all(x, f.value, y);
     } else {
 #pragma unroll
       for (int i = 0; i < N; ++i) y[i] = __fmul_rn(x[i], f.value);
     }
-    if (p.quant.in_dtype()) unpack<D>(pack<D>(y), y);
+    if (q.in_dtype()) unpack<D>(pack<D>(y), y);
   }
 
   /* Correctly rounded x / s for all x under one s, without a division an element: Newton's correction of x * (1 / s),
@@ -54,16 +56,25 @@ struct Quantiser {
     }
   }
 
+  /* encode / decoded, decoded an e4m3 number that is not 0. */
+  ARF_DEVICE static float divide(float encode, float decoded) {
+    const float magnitude = fabsf(encode);
+    if (!(magnitude >= 0x1p-90f && magnitude <= 0x1p90f)) return __fdiv_rn(encode, decoded);
+    const float r = __frcp_rn(decoded), q0 = __fmul_rn(encode, r);
+    const float q1 = __fmaf_rn(__fmaf_rn(-q0, decoded, encode), r, q0);
+    return __fmaf_rn(__fmaf_rn(-q1, decoded, encode), r, q1);
+  }
+
   /* N codes of one byte at vector v of token t. */
-  ARF_DEVICE static void store_bytes(const Params& p, uint32_t t, uint32_t v, const float (&x)[N], Factor f) {
+  ARF_DEVICE static void store_bytes(const Params& p, Quant q, uint32_t t, uint32_t v, const float (&x)[N], Factor f) {
     float y[N];
-    apply(p, x, f, y);
+    apply(q, x, f, y);
     uint32_t words[N / 4];
-    const bool int8 = p.quant.format() == Format::kInt8;
+    const bool int8 = q.format() == Format::kInt8;
 #pragma unroll
     for (int w = 0; w < N / 4; ++w) {
       const float four[4] = {y[4 * w], y[4 * w + 1], y[4 * w + 2], y[4 * w + 3]};
-      words[w] = int8 ? int8_word(p, four) : fp8_word(p, four);
+      words[w] = int8 ? int8_word(q, four) : fp8_word(p, q, four);
     }
     uint8_t* at = static_cast<uint8_t*>(p.quant_out) + (static_cast<uint64_t>(t) * p.vectors + v) * N;
     if constexpr (N == 8) {
@@ -73,10 +84,10 @@ struct Quantiser {
     }
   }
 
-  ARF_DEVICE static uint32_t fp8_word(const Params& p, const float (&y)[4]) {
+  ARF_DEVICE static uint32_t fp8_word(const Params& p, Quant q, const float (&y)[4]) {
     const uint32_t low = e4m3_pair(y[0], y[1]), high = e4m3_pair(y[2], y[3]);
     uint32_t word = low | high << 16; /* clamped by saturation */
-    if (!p.quant.clamp() && !p.cast_saturates) {
+    if (!q.clamp() && !p.cast_saturates) {
       uint32_t fixed = 0;
 #pragma unroll
       for (int i = 0; i < 4; ++i) fixed |= e4m3_nan_beyond(word >> 8 * i & 0xFFu, y[i]) << 8 * i;
@@ -85,12 +96,12 @@ struct Quantiser {
     return word;
   }
 
-  ARF_DEVICE static uint32_t int8_word(const Params& p, const float (&y)[4]) {
+  ARF_DEVICE static uint32_t int8_word(Quant spec, const float (&y)[4]) {
     uint32_t word = 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       int q = __float2int_rn(y[i]); /* NaN gives 0, as torch's cast */
-      if (p.quant.clamp()) q = max(-128, min(127, q));
+      if (spec.clamp()) q = max(-128, min(127, q));
       word |= (static_cast<uint32_t>(q) & 0xFFu) << 8 * i;
     }
     return word;
@@ -124,6 +135,15 @@ struct Quantiser {
     return float_of(m);
   }
 
+  /* Over the lanes of a usual group, with one reduction of the warp for each half, side by side, where shuffles would
+   * stand in a row. */
+  ARF_DEVICE static float usual_amax(uint32_t m) {
+    if constexpr (kUsualGroup / N == kWarp) return float_of(__reduce_max_sync(~0u, m));
+    const bool upper = threadIdx.x & kUsualGroup / N;
+    const uint32_t low = __reduce_max_sync(~0u, upper ? 0u : m), high = __reduce_max_sync(~0u, upper ? m : 0u);
+    return float_of(upper ? high : low);
+  }
+
   /* Correctly rounded amax / 448 or / 127: one correction suffices for these divisors (tests/division.cpp tries every
    * mantissa), the range is checked once. */
   ARF_DEVICE static float divide_by_limit(float amax, float limit, float inverse) {
@@ -133,24 +153,23 @@ struct Quantiser {
   }
 
   /* From amax to the scale that is written (fp32; MXFP8 and packed layouts write its exponent) and its factor. */
-  ARF_DEVICE static float dynamic_scale(const Params& p, float amax, Factor& factor) {
-    const float limit = p.quant.format() == Format::kInt8 ? kInt8Max : kFp8Max;
-    const float inverse = p.quant.format() == Format::kInt8 ? 1.0f / kInt8Max : 1.0f / kFp8Max;
-    const bool in_tensor = p.quant.round() == ScaleRound::kTensor;
-    const float bound = in_tensor ? round_to<D>(p.bound) : p.bound;
+  ARF_DEVICE static float dynamic_scale(const Params& p, Quant q, float amax, Factor& factor) {
+    const float limit = q.format() == Format::kInt8 ? kInt8Max : kFp8Max;
+    const float inverse = q.format() == Format::kInt8 ? 1.0f / kInt8Max : 1.0f / kFp8Max;
+    const bool in_tensor = q.round() == ScaleRound::kTensor;
     if (in_tensor) amax = round_to<D>(amax);
-    if (p.quant.bound() == Bound::kAmax) amax = max_nan(amax, bound);
+    amax = max_nan(amax, in_tensor ? round_to<D>(p.amax_bound) : p.amax_bound); /* without a bound 0, which changes no amax */
     float scale;
-    switch (p.quant.rule()) {
+    switch (q.rule()) {
       case ScaleRule::kDivide: scale = divide_by_limit(amax, limit, inverse); break;
       case ScaleRule::kMultiply: scale = __fmul_rn(amax, inverse); break;
       default: scale = __frcp_rn(__fmul_rn(__frcp_rn(amax), limit));
     }
     if (in_tensor) scale = round_to<D>(scale);
-    if (p.quant.bound() == Bound::kScale) scale = max_nan(scale, bound);
-    if (p.quant.round() == ScaleRound::kPow2) scale = pow2_up(scale);
-    if (p.quant.round() == ScaleRound::kPow2Log2) scale = pow2_up_log2(scale);
-    switch (p.quant.apply()) {
+    scale = max_nan(scale, in_tensor ? round_to<D>(p.scale_bound) : p.scale_bound);
+    if (q.round() == ScaleRound::kPow2) scale = pow2_up(scale);
+    if (q.round() == ScaleRound::kPow2Log2) scale = pow2_up_log2(scale);
+    switch (q.apply()) {
       case Apply::kDivide: factor = {scale, true}; break;
       case Apply::kMaxOverAmax: factor = {__fmul_rn(__frcp_rn(amax), limit), false}; break;
       default: factor = {__frcp_rn(scale), false};
@@ -164,7 +183,7 @@ struct Quantiser {
     const float amax = lanes_amax(amax_of(x), lanes);
     if (!active) return;
     Factor factor;
-    const float scale = dynamic_scale(p, amax, factor);
+    const float scale = dynamic_scale(p, p.quant, amax, factor);
     const bool writes = (v & (lanes - 1)) == 0;
     const uint32_t g = v >> p.lane_shift;
     if (p.quant.format() == Format::kMxfp8) {
@@ -176,8 +195,21 @@ struct Quantiser {
     } else if (writes) {
       store_scale(p, t, g, scale);
     }
-    store_bytes(p, t, v, x, factor);
+    store_bytes(p, p.quant, t, v, x, factor);
   }
+
+  /* The same for FP8 groups of kUsualGroup with fp32 scales. */
+  ARF_DEVICE static void usual_group_vector(const Params& p, uint32_t t, uint32_t v, bool active, const float (&x)[N]) {
+    const Quant q = usual(p);
+    const float amax = usual_amax(amax_of(x));
+    if (!active) return;
+    Factor factor;
+    const float scale = dynamic_scale(p, q, amax, factor);
+    if (v % (kUsualGroup / N) == 0) store_scale(p, t, v / (kUsualGroup / N), scale);
+    store_bytes(p, q, t, v, x, factor);
+  }
+
+  ARF_DEVICE static Quant usual(const Params& p) { return {Quant::kUsual | (p.quant.bits & Quant::kRule)}; }
 
   /* ---- NVFP4: groups of 16, e4m3 scales under a given encode scale ---- */
   ARF_DEVICE static void nvfp4_vector(const Params& p, uint32_t t, uint32_t v, bool active, const float (&x)[N],
@@ -187,7 +219,7 @@ struct Quantiser {
     if (!active) return;
     const uint32_t code = e4m3_pair(__fmul_rn(encode, __fmul_rn(amax, 1.0f / 6.0f)), 0.0f) & 0xFFu;
     const float decoded = e4m3_to_float(code);
-    const float factor = decoded != 0.0f ? __fdiv_rn(encode, decoded) : 0.0f;
+    const float factor = decoded != 0.0f ? divide(encode, decoded) : 0.0f;
     if (v % kLanes == 0) store_scale_byte(p, t, v / kLanes, code);
     uint32_t word = 0;
 #pragma unroll

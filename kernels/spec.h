@@ -47,6 +47,10 @@ enum class Apply : uint32_t { kDivide = 0, kReciprocal = 1, kMultiply = 2, kMaxO
 
 /* The low word of a packed QuantSpec; the group travels apart (QuantSpec.pack: bits 32 and up, plus 1). */
 struct Quant {
+  /* Clamped FP8 by division under fp32 scales, of the norm as it is written; the rule is left open. */
+  static constexpr uint32_t kUsual = static_cast<uint32_t>(Format::kFp8) | 1u << 18;
+  static constexpr uint32_t kRule = 3u << 10;
+
   uint32_t bits;
   ARF_HD Format format() const { return Format(bits & 15u); }
   ARF_HD Layout layout() const { return Layout(bits >> 4 & 15u); }

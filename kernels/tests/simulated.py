@@ -1,6 +1,8 @@
 """All ranks in one launch on one GPU: worlds 2 to 8, every epilogue and quantiser, against the reference, bit for bit.
 
-    python simulated.py LIBRARY.so [--quick]          # --quick: a few cases, for compute-sanitizer
+    python simulated.py LIBRARY.so            # everything
+    python simulated.py LIBRARY.so --quick    # a few dozen cases, for compute-sanitizer memcheck
+    python simulated.py LIBRARY.so --race     # one of each kind of path, for racecheck, which is slow
 
 One set of buffers serves all cases of a world, so every launch also checks that the one before it left them empty.
 Besides the exact contract (tests/gpu/calls.py) each case checks that all ranks have the same bits.
@@ -37,6 +39,8 @@ DEVICE = torch.device("cuda", 0)
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 FP8, INT8, NVFP4, MXFP8 = QuantFormat.FP8, QuantFormat.INT8, QuantFormat.NVFP4, QuantFormat.MXFP8
 ALL = ("allreduce_out", "residual_out", "norm_out", "quant_out")
+
+PUSHED = 4112  # the narrowest rows, about, for which some CTAs only push
 
 GROUP = QuantSpec(FP8, 128, ScaleLayout.ROW, bound_on=Bound.AMAX, bound=1e-4)
 SPECS = {
@@ -213,6 +217,12 @@ def cases() -> list[Config]:
         made.append(Config(tokens=11, hidden=1024, dtype=dtype, payload=payload, outputs=plain))
     for tokens in (17, 64, 300, 1000):
         made.append(Config(tokens=tokens, hidden=1024, outputs=plain))
+    for tokens, hidden, dtype in itertools.product(
+        (300, 257), (7168, PUSHED), DTYPES
+    ):  # enough for CTAs that only push
+        made.append(
+            Config(tokens=tokens, hidden=hidden if dtype != torch.float32 else hidden // 2, dtype=dtype, outputs=plain)
+        )
     return made
 
 
@@ -422,9 +432,29 @@ def graph_time() -> None:
         print(f"  {hidden} x {tokens:<5}", *row)
 
 
+def races(library: ctypes.CDLL) -> None:
+    """Rows over clusters and in one CTA, common calls and others, both strategies, CTAs that only push."""
+    ranks = Ranks(library, 2, 16 << 20)
+    row = Config(tokens=3, hidden=1024, outputs=ALL)
+    paths = {
+        "cluster, group-128 FP8": dataclasses.replace(row, spec=GROUP),
+        "cluster, token FP8, fp32 weight": dataclasses.replace(row, spec=SPECS["token"], weight="fp32"),
+        "one CTA a row, token FP8": dataclasses.replace(row, spec=SPECS["token"], tokens=150, hidden=256),
+        "one CTA a row, NVFP4": dataclasses.replace(row, spec=SPECS["nvfp4_128x4"], tokens=70, hidden=256),
+        "CTAs that only push": Config(tokens=257, hidden=PUSHED),
+    }
+    for (name, config), flag in itertools.product(paths.items(), (Flags.ONESHOT, Flags.TWOSHOT)):
+        start = time.time()
+        run_case(ranks, dataclasses.replace(config, flags=int(flag)))
+        print(f"{flag.name} {name}: {time.time() - start:.1f} s", flush=True)
+    ranks.assert_clean()
+
+
 def main() -> None:
     torch.ops.load_library(sys.argv[1])
     library = c_api.open_library(pathlib.Path(sys.argv[1]))
+    if "--race" in sys.argv:
+        return races(library)
     quick = "--quick" in sys.argv
     failures, count = [], 0
 
@@ -440,7 +470,11 @@ def main() -> None:
 
     everything = cases()
     if quick:
-        everything = [c for i, c in enumerate(everything) if i % 23 == 0 and c.tokens < 200]
+        everything = [
+            c
+            for i, c in enumerate(everything)
+            if (i % 23 == 0 and c.tokens < 200) or (c.tokens, c.hidden) == (257, PUSHED)
+        ]
     start = time.time()
     if not quick:
         for config in everything + [dataclasses.replace(c, tokens=2000) for c in everything[:6]]:
@@ -450,7 +484,7 @@ def main() -> None:
     for world in (3,) if quick else (2, 3, 4, 5, 6, 7, 8):
         ranks = Ranks(library, world, (64 << 20) if not quick else (16 << 20))
         for i, config in enumerate(everything):
-            if not quick and (i + world) % 4:
+            if not quick and (i + world) % 4 and config.tokens not in (257, 300):
                 continue
             for flag in (Flags.ONESHOT, Flags.TWOSHOT):
                 chosen = dataclasses.replace(config, flags=int(config.flags) | int(flag))
