@@ -237,7 +237,7 @@ def time_cell(arguments, timer, contenders, hidden: int, tokens: int, device, no
     iterations = (
         arguments.iterations
         if cell.bytes <= 1 << 20
-        else max(10, arguments.iterations // (8 if cell.bytes <= 8 << 20 else 16))
+        else max(10, arguments.iterations // (2 if cell.bytes <= 8 << 20 else 4))
     )
     for contender in contenders:
         error = None
