@@ -310,7 +310,7 @@ def flashinfer(env: Env) -> None:
 
 @case("eager", "flashinfer-moe", worlds=(2, 4))
 def flashinfer_moe(env: Env) -> None:
-    """Patterns 6 and 7, which round at every step there, the sum over ranks included: a step a rank from ours told so."""
+    """Patterns 6 and 7, which round at every step there, the ranks included: a step a rank from ours told so."""
     if (found := peer(env)) is None:
         return
     module, space = found
