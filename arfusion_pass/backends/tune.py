@@ -4,13 +4,15 @@
     python -m arfusion_pass.backends.tune 4   # starts four ranks, writes thresholds.json into the cache folder
 
 For each hidden size the message doubles from 16 KiB on; each strategy is timed as back-to-back calls in one CUDA graph,
-median over replays, maximum over ranks. The threshold is the geometric middle between the last size at which one-shot
-was faster and the next. All ranks take the same decisions, because they compare the same maxima.
+median over replays, maximum over ranks. The threshold is the geometric middle of the two sizes between which a change of
+strategy loses least over all sizes. All ranks take the same decisions, because they compare the same maxima.
 """
 
 from __future__ import annotations
 
 import datetime
+import itertools
+import math
 import os
 import socket
 import statistics
@@ -30,6 +32,8 @@ from arfusion_pass.ops.spec import Flags
 HIDDEN = (2048, 4096, 7168, 8192)
 SMALLEST, LARGEST = 16 << 10, 16 << 20
 CALLS, REPLAYS = 50, 7
+LAUNCH_CYCLES = 400_000
+"""Of the GPU's clock, some 200 µs: longer than the launch of a graph takes the host."""
 ALWAYS = 1 << 40
 """One-shot was faster at every size measured."""
 
@@ -55,17 +59,31 @@ def tune(group: dist.ProcessGroup | None = None, hidden: Sequence[int] = HIDDEN)
 
 def _crossover(group: dist.ProcessGroup, hidden: int) -> int:
     """Largest message in bytes for one-shot."""
-    faster = 0
+    sizes: list[int] = []
+    losses: list[float] = []
     message = SMALLEST
     while message <= LARGEST:
         tokens = max(1, message // (2 * hidden))
         one_shot = _microseconds(group, tokens, hidden, Flags.ONESHOT)
         two_shot = _microseconds(group, tokens, hidden, Flags.TWOSHOT)
-        if one_shot > two_shot:
-            return int((faster * message) ** 0.5) if faster else 0
-        faster = tokens * hidden * 2
+        sizes.append(tokens * hidden * 2)
+        losses.append(math.log(one_shot / two_shot))
         message *= 2
-    return ALWAYS
+    return limit(sizes, losses)
+
+
+def limit(sizes: Sequence[int], losses: Sequence[float]) -> int:
+    """The threshold under which all sizes together lose least, so that one noisy figure does not decide it.
+
+    Args:
+        sizes: bytes, rising.
+        losses: at each, the logarithm of one-shot's time over two-shot's.
+    """
+    sums = [0.0, *itertools.accumulate(losses)]
+    count = sums.index(min(sums))  # sizes for one-shot
+    if count == len(sizes):
+        return ALWAYS
+    return math.isqrt(sizes[count - 1] * sizes[count]) if count else 0
 
 
 def _microseconds(group: dist.ProcessGroup, tokens: int, hidden: int, flags: Flags) -> float:
@@ -88,6 +106,7 @@ def _microseconds(group: dist.ProcessGroup, tokens: int, hidden: int, flags: Fla
     times = []
     for replay in range(REPLAYS + 2):
         agreement.exchange(group, "tune", None)  # lines the ranks up
+        torch.cuda._sleep(LAUNCH_CYCLES)  # until the host has launched the graph, which would count otherwise
         start.record()
         graph.replay()
         end.record()

@@ -16,3 +16,11 @@ def test_crossover(monkeypatch, limit, low, high):
 
     monkeypatch.setattr(tune, "_microseconds", microseconds)
     assert low <= tune._crossover(None, 4096) <= high
+
+
+def test_one_noisy_figure_does_not_decide():
+    """One-shot is ahead at four sizes, of which an outlier hides one; two-shot from the fifth on."""
+    sizes = [1 << power for power in range(14, 20)]
+    assert tune.limit(sizes, [-0.3, 0.05, -0.3, -0.3, 0.2, 0.4]) == tune.limit(
+        sizes, [-0.3, -0.3, -0.3, -0.3, 0.2, 0.4]
+    )
