@@ -4,8 +4,8 @@
     python -m arfusion_pass.backends.tune 4   # starts four ranks, writes thresholds.json into the cache folder
 
 For each hidden size the message doubles from 16 KiB on; each strategy is timed as back-to-back calls in one CUDA graph,
-median over replays, maximum over ranks. The threshold is the geometric middle of the two sizes between which a change of
-strategy loses least over all sizes. All ranks take the same decisions, because they compare the same maxima.
+median over replays, maximum over ranks. The threshold is the geometric middle of the two sizes between which a change
+of strategy loses least over all sizes. All ranks take the same decisions, because they compare the same maxima.
 """
 
 from __future__ import annotations

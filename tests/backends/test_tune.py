@@ -20,7 +20,5 @@ def test_crossover(monkeypatch, limit, low, high):
 
 def test_one_noisy_figure_does_not_decide():
     """One-shot is ahead at four sizes, of which an outlier hides one; two-shot from the fifth on."""
-    sizes = [1 << power for power in range(14, 20)]
-    assert tune.limit(sizes, [-0.3, 0.05, -0.3, -0.3, 0.2, 0.4]) == tune.limit(
-        sizes, [-0.3, -0.3, -0.3, -0.3, 0.2, 0.4]
-    )
+    sizes, behind = [1 << power for power in range(14, 20)], [0.2, 0.4]
+    assert tune.limit(sizes, [-0.3, 0.05, -0.3, -0.3, *behind]) == tune.limit(sizes, [-0.3] * 4 + behind)
