@@ -225,6 +225,23 @@ bool is_usual(const arf_call& c) {
          q.layout() != Layout::kPackedUe8m0;
 }
 
+/* Whether an output lies in x. In one-shot a row may be finished here before a CTA that only pushes has read it; in two-shot
+ * it is not, as its sum contains what was pushed. */
+bool writes_x(const arf_call& c) {
+  const int item = item_bytes(c.dtype);
+  const uintptr_t x = reinterpret_cast<uintptr_t>(c.x);
+  const uintptr_t x_end = x + c.tokens * (c.x_stride ? c.x_stride : c.hidden) * item;
+  const struct { const void* out; int item; } outputs[] = {
+      {c.allreduce_out, item}, {c.residual_out, c.residual_out_fp32 ? 4 : item},
+      {c.norm_out, c.norm_out_fp32 ? 4 : item}, {c.quant_out, 1},
+  };
+  for (const auto& o : outputs) {
+    const uintptr_t out = reinterpret_cast<uintptr_t>(o.out);
+    if (out && out < x_end && x < out + c.tokens * c.hidden * o.item) return true;
+  }
+  return false;
+}
+
 int weight_bytes(const arf_call& c, const Plan& plan) {
   if (!c.weight || !(c.norm_out || c.quant_out) || plan.common) return 0;
   const bool wide = c.weight_fp32 && c.dtype != ARF_FP32;
@@ -301,7 +318,8 @@ std::string make_plan(int world, int64_t workspace_bytes, const arf_call& c, boo
   /* Where a multiprocessor holds one row, its CTA's pushes hold up everything behind them, and rows arrive all at the end. */
   if (c.op == ARF_OP_ALLREDUCE && plan->cluster == 1 && plan->threads > kMaxThreads / 2) {
     if (strategy == ARF_TWOSHOT && plan->piece_tokens >= kTwoshotPushTokens) plan->pushers = kTwoshotPushers;
-    if (strategy == ARF_ONESHOT && plan->piece_tokens > kOneshotPushTokens && plan->piece_tokens <= kOneshotPushMost) {
+    if (strategy == ARF_ONESHOT && plan->piece_tokens > kOneshotPushTokens && plan->piece_tokens <= kOneshotPushMost &&
+        !writes_x(c)) {
       plan->pushers = kOneshotPushers;
     }
   }

@@ -94,10 +94,10 @@ def tensors_of_any_rank(env: Env) -> None:
 
 @case("shapes", "aliasing", worlds=(1, 2, 3, 4))
 def outputs_may_alias_inputs(env: Env) -> None:
-    """In place, as engines call it: residual_out is residual, norm_out is x; any strategy."""
+    """In place, as engines call it: residual_out is residual, norm_out is x; any strategy, CTAs that only push too."""
     for strategy in ("oneshot", "twoshot"):
-        for tokens in (1, 6, 300):
-            config = with_strategy(Config(tokens, 4096), strategy)
+        for tokens, hidden in ((1, 4096), (6, 4096), (300, 4096), (300, 8192), (400, 7168)):
+            config = with_strategy(Config(tokens, hidden), strategy)
             want = run(config, env).snapshot()
             x, shared = rank_input(config, env.rank, env.device), shared_inputs(config, env.device)
             residual = shared.residual
