@@ -333,7 +333,8 @@ int grid_size(const Plan& plan, int world, int64_t tokens, int resident) {
    * 53.9 among two in one-shot. The local kernel has its next row's loads in flight instead. */
   int64_t most = world == 1 ? std::min<int64_t>(resident, kMaxCtas) : kMaxCtas;
   if (forced) most = std::min<int64_t>(forced, kMaxCtas);
-  return static_cast<int>(std::max<int64_t>(1, std::min(rows + plan.pushers, most / plan.cluster))) * plan.cluster;
+  const int64_t fewest = plan.pushers + 1; /* a forced grid, too, has one that finishes rows */
+  return static_cast<int>(std::max(fewest, std::min(rows + plan.pushers, most / plan.cluster))) * plan.cluster;
 }
 
 namespace {
