@@ -113,19 +113,22 @@ struct Epilogue {
     Weight none = {};
     if (!has_weight(p) || !needs_norm(p)) return none;
     const uint4* weight = static_cast<const uint4*>(p.weight);
-    if constexpr (C) return {at.vector(0) < p.vectors ? __ldg(weight + at.vector(0)) : none.raw};
+    if constexpr (C) {
+      return {at.vector(0) < p.vectors ? __ldg(weight + at.vector(0)) : none.raw};
+    } else {
 #pragma unroll
-    for (int k = 0; k < K; ++k) {
-      const uint32_t v = at.vector(k), slot = at.slot(k);
-      if ((k && k >= p.per_thread) || v >= p.vectors) break;
-      if (kWide && p.weight_fp32) {
-        fetch_async(weight_storage + 2 * slot, weight + 2 * v);
-        fetch_async(weight_storage + 2 * slot + 1, weight + 2 * v + 1);
-      } else {
-        fetch_async(weight_storage + slot, weight + v);
+      for (int k = 0; k < K; ++k) {
+        const uint32_t v = at.vector(k), slot = at.slot(k);
+        if ((k && k >= p.per_thread) || v >= p.vectors) break;
+        if (kWide && p.weight_fp32) {
+          fetch_async(weight_storage + 2 * slot, weight + 2 * v);
+          fetch_async(weight_storage + 2 * slot + 1, weight + 2 * v + 1);
+        } else {
+          fetch_async(weight_storage + slot, weight + v);
+        }
       }
+      return none;
     }
-    return none;
   }
 
   /* Before the first row is finished. */
@@ -200,9 +203,11 @@ struct Epilogue {
     float s = 0.0f;
     if constexpr (K == 1) { /* at most 32 tiles; zeros for those that are not there change no sum */
       if (lane < p.tiles) s = float_of(load_shared(scratch.squares(parity) + 4 * lane));
-      return butterfly_sum(s);
+    } else {
+      for (uint32_t tile = lane; tile < p.tiles; tile += kWarp) {
+        s = __fadd_rn(s, float_of(load_shared(scratch.squares(parity) + 4 * tile)));
+      }
     }
-    for (uint32_t tile = lane; tile < p.tiles; tile += kWarp) s = __fadd_rn(s, float_of(load_shared(scratch.squares(parity) + 4 * tile)));
     return butterfly_sum(s);
   }
 

@@ -63,7 +63,6 @@ ARF_DEVICE uint64_t clock_ns() {
   return t;
 }
 
-
 /* This CTA's view of the exchange during one launch. */
 struct Link {
   uint64_t offset;     /* of this launch's generation in every buffer */

@@ -25,6 +25,12 @@ struct Kernel {
     return (k == 0 || k < p.per_thread) && at.vector(k) < p.vectors;
   }
 
+  /* What a lane without a vector holds. */
+  ARF_DEVICE static void zero(float (&x)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = 0.0f;
+  }
+
   ARF_DEVICE static Own load_own(const Params& p, const Place& at, uint32_t t) {
     Own own;
 #pragma unroll
@@ -93,8 +99,7 @@ struct Kernel {
       float row[K][N];
 #pragma unroll
       for (int k = 0; k < K; ++k) {
-#pragma unroll
-        for (int i = 0; i < N; ++i) row[k][i] = 0.0f;
+        zero(row[k]);
         if (!holds(p, at, k)) continue;
         if (k) residual = E::load_residual(p, t, at.vector(k), true);
         float sum[N];
@@ -146,8 +151,7 @@ struct Kernel {
       float row[K][N];
 #pragma unroll
       for (int k = 0; k < K; ++k) {
-#pragma unroll
-        for (int i = 0; i < N; ++i) row[k][i] = 0.0f;
+        zero(row[k]);
         if (!holds(p, at, k)) continue;
         float sum[N];
         receive_sum<D, W>(p, link, cta, p.own + offset_of(p, link, at, t, k), t, lanes(p, at, k), own.x[k], sum);
@@ -238,8 +242,7 @@ struct Kernel {
     float row[K][N];
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-#pragma unroll
-      for (int i = 0; i < N; ++i) row[k][i] = 0.0f;
+      zero(row[k]);
       if (!holds(p, at, k)) continue;
       const uint64_t offset = offset_of(p, link, at, u.q, k);
       const typename E::Residual residual = E::load_residual(p, t, at.vector(k), true);
@@ -267,8 +270,7 @@ struct Kernel {
       float row[K][N];
 #pragma unroll
       for (int k = 0; k < K; ++k) {
-#pragma unroll
-        for (int j = 0; j < N; ++j) row[k][j] = 0.0f;
+        zero(row[k]);
         if (!holds(p, at, k)) continue;
         char* const from = sums + offset_of(p, link, at, u.q, k);
         const typename E::Residual residual = E::load_residual(p, t, at.vector(k), true);

@@ -44,11 +44,10 @@ struct Quantiser {
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         const float q0 = __fmul_rn(x[i], r);
-        const float q1 = __fmaf_rn(__fmaf_rn(-q0, s, x[i]), r, q0);
-        const float q2 = __fmaf_rn(__fmaf_rn(-q1, s, x[i]), r, q1);
+        const float q2 = corrected_twice(x[i], s, r, q0);
         /* |q0| in [2^-100, 2^100): as unsigned bits, one comparison */
-        const bool corrected = (bits_of(q0) & 0x7FFFFFFFu) - 0x0D800000u < 0x64000000u;
-        y[i] = corrected ? q2 : q0;
+        const bool in_range = (bits_of(q0) & 0x7FFFFFFFu) - 0x0D800000u < 0x64000000u;
+        y[i] = in_range ? q2 : q0;
       }
     } else {
 #pragma unroll
@@ -56,13 +55,17 @@ struct Quantiser {
     }
   }
 
+  ARF_DEVICE static float corrected_twice(float x, float s, float r, float q0) {
+    const float q1 = __fmaf_rn(__fmaf_rn(-q0, s, x), r, q0);
+    return __fmaf_rn(__fmaf_rn(-q1, s, x), r, q1);
+  }
+
   /* encode / decoded, decoded an e4m3 number that is not 0. */
   ARF_DEVICE static float divide(float encode, float decoded) {
     const float magnitude = fabsf(encode);
     if (!(magnitude >= 0x1p-90f && magnitude <= 0x1p90f)) return __fdiv_rn(encode, decoded);
-    const float r = __frcp_rn(decoded), q0 = __fmul_rn(encode, r);
-    const float q1 = __fmaf_rn(__fmaf_rn(-q0, decoded, encode), r, q0);
-    return __fmaf_rn(__fmaf_rn(-q1, decoded, encode), r, q1);
+    const float r = __frcp_rn(decoded);
+    return corrected_twice(encode, decoded, r, __fmul_rn(encode, r));
   }
 
   /* N codes of one byte at vector v of token t. */
