@@ -28,12 +28,14 @@ from arfusion_pass.config import DTYPES, FusionConfig, canonical_epsilon
 from arfusion_pass.dialects import DIALECTS, Norm, Prologue, Quantised, Reduced, Refused
 from arfusion_pass.graph import (
     VIEWS,
+    aten,
     describe,
     dtype_of,
     is_call,
     is_cast,
     keeps_rows,
     last_dim,
+    other_operand,
     path,
     row_views,
     same_shape,
@@ -153,6 +155,9 @@ def find_sites(graph: fx.Graph, config: FusionConfig) -> list[RaisedSite]:
     for site in sites:
         if site.reason is None:
             candidates[site.node] = _norms(site, config)
+    for site in sites:
+        if site.node in candidates and not candidates[site.node] and site.reason is None:
+            site.reason = _why_no_norm(site, sites)
     _assign(sites, candidates)
     for site in sites:
         if site.reason is None:
@@ -223,7 +228,8 @@ def _check_reduced(reduced: Reduced) -> str | None:
 
 
 def _norms(site: RaisedSite, config: FusionConfig) -> list[tuple[Norm, str]]:
-    """The norms that could be fused behind a site, best first. With none, the site gets its reason."""
+    """The norms that could be fused behind a site, best first. With none, the site gets the reason against one that it
+    has; a site that has none at all keeps None."""
     assert site.reduced is not None
     usable: list[tuple[Norm, str]] = []
     reasons: list[str] = []
@@ -238,8 +244,8 @@ def _norms(site: RaisedSite, config: FusionConfig) -> list[tuple[Norm, str]]:
                     views = path(site.reduced.value, value)
                     norm = dataclasses.replace(norm, nodes=(*views, *norm.nodes))
                     usable.append((norm, dialect.name))
-    if not usable:
-        site.reason = reasons[0] if reasons else _why_no_norm(site.reduced.value)
+    if not usable and reasons:
+        site.reason = reasons[0]
     return usable
 
 
@@ -284,17 +290,40 @@ def _read_inside(nodes: tuple[fx.Node, ...], values: set[fx.Node | None], what: 
     return None
 
 
-def _why_no_norm(value: fx.Node) -> str:
-    """One sentence on what reads an all-reduce that no norm reads."""
-    readers: list[str] = []
-    for view in row_views(value):
-        for user in view.users:
-            if not keeps_rows(user) and describe(user) not in readers:
-                readers.append(describe(user))
+def _why_no_norm(site: RaisedSite, sites: list[RaisedSite]) -> str:
+    """One sentence on what reads an all-reduce that no norm reads, and on what would help where one is a step away."""
+    assert site.reduced is not None
+    readers = {user: view for view in row_views(site.reduced.value) for user in view.users if not keeps_rows(user)}
+    for reader, operand in readers.items():
+        if torch.Tag.pointwise in getattr(reader.target, "tags", ()):
+            found = (norm for view in row_views(reader) for dialect in DIALECTS for norm in dialect.norms(view))
+            norm = next((norm for norm in found if isinstance(norm, Norm)), None)
+            if norm is not None:
+                advice = _advice(reader, operand, [other for other in sites if other is not site])
+                return f"{describe(reader)} stands between it and the norm {describe(norm.result)}{advice}"
     if not readers:
         return "nobody reads its result"
-    listed = ", ".join(readers[:3]) + (", ..." if len(readers) > 3 else "")
+    described = list(dict.fromkeys(map(describe, readers)))
+    listed = ", ".join(described[:3]) + (", ..." if len(described) > 3 else "")
     return f"its result is read by {listed}: no RMSNorm over its last dimension follows, with or without a residual add"
+
+
+def _advice(reader: fx.Node, operand: fx.Node, others: list[RaisedSite]) -> str:
+    """What would let a site fuse although ``reader`` reads its result as ``operand`` before the norm does: a linear
+    step can be taken before the all-reduce."""
+    other = other_operand(reader, operand)
+    if other is None or reader.kwargs:
+        return ""
+    if is_call(reader, aten.add.Tensor):
+        summed = (site for site in others if site.reduced is not None and other in row_views(site.reduced.value))
+        if (second := next(summed, None)) is not None:
+            return f"; one all-reduce of the sum of its input and that of {second.node.name} would fuse"
+        return "; added before the all-reduce, on one rank, it would be no hindrance"
+    if is_call(reader, aten.mul.Tensor, aten.mul.Scalar) or (
+        is_call(reader, aten.div.Tensor, aten.div.Scalar) and reader.args[0] is operand
+    ):
+        return "; scaling what is all-reduced instead would let it fuse"
+    return ""
 
 
 def _assign(sites: list[RaisedSite], candidates: dict[fx.Node, list[tuple[Norm, str]]]) -> None:
