@@ -38,6 +38,7 @@ STRICT = arf.FusionConfig(raise_errors=True)
 ENGINE_COLLECTIVES = (
     "vllm::all_reduce",
     "sglang::outplace_all_reduce",
+    "sglang::flashinfer_allreduce",
     "symm_mem::one_shot_all_reduce",
     "trtllm::allreduce",
 )

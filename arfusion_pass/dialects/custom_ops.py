@@ -33,9 +33,11 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from arfusion_pass.dialects.base import Dialect, Norm, Quantised, Reduced, Refused
 from arfusion_pass.dialects.operands import EPSILON_ADVICE, Sum, readable_total, sums, weight_of
 from arfusion_pass.graph import (
+    VIEWS,
     constant,
     describe,
     dtype_of,
+    is_call,
     is_cast,
     last_dim,
     only_user,
@@ -47,6 +49,9 @@ from arfusion_pass.graph import (
 )
 from arfusion_pass.ops.layouts import CODE_DTYPES, token_count
 from arfusion_pass.ops.spec import Flags
+
+aten = torch.ops.aten
+_RESHAPING = (aten.permute.default, aten.transpose.int, aten.t.default, aten.slice.Tensor, *VIEWS)
 
 V1 = torch.ops.higher_order.auto_functionalized
 V2 = torch.ops.higher_order.auto_functionalized_v2
@@ -84,12 +89,14 @@ class Operand:
         node: the argument, or its base under v2.
         size, stride: of the argument itself.
         whole: whether the op sees all of ``node``'s rows in order: itself, or a view that keeps the last dimension.
+        offset: where in ``node`` the argument begins, in elements.
     """
 
     node: fx.Node
     size: tuple[Any, ...]
     stride: tuple[Any, ...]
     whole: bool = True
+    offset: Any = 0
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -164,7 +171,8 @@ class OpCall:
             base = self.node.kwargs.get(f"_{which}_base_index")
             if not isinstance(base, int) or not self._owns_base(which, base):
                 return None
-            index = max(1, returns) + base
+            items = self._items.get(max(1, returns) + base, [])
+            return self._without_padding(which, items[0]) if len(items) == 1 else None
         items = self._items.get(index, [])
         return items[0] if len(items) == 1 else None
 
@@ -180,10 +188,25 @@ class OpCall:
         )
 
     def _owns_base(self, name: str, base: int) -> bool:
-        """Under v2: no other written argument shares the base, and ours is the whole of it."""
+        """Under v2: no other written argument shares the base, and ours is the whole of it, but for padding."""
         sharing = [other for other in self._written if self.node.kwargs.get(f"_{other}_base_index") == base]
         operand = self._arguments.get(name)
-        return sharing == [name] and isinstance(operand, Operand) and _covers(operand)
+        return sharing == [name] and isinstance(operand, Operand) and (_covers(operand) or _pads(operand))
+
+    def _without_padding(self, which: str, base: fx.Node) -> fx.Node | None:
+        """The view of a base's new value that is the argument as the op saw it, where the base has more; the views up
+        to it become part of the call."""
+        operand = self._arguments[which]
+        if _covers(operand):
+            return base
+        views = [base]
+        while not _is_view(views[-1], operand):
+            following = only_user(views[-1])
+            if following is None or not is_call(following, *_RESHAPING):
+                return None
+            views.append(following)
+        self.nodes = tuple(dict.fromkeys((*self.nodes, *views)))
+        return views[-1]
 
     def _normalised(self) -> dict[str, Any]:
         node = self.node
@@ -219,7 +242,7 @@ def _base_operand(node: fx.Node, name: str) -> Operand | None:
     size = tuple(value_of(item) for item in node.kwargs[f"_{name}_size"])  # type: ignore[union-attr]
     stride = tuple(value_of(item) for item in node.kwargs[f"_{name}_stride"])  # type: ignore[union-attr]
     offset = value_of(node.kwargs.get(f"_{name}_storage_offset", 0))
-    viewed = Operand(base, size, stride, False)
+    viewed = Operand(base, size, stride, False, offset)
     rows = bool(size) and bool(whole.size) and same(size[-1], whole.size[-1])
     contiguous = is_contiguous(size, stride) and is_contiguous(whole.size, whole.stride)
     return dataclasses.replace(viewed, whole=rows and contiguous and same(offset, 0) and _covers(viewed))
@@ -229,6 +252,20 @@ def _covers(operand: Operand) -> bool:
     """Whether a view has as many elements as its base, for sure."""
     tensor = tensor_of(operand.node)
     return tensor is not None and same(_product(operand.size), tensor.numel())
+
+
+def _pads(operand: Operand) -> bool:
+    """Whether a view begins where its base does and the base is a fresh buffer: nobody knows what its rest holds."""
+    return is_call(operand.node, aten.empty.memory_format) and same(operand.offset, 0)
+
+
+def _is_view(node: fx.Node, operand: Operand) -> bool:
+    """Whether a node's tensor has the size and strides of an argument, from the start of their common base on."""
+    tensor = tensor_of(node)
+    if tensor is None or len(operand.size) != tensor.dim() or not same(tensor.storage_offset(), 0):
+        return False
+    dims = zip(tensor.shape, operand.size, tensor.stride(), operand.stride, strict=True)
+    return all(same(size, its) and (same(size, 1) or same(step, its_step)) for size, its, step, its_step in dims)
 
 
 def _product(sizes: Iterable[Any]) -> Any:

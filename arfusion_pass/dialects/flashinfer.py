@@ -83,6 +83,10 @@ def _mxfp8(call: OpCall, x: fx.Node) -> Any:
 
 
 _STATIC = QuantOp("input", "out", _static, scale="scale")
+FP4 = QuantOp("input", 0, _fp4, scales=1, scale="global_scale")
+"""``fp4_quantize`` under whatever name it is registered."""
+MXFP8 = QuantOp("input", 0, _mxfp8, scales=1)
+"""``mxfp8_quantize`` likewise."""
 
 NORMS = {
     "flashinfer::rmsnorm": norm_op("out"),
@@ -94,8 +98,8 @@ NORMS = {
 }
 
 QUANTISERS = {
-    "flashinfer::fp4_quantize_sm100": QuantOp("input", 0, _fp4, scales=1, scale="global_scale"),
-    "flashinfer::mxfp8_quantize_sm100": QuantOp("input", 0, _mxfp8, scales=1),
+    "flashinfer::fp4_quantize_sm100": FP4,
+    "flashinfer::mxfp8_quantize_sm100": MXFP8,
 }
 
 DIALECT = CustomOpDialect("flashinfer", norms=NORMS, quantisers=QUANTISERS)

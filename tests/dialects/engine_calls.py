@@ -213,6 +213,39 @@ def sgl_group(x: Tensor, scale: Tensor) -> list[Tensor]:
     return [codes, scales]
 
 
+def _tma_columns(x: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    """SGLang's column-major scales: rows padded to four, seen from the side."""
+    return x.new_empty(columns, (x.shape[0] + 3) // 4 * 4, dtype=dtype).t()[: x.shape[0]]
+
+
+def sgl_group_v2(x: Tensor, scale: Tensor) -> list[Tensor]:
+    codes, scales = torch.empty_like(x, dtype=FP8), _scales(x, x.shape[0], x.shape[1] // 128)
+    group_v2 = torch.ops.sglang.per_token_group_quant_8bit_v2
+    group_v2(x, codes, scales, 128, 1e-10, -448.0, 448.0, True)
+    return [codes, scales]
+
+
+def sgl_group_v3(x: Tensor, scale: Tensor) -> list[Tensor]:
+    codes, scales = torch.empty_like(x, dtype=FP8), _tma_columns(x, x.shape[1] // 128, torch.float32)
+    torch.ops.sglang.per_token_group_quant(x, codes, scales, 128)
+    return [codes, scales]
+
+
+def sgl_group_packed(x: Tensor, scale: Tensor) -> list[Tensor]:
+    columns = (x.shape[1] // 128 + 3) // 4
+    codes, scales = torch.empty_like(x, dtype=FP8), _tma_columns(x, columns, torch.int32)
+    torch.ops.sglang.per_token_group_quant(x, codes, scales, 128, True)
+    return [codes, scales]
+
+
+def sgl_nvfp4(x: Tensor, scale: Tensor) -> list[Tensor]:
+    return list(torch.ops.sglang.flashinfer_fp4_quantize(x, scale.reshape(1)))
+
+
+def sgl_mxfp8(x: Tensor, scale: Tensor) -> list[Tensor]:
+    return list(torch.ops.sglang.flashinfer_mxfp8_quantize(x, False))
+
+
 def fi_nvfp4(x: Tensor, scale: Tensor) -> list[Tensor]:
     return list(torch.ops.flashinfer.fp4_quantize_sm100(x, scale.reshape(1), 16, False, True, True))
 
@@ -238,6 +271,7 @@ QUANTISERS: dict[str, Callable[[Tensor, Tensor], list[Tensor]]] = {
     for each in (
         *(c_static, c_token, c_group, c_group_column, c_group_ue8m0, c_packed),
         *(c_nvfp4, c_nvfp4_out, c_mxfp8, c_mxfp8_linear),
+        *(sgl_group_v2, sgl_group_v3, sgl_group_packed, sgl_nvfp4, sgl_mxfp8),
         *(sgl_static, sgl_token, sgl_group, fi_nvfp4, fi_mxfp8, trt_static, trt_nvfp4, trt_mxfp8),
     )
 }

@@ -378,12 +378,42 @@ def _sgl_group(  # type: ignore[no-untyped-def]
         _c_group_fp8(input, output_q, output_s, group_size, eps, fp8_min, fp8_max, False, False, False)
 
 
+def _sgl_by_encode_scale(input, output_q, output_s, group_size, power_of_two):  # type: ignore[no-untyped-def]
+    """The group kernels since v2. Their fast-math quotient is a product with the reciprocal."""
+    grouped = groups(input, group_size)
+    amax = grouped.abs().amax(-1, keepdim=True).clamp(min=1e-10)
+    scale = amax * torch.tensor(1.0 / FP8_MAX)
+    if power_of_two:
+        mantissa, exponent = torch.frexp(scale)
+        scale = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).to(exponent.dtype))
+        encoded = grouped / scale
+    else:
+        encoded = grouped * (torch.reciprocal(amax) * FP8_MAX)
+    output_q.copy_(to_fp8(encoded).reshape(input.shape))
+    scale = scale.squeeze(-1)
+    if output_s.dtype == torch.int32:
+        words = torch.zeros(scale.shape[0], 4 * output_s.shape[1], dtype=torch.uint8)
+        words[:, : scale.shape[1]] = (torch.log2(scale) + 127).to(torch.uint8)
+        scale = words.view(torch.int32)
+    output_s.copy_(scale)
+
+
+def _sgl_group_v2(  # type: ignore[no-untyped-def]
+    input, output_q, output_s, group_size, eps, low, high, scale_ue8m0=False, fuse_silu_and_mul=False, masked_m=None
+):
+    _sgl_by_encode_scale(input, output_q, output_s, group_size, scale_ue8m0)
+
+
+def _sgl_group_v3(input, output_q, output_s, group_size, scale_ue8m0=False, *rest):  # type: ignore[no-untyped-def]
+    _sgl_by_encode_scale(input, output_q, output_s, group_size, scale_ue8m0)
+
+
 def _inplace_all_reduce(tensor: torch.Tensor, group_name: str) -> None:
     tensor.copy_(all_reduce(tensor))
 
 
 def register_sglang() -> None:
-    """SGLang's all-reduces and sgl-kernel 0.3.21's norms and FP8 quantisers."""
+    """SGLang's all-reduces, sgl-kernel 0.3.21's norms and FP8 quantisers, SGLang 0.5.23's own quantisers."""
     define(
         "sglang::outplace_all_reduce",
         "(Tensor tensor, str group_name, str outplace_all_reduce_method) -> Tensor",
@@ -422,7 +452,51 @@ def register_sglang() -> None:
     define(
         "sgl_kernel::sgl_per_token_group_quant_8bit_v2",
         group + ", bool fuse_silu_and_mul, Tensor? masked_m) -> ()",
-        _sgl_group,
+        _sgl_group_v2,
+    )
+    define(
+        "sglang::flashinfer_allreduce",
+        "(Tensor tensor, str group_name) -> Tensor",
+        lambda tensor, group_name: all_reduce(tensor),
+        like,
+    )
+    written = "(Tensor input, Tensor(a1!) output_q, Tensor(a2!) output_s"
+    define(
+        "sglang::per_tensor_quant_fp8",
+        written + ", bool is_static=False) -> ()",
+        lambda input, output_q, output_s, is_static: _c_static_fp8(output_q, input, output_s),
+    )
+    define("sglang::per_token_quant_fp8", written + ") -> ()", _sgl_token)
+    define(
+        "sglang::per_token_group_quant",
+        written + ", SymInt group_size, bool scale_ue8m0=False, bool fuse_silu_and_mul=False, Tensor? masked_m=None, "
+        "SymInt? expected_m=None, Tensor? sorted_token_ids=None, Tensor? num_tokens_post_padded=None, "
+        'SymInt num_valid_tokens=0, str silu_and_mul_mode="legacy") -> ()',
+        _sgl_group_v3,
+    )
+    define(
+        "sglang::per_token_group_quant_8bit_v2",
+        written + ", SymInt group_size, float eps, float min_8bit, float max_8bit, bool scale_ue8m0=False, "
+        "bool fuse_silu_and_mul=False, Tensor? masked_m=None) -> ()",
+        _sgl_group_v2,
+    )
+    define(
+        "sglang::flashinfer_fp4_quantize",
+        "(Tensor input, Tensor? global_scale=None, SymInt sf_vec_size=16, bool sf_use_ue8m0=False, "
+        "bool is_sf_swizzled_layout=True, bool is_sf_8x4_layout=False, bool? enable_pdl=None) -> (Tensor, Tensor)",
+        lambda x, scale, size=16, ue8m0=False, swizzled=True, eight=False, pdl=None: _nvfp4_blocks(
+            x, scale, _swizzle(swizzled, eight)
+        ),
+        lambda x, scale, size=16, ue8m0=False, swizzled=True, eight=False, pdl=None: _nvfp4_buffers(
+            x, _swizzle(swizzled, eight)
+        ),
+    )
+    define(
+        "sglang::flashinfer_mxfp8_quantize",
+        '(Tensor input, bool is_sf_swizzled_layout=True, SymInt alignment=32, str backend="cute-dsl") '
+        "-> (Tensor, Tensor)",
+        lambda x, swizzled=True, *rest: _mxfp8_blocks(x, _swizzle(swizzled)),
+        lambda x, swizzled=True, *rest: _mxfp8_buffers(x, _swizzle(swizzled)),
     )
 
 
