@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import configparser
 import email
+import importlib
 import re
 import subprocess
 import sys
@@ -63,7 +65,12 @@ def test_metadata(wheel: zipfile.ZipFile) -> None:
     assert set(metadata.get_all("Provides-Extra", [])) == {"flashinfer", "hf", "test"}
     assert any(item.endswith("licenses/LICENSE") for item in wheel.namelist())
     entry_points = next(item for item in wheel.namelist() if item.endswith("entry_points.txt"))
-    assert b"arfusion = arfusion_pass.cli:main" in wheel.read(entry_points)
+    parsed = configparser.ConfigParser()
+    parsed.read_string(wheel.read(entry_points).decode())
+    assert set(parsed.sections()) == {"console_scripts", "vllm.general_plugins", "sglang.srt.plugins"}
+    for group in parsed.sections():
+        module, function = parsed[group]["arfusion"].split(":")
+        assert callable(getattr(importlib.import_module(module), function))
 
 
 def test_every_public_name_resolves() -> None:

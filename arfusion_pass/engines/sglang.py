@@ -1,21 +1,28 @@
-"""SGLang hook, for servers started with ``--enable-torch-compile``::
+"""SGLang plug-in: with this package installed, SGLang's compiled graphs fuse with our pass; nothing else to do.
 
-    from arfusion_pass.engines import sglang
-    fusion = sglang.enable()                     # in each worker, before the model is compiled
-    ... fusion.report
+Entry point ``arfusion`` of the group ``sglang.srt.plugins``, called in every process. :func:`register` puts the pass
 
-It installs the pass in Inductor's global config, behind a pass that is there already, and registers SGLang's groups.
+* into Inductor's global config, behind a pass that is there already: ``--enable-torch-compile``;
+* into every ``PostGradPassManager`` that SGLang makes: its piecewise graphs, with the compiler ``inductor``.
 
-Nothing of this has run with SGLang itself, only with ops under its schemas. What is known of its source: its
-*piecewise* graphs put a pass manager of their own into Inductor's config and cut the graph at
-``inplace_all_reduce``, so that no all-reduce and its norm share a graph there; only the out-of-place all-reduce of
-the plain ``torch.compile`` path fuses.
+SGLang registers its process groups later, so the pass looks them up whenever Inductor asks for its key or hands it a
+graph. Off: ``ARFUSION_SGLANG=0``, or an ``SGLANG_PLUGINS`` that does not name ``arfusion``.
+
+Without torch.compile SGLang calls FlashInfer's fused kernel from its norms (``--enable-flashinfer-allreduce-fusion``).
+:func:`replace_flashinfer`, or ``ARFUSION_SGLANG_COMM=1``, makes those calls run on our kernels.
+
+Tested with SGLang 0.5.23 on CPU: the plug-in, the pass manager, its norms, its all-reduces and its call of FlashInfer's
+API on gloo. Not tested: a whole server, and any GPU.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
+import os
+from typing import Any
 
+from torch import fx
 from torch._inductor import config as inductor_config
 
 from arfusion_pass.config import FusionConfig
@@ -24,14 +31,84 @@ from arfusion_pass.fusion_pass import AllReduceFusionPass
 from arfusion_pass.install import HOOK, chained
 
 
+class SGLangFusionPass(AllReduceFusionPass):
+    """Our pass on SGLang's groups."""
+
+    def __call__(self, graph: fx.Graph) -> None:
+        register_groups()
+        super().__call__(graph)
+
+    def uuid(self) -> Any:
+        register_groups()  # their sizes are part of the key, and a cached graph finds them by name
+        return super().uuid()
+
+
+def register() -> None:
+    """What the entry point calls. Calling it again changes nothing that counts."""
+    if os.environ.get("ARFUSION_SGLANG", "1") == "0":
+        return
+    enable()
+    if os.environ.get("ARFUSION_SGLANG_COMM", "0") == "1":
+        replace_flashinfer()
+
+
 def enable(config: FusionConfig | None = None) -> AllReduceFusionPass:
     """Install the pass for everything that this process compiles from now on; a second call replaces the first's."""
-    register_groups()
-    fusion = AllReduceFusionPass(config)
+    fusion = SGLangFusionPass(config)
     setattr(inductor_config, HOOK, chained(getattr(inductor_config, HOOK), fusion))
+    manager = importlib.import_module("sglang.srt.compilation.pass_manager").PostGradPassManager
+    init = getattr(manager.__init__, "arfusion", manager.__init__)
+
+    @functools.wraps(init)
+    def init_with_arfusion(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        install(self, fusion)
+
+    init_with_arfusion.arfusion = init  # type: ignore[attr-defined]
+    manager.__init__ = init_with_arfusion
     return fusion
 
 
+def install(manager: Any, fusion: AllReduceFusionPass) -> None:
+    """Put ``fusion`` into one ``PostGradPassManager``, behind what it has."""
+    from sglang.srt.compilation.inductor_pass import InductorPass
+
+    class ArFusionPass(InductorPass):  # type: ignore[misc]
+        def __call__(self, graph: fx.Graph) -> None:
+            fusion(graph)
+
+        def uuid(self) -> Any:
+            return fusion.uuid()
+
+    manager.add(ArFusionPass())
+
+
+def replace_flashinfer() -> None:
+    """Let SGLang's calls of FlashInfer's ``allreduce_fusion`` run on our kernels, from its next workspace on.
+
+    Where SGLang makes those calls at all it decides as before. Call it before the first of them.
+    """
+    from arfusion_pass import comm
+
+    theirs = importlib.import_module("sglang.srt.layers.flashinfer_comm_fusion")
+    replaced = {
+        "_flashinfer_comm": comm,
+        "_create_allreduce_fusion_workspace": comm.create_allreduce_fusion_workspace,
+        "_flashinfer_allreduce_unavailable": False,
+        "_flashinfer_create_workspace_supports_group": True,
+        "_flashinfer_create_workspace_supports_comm_backend": False,
+        "_flashinfer_allreduce_supports_trigger_completion": True,
+        "_preflight_check_workspace_memory": lambda **sizes: True,  # probes FlashInfer's allocations; ours are voted on
+    }
+    missing = [name for name in replaced if not hasattr(theirs, name)]
+    if missing:
+        raise RuntimeError(
+            f"replace_flashinfer: this SGLang has no {', '.join(missing)}: its calls are left to FlashInfer"
+        )
+    for name, value in replaced.items():
+        setattr(theirs, name, value)
+
+
 def register_groups() -> list[str]:
-    """Register SGLang's groups under SGLang's names; gives the names. They must exist already."""
+    """Register SGLang's groups under SGLang's names; gives the names of those that exist."""
     return register_coordinators(importlib.import_module("sglang.srt.distributed.parallel_state"))
