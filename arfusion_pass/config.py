@@ -29,6 +29,8 @@ class FusionConfig:
         backend: what runs a fused call: ``"auto"`` (our kernels on CUDA, the reference elsewhere), ``"native"``,
             ``"reference"`` or ``"flashinfer"``.
         strategy: ``"auto"`` (by the measured table), ``"oneshot"`` or ``"twoshot"``. Never changes a result.
+        reassociate: take a constant factor, or the sum of two all-reduces, before the all-reduce where it stands
+            between that and a norm (:mod:`arfusion_pass.reassociate`). Not bit-exact: it rounds elsewhere.
         pdl: launch with programmatic dependent launch where the GPU has it.
         raise_errors: let an unexpected error inside the pass reach the compiler instead of leaving the graph as it
             came with a note in the report. For tests.
@@ -42,6 +44,7 @@ class FusionConfig:
     quantisers: bool = True
     backend: Backend = "auto"
     strategy: Strategy = "auto"
+    reassociate: bool = False
     pdl: bool = True
     raise_errors: bool = False
 
@@ -63,7 +66,7 @@ class FusionConfig:
             raise ValueError(f"FusionConfig.backend: expected one of {BACKENDS}, got {self.backend!r}")
         if self.strategy not in STRATEGIES:
             raise ValueError(f"FusionConfig.strategy: expected one of {STRATEGIES}, got {self.strategy!r}")
-        for name in ("quantisers", "pdl", "raise_errors"):
+        for name in ("quantisers", "reassociate", "pdl", "raise_errors"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"FusionConfig.{name}: expected a bool, got {getattr(self, name)!r}")
 

@@ -18,6 +18,7 @@ from arfusion_pass.graph import dtype_of
 from arfusion_pass.inspection import replay
 from arfusion_pass.pass_manager import FusionPassManager
 from arfusion_pass.raising import RaisedSite, build_shadow, find_sites
+from arfusion_pass.reassociate import reassociate
 from arfusion_pass.report import FusionReport, Reports, Site
 
 log = logging.getLogger("arfusion_pass")
@@ -101,6 +102,8 @@ def run(graph: fx.Graph, config: FusionConfig) -> FusionReport:
     described: list[Site] = []
     replays: list[replay.ReplaySite] = []
     try:
+        if config.reassociate:
+            reassociate(graph, config)
         found = find_sites(graph, config)
         described = [_describe(site) for site in found]  # while its nodes stand; from here on only reasons change
         sites = found

@@ -15,6 +15,7 @@ the site reads::
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import operator
 from collections.abc import Hashable, Iterable
@@ -29,12 +30,14 @@ from arfusion_pass.dialects import DIALECTS, Norm, Prologue, Quantised, Reduced,
 from arfusion_pass.graph import (
     VIEWS,
     aten,
+    constant,
     describe,
     dtype_of,
     is_call,
     is_cast,
     keeps_rows,
     last_dim,
+    only_user,
     other_operand,
     path,
     row_views,
@@ -43,6 +46,21 @@ from arfusion_pass.graph import (
 )
 from arfusion_pass.groups import find_group
 from arfusion_pass.output_views import codes_layout, scale_layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Hindrance:
+    """A linear step that alone stands between an all-reduce and a norm, and nobody else reads what is before it.
+
+    Attributes:
+        step: a product with a constant, or the sum of two all-reduces.
+        operand: the all-reduce's value, or the view of it that the step reads.
+        other: the second all-reduce and the operand that it is, where the step is a sum.
+    """
+
+    step: fx.Node
+    operand: fx.Node
+    other: tuple[Reduced, fx.Node] | None = None
 
 
 @dataclasses.dataclass
@@ -56,6 +74,7 @@ class RaisedSite:
         twins: quantisers of the same norm that compute what ``quant`` does: its outputs serve their readers too.
         note: why a quantiser behind the norm is left alone, or None.
         reason: why nothing can be fused, or None so far.
+        hindrance: the step that could be taken before the all-reduce (:mod:`arfusion_pass.reassociate`), or None.
         dialects: the names of the dialects that spelled the stages.
         values: role (``allreduce_out``, ``residual_out``, ``norm_out``, ``quant_out``, ``scale_out``) to the node of
             the user's graph that holds it.
@@ -72,6 +91,7 @@ class RaisedSite:
     twins: tuple[Quantised, ...] = ()
     note: str | None = None
     reason: str | None = None
+    hindrance: Hindrance | None = None
     dialects: tuple[str, ...] = ()
 
     @property
@@ -155,9 +175,10 @@ def find_sites(graph: fx.Graph, config: FusionConfig) -> list[RaisedSite]:
     for site in sites:
         if site.reason is None:
             candidates[site.node] = _norms(site, config)
+    reductions = [site.reduced for site in sites if site.node in candidates and site.reduced is not None]
     for site in sites:
         if site.node in candidates and not candidates[site.node] and site.reason is None:
-            site.reason = _why_no_norm(site, sites)
+            site.hindrance, site.reason = _why_no_norm(site, reductions)
     _assign(sites, candidates)
     for site in sites:
         if site.reason is None:
@@ -290,40 +311,78 @@ def _read_inside(nodes: tuple[fx.Node, ...], values: set[fx.Node | None], what: 
     return None
 
 
-def _why_no_norm(site: RaisedSite, sites: list[RaisedSite]) -> str:
-    """One sentence on what reads an all-reduce that no norm reads, and on what would help where one is a step away."""
+def _why_no_norm(site: RaisedSite, reductions: list[Reduced]) -> tuple[Hindrance | None, str]:
+    """One sentence on what reads an all-reduce that no norm reads, and what hinders it where that could be moved."""
     assert site.reduced is not None
     readers = {user: view for view in row_views(site.reduced.value) for user in view.users if not keeps_rows(user)}
     for reader, operand in readers.items():
-        if torch.Tag.pointwise in getattr(reader.target, "tags", ()):
-            found = (norm for view in row_views(reader) for dialect in DIALECTS for norm in dialect.norms(view))
-            norm = next((norm for norm in found if isinstance(norm, Norm)), None)
-            if norm is not None:
-                advice = _advice(reader, operand, [other for other in sites if other is not site])
-                return f"{describe(reader)} stands between it and the norm {describe(norm.result)}{advice}"
+        if torch.Tag.pointwise not in getattr(reader.target, "tags", ()):
+            continue
+        hindrance = _hindrance(site.reduced, reader, operand, reductions)
+        norm = _norm_behind(reader, reductions if hindrance is not None else None)
+        if norm is not None:
+            advice = "" if hindrance is None else "; FusionConfig(reassociate=True) takes that before the all-reduce"
+            return hindrance, f"{describe(reader)} stands between it and the norm {describe(norm.result)}{advice}"
     if not readers:
-        return "nobody reads its result"
+        return None, "nobody reads its result"
     described = list(dict.fromkeys(map(describe, readers)))
     listed = ", ".join(described[:3]) + (", ..." if len(described) > 3 else "")
-    return f"its result is read by {listed}: no RMSNorm over its last dimension follows, with or without a residual add"
+    return None, (
+        f"its result is read by {listed}: no RMSNorm over its last dimension follows, with or without a residual add"
+    )
 
 
-def _advice(reader: fx.Node, operand: fx.Node, others: list[RaisedSite]) -> str:
-    """What would let a site fuse although ``reader`` reads its result as ``operand`` before the norm does: a linear
-    step can be taken before the all-reduce."""
+def _hindrance(reduced: Reduced, step: fx.Node, operand: fx.Node, reductions: list[Reduced]) -> Hindrance | None:
+    """``step`` as a hindrance; None where it is not linear, or where others read what it reads."""
+    if dtype_of(step) != dtype_of(operand) or not _only_read_by(step, operand, reduced):
+        return None
+    if _scales(step, operand):
+        return Hindrance(step, operand)
+    other = other_operand(step, operand)
+    if not is_call(step, aten.add.Tensor) or step.kwargs or not isinstance(other, fx.Node):
+        return None
+    second = next((each for each in reductions if other in row_views(each.value)), None)
+    if second is None or not _only_read_by(step, other, second):
+        return None
+    alike = second.group == reduced.group and dtype_of(second.x) == dtype_of(reduced.x)
+    return Hindrance(step, operand, (second, other)) if alike else None
+
+
+def _scales(step: fx.Node, operand: fx.Node) -> bool:
+    """Whether ``step`` multiplies ``operand`` by a constant, or divides it by one."""
+    product = is_call(step, aten.mul.Tensor, aten.mul.Scalar)
+    quotient = is_call(step, aten.div.Tensor, aten.div.Scalar) and step.args[0] is operand
+    return (product or quotient) and not step.kwargs and constant(other_operand(step, operand)) is not None
+
+
+def _norm_behind(node: fx.Node, reductions: list[Reduced] | None) -> Norm | None:
+    """A norm that reads ``node``; with ``reductions`` also one behind further steps that will be moved."""
+    for view in row_views(node):
+        for dialect in DIALECTS:
+            for norm in dialect.norms(view):
+                if isinstance(norm, Norm):
+                    return norm
+    if reductions is None:
+        return None
+    operand = node
+    while (reader := only_user(operand)) is not None and keeps_rows(reader):
+        operand = reader
+    if reader is None:
+        return None
     other = other_operand(reader, operand)
-    if other is None or reader.kwargs:
-        return ""
-    if is_call(reader, aten.add.Tensor):
-        summed = (site for site in others if site.reduced is not None and other in row_views(site.reduced.value))
-        if (second := next(summed, None)) is not None:
-            return f"; one all-reduce of the sum of its input and that of {second.node.name} would fuse"
-        return "; added before the all-reduce, on one rank, it would be no hindrance"
-    if is_call(reader, aten.mul.Tensor, aten.mul.Scalar) or (
-        is_call(reader, aten.div.Tensor, aten.div.Scalar) and reader.args[0] is operand
-    ):
-        return "; scaling what is all-reduced instead would let it fuse"
-    return ""
+    while isinstance(other, fx.Node):
+        inner = next((each for each in other.all_input_nodes if keeps_rows(other) or _scales(other, each)), None)
+        if inner is None:
+            break
+        other = inner
+    summed = is_call(reader, aten.add.Tensor) and any(other is each.value for each in reductions)
+    return _norm_behind(reader, reductions) if summed or _scales(reader, operand) else None
+
+
+def _only_read_by(step: fx.Node, operand: fx.Node, reduced: Reduced) -> bool:
+    """Whether an all-reduce's value goes through views into ``step`` and nowhere else."""
+    chain = (reduced.value, *path(reduced.value, operand), step)
+    return all(only_user(node) is reader for node, reader in itertools.pairwise(chain))
 
 
 def _assign(sites: list[RaisedSite], candidates: dict[fx.Node, list[tuple[Norm, str]]]) -> None:

@@ -1,0 +1,171 @@
+"""``FusionConfig(reassociate=True)``: what is moved before an all-reduce computes what a graph written so computes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.simulate import STRICT, c10d, calls, check_same, check_unchanged, fused_copy, symbolic, tensors, trace
+
+Tensor = torch.Tensor
+MOVING = dataclasses.replace(STRICT, reassociate=True)
+HIDDEN = 32
+
+
+pytestmark = pytest.mark.usefixtures("world")
+
+
+def reduce(x: Tensor, group: str = "0") -> Tensor:
+    return c10d.wait_tensor(c10d.all_reduce(x, "sum", group))
+
+
+def norm(x: Tensor, weight: Tensor) -> Tensor:
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+# Each pair: a graph that does not fuse, and the one that it must compute the same bits as.
+
+
+def scaled(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    total = r + reduce(x) * 0.22
+    return norm(total, w), total
+
+
+def scaled_before(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    total = r + reduce(x * 0.22)
+    return norm(total, w), total
+
+
+def divided(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    return (norm(reduce(x) / 3.0, w),)
+
+
+def divided_before(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    return (norm(reduce(x / 3.0), w),)
+
+
+def embedding(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    h = 5.65 * reduce(x).view(1, *x.shape)
+    return norm(h, w), h + 1
+
+
+def embedding_before(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    h = reduce(5.65 * x).view(1, *x.shape)
+    return norm(h, w), h + 1
+
+
+def experts(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    total = r + (reduce(x) + reduce(y))
+    return norm(total, w), total
+
+
+def experts_before(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    total = r + reduce(x + y)
+    return norm(total, w), total
+
+
+def experts_3d(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    rows = r.view(1, *r.shape)
+    total = rows + (reduce(y.view(1, *y.shape)) + reduce(x).view(1, *x.shape))
+    return norm(total, w), total
+
+
+def experts_3d_before(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    total = (r + reduce(y + x)).view(1, *r.shape)
+    return norm(total, w), total
+
+
+def granite_moe(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    return (norm(r.view(1, *r.shape) + 0.22 * (reduce(x) * 2.5 + reduce(y)).view(1, *x.shape), w),)
+
+
+def granite_moe_before(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    return (norm((r + reduce(0.22 * (x * 2.5 + y))).view(1, *x.shape), w),)
+
+
+PAIRS = [
+    (granite_moe, granite_moe_before),
+    (scaled, scaled_before),
+    (divided, divided_before),
+    (embedding, embedding_before),
+    (experts, experts_before),
+    (experts_3d, experts_3d_before),
+]
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize(("model", "moved"), PAIRS, ids=lambda each: getattr(each, "__name__", ""))
+def test_moved(model: Callable[..., Any], moved: Callable[..., Any], dynamic: bool) -> None:
+    """One fused call and no all-reduce beside it; the bits are those of the graph that takes the step before."""
+    shapes = [("tokens", HIDDEN)] * 3 if dynamic else [(4, HIDDEN)] * 3
+    make = symbolic if dynamic else tensors
+    fused, report = fused_copy(trace(model, *make(*shapes, (HIDDEN,))), MOVING)
+    assert (report.matched_count, len(report.missed)) == (1, 0), str(report)
+    assert calls(fused, c10d.all_reduce.default, c10d.wait_tensor.default) == 0
+    check_same(trace(moved, *make(*shapes, (HIDDEN,))), fused, tokens=7)
+
+
+def read_twice(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    h = reduce(x)
+    return norm(r + h * 0.22, w), h
+
+
+def gated(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> Tensor:
+    return norm(r + reduce(x) * y, w)
+
+
+def divisor(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> Tensor:
+    return norm(2.0 / reduce(x), w)
+
+
+def squared(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> Tensor:
+    h = reduce(x)
+    return norm(h * h, w)
+
+
+def two_dtypes(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> Tensor:
+    return norm(r.float() + (reduce(x) + reduce(y.float())), w)
+
+
+def weighted_sum(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> Tensor:
+    return norm(r + torch.add(reduce(x), reduce(y), alpha=2), w)
+
+
+def bias(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> Tensor:
+    return norm(r + (reduce(x) + w), w)
+
+
+def shared_expert_everywhere(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> Tensor:
+    return norm(r + (reduce(x) * 2.5 + y), w)
+
+
+@pytest.mark.parametrize(
+    "model", [shared_expert_everywhere, read_twice, gated, divisor, squared, two_dtypes, weighted_sum, bias]
+)
+def test_not_moved(model: Callable[..., Any]) -> None:
+    """What is not linear, what others read and what may differ between ranks stays: node for node, no advice."""
+    report = check_unchanged(trace(model, *tensors(*[(4, HIDDEN)] * 3, (HIDDEN,))), MOVING)
+    assert not any("reassociate" in str(site.reason) for site in report.missed), report
+
+
+def test_two_groups_are_not_merged() -> None:
+    """Sums over different ranks have no common all-reduce."""
+    group = dist.new_group([0, 1])
+
+    def model(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> Tensor:
+        return norm(r + (reduce(x) + reduce(y, group.group_name)), w)
+
+    check_unchanged(trace(model, *tensors(*[(4, HIDDEN)] * 3, (HIDDEN,))), MOVING)
+
+
+@pytest.mark.parametrize("model", [scaled, divided, embedding, experts])
+def test_off_by_default(model: Callable[..., Any]) -> None:
+    """Without the setting nothing moves, and the reason names it."""
+    report = check_unchanged(trace(model, *tensors(*[(4, HIDDEN)] * 3, (HIDDEN,))))
+    assert all("; FusionConfig(reassociate=True) takes that before" in str(site.reason) for site in report.missed)
