@@ -88,6 +88,7 @@ def test_bench_outside_a_checkout_says_where_it_is(monkeypatch: pytest.MonkeyPat
 
 def test_bench_in_a_checkout_runs_the_benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "__init__.py").touch()  # comes before an editable checkout's package
     (tmp_path / "benchmarks" / "bench_allreduce.py").write_text("import sys; sys.exit(len(sys.argv) + 40)")
     monkeypatch.setattr(cli, "__file__", str(tmp_path / "arfusion_pass" / "cli.py"))
     assert CliRunner().invoke(main, ["bench", "--world", "4"]).exit_code == 43
