@@ -15,7 +15,6 @@ the site reads::
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 import operator
 from collections.abc import Hashable, Iterable
@@ -29,38 +28,20 @@ from arfusion_pass.config import DTYPES, FusionConfig, canonical_epsilon
 from arfusion_pass.dialects import DIALECTS, Norm, Prologue, Quantised, Reduced, Refused
 from arfusion_pass.graph import (
     VIEWS,
-    aten,
-    constant,
     describe,
     dtype_of,
     is_call,
     is_cast,
     keeps_rows,
     last_dim,
-    only_user,
-    other_operand,
     path,
     row_views,
     same_shape,
     tensor_of,
 )
 from arfusion_pass.groups import find_group
+from arfusion_pass.hindrances import Hindrance, why_no_norm
 from arfusion_pass.output_views import codes_layout, scale_layout
-
-
-@dataclasses.dataclass(frozen=True)
-class Hindrance:
-    """A linear step that alone stands between an all-reduce and a norm, and nobody else reads what is before it.
-
-    Attributes:
-        step: a product with a constant, or the sum of two all-reduces.
-        operand: the all-reduce's value, or the view of it that the step reads.
-        other: the second all-reduce and the operand that it is, where the step is a sum.
-    """
-
-    step: fx.Node
-    operand: fx.Node
-    other: tuple[Reduced, fx.Node] | None = None
 
 
 @dataclasses.dataclass
@@ -177,8 +158,8 @@ def find_sites(graph: fx.Graph, config: FusionConfig) -> list[RaisedSite]:
             candidates[site.node] = _norms(site, config)
     reductions = [site.reduced for site in sites if site.node in candidates and site.reduced is not None]
     for site in sites:
-        if site.node in candidates and not candidates[site.node] and site.reason is None:
-            site.hindrance, site.reason = _why_no_norm(site, reductions)
+        if site.reduced is not None and site.reason is None and not candidates[site.node]:
+            site.hindrance, site.reason = why_no_norm(site.reduced, reductions)
     _assign(sites, candidates)
     for site in sites:
         if site.reason is None:
@@ -309,80 +290,6 @@ def _read_inside(nodes: tuple[fx.Node, ...], values: set[fx.Node | None], what: 
                 training = "; a training graph keeps it for its backward" if user.op == "output" else ""
                 return f"{describe(node)}, a value inside the {what}, is also read by {describe(user)}{training}"
     return None
-
-
-def _why_no_norm(site: RaisedSite, reductions: list[Reduced]) -> tuple[Hindrance | None, str]:
-    """One sentence on what reads an all-reduce that no norm reads, and what hinders it where that could be moved."""
-    assert site.reduced is not None
-    readers = {user: view for view in row_views(site.reduced.value) for user in view.users if not keeps_rows(user)}
-    for reader, operand in readers.items():
-        if torch.Tag.pointwise not in getattr(reader.target, "tags", ()):
-            continue
-        hindrance = _hindrance(site.reduced, reader, operand, reductions)
-        norm = _norm_behind(reader, reductions if hindrance is not None else None)
-        if norm is not None:
-            advice = "" if hindrance is None else "; FusionConfig(reassociate=True) takes that before the all-reduce"
-            return hindrance, f"{describe(reader)} stands between it and the norm {describe(norm.result)}{advice}"
-    if not readers:
-        return None, "nobody reads its result"
-    described = list(dict.fromkeys(map(describe, readers)))
-    listed = ", ".join(described[:3]) + (", ..." if len(described) > 3 else "")
-    return None, (
-        f"its result is read by {listed}: no RMSNorm over its last dimension follows, with or without a residual add"
-    )
-
-
-def _hindrance(reduced: Reduced, step: fx.Node, operand: fx.Node, reductions: list[Reduced]) -> Hindrance | None:
-    """``step`` as a hindrance; None where it is not linear, or where others read what it reads."""
-    if dtype_of(step) != dtype_of(operand) or not _only_read_by(step, operand, reduced):
-        return None
-    if _scales(step, operand):
-        return Hindrance(step, operand)
-    other = other_operand(step, operand)
-    if not is_call(step, aten.add.Tensor) or step.kwargs or not isinstance(other, fx.Node):
-        return None
-    second = next((each for each in reductions if other in row_views(each.value)), None)
-    if second is None or not _only_read_by(step, other, second):
-        return None
-    alike = second.group == reduced.group and dtype_of(second.x) == dtype_of(reduced.x)
-    return Hindrance(step, operand, (second, other)) if alike else None
-
-
-def _scales(step: fx.Node, operand: fx.Node) -> bool:
-    """Whether ``step`` multiplies ``operand`` by a constant, or divides it by one."""
-    product = is_call(step, aten.mul.Tensor, aten.mul.Scalar)
-    quotient = is_call(step, aten.div.Tensor, aten.div.Scalar) and step.args[0] is operand
-    return (product or quotient) and not step.kwargs and constant(other_operand(step, operand)) is not None
-
-
-def _norm_behind(node: fx.Node, reductions: list[Reduced] | None) -> Norm | None:
-    """A norm that reads ``node``; with ``reductions`` also one behind further steps that will be moved."""
-    for view in row_views(node):
-        for dialect in DIALECTS:
-            for norm in dialect.norms(view):
-                if isinstance(norm, Norm):
-                    return norm
-    if reductions is None:
-        return None
-    operand = node
-    while (reader := only_user(operand)) is not None and keeps_rows(reader):
-        operand = reader
-    if reader is None:
-        return None
-    other = other_operand(reader, operand)
-    while isinstance(other, fx.Node):
-        inner = next((each for each in other.all_input_nodes if keeps_rows(other) or _scales(other, each)), None)
-        if inner is None:
-            break
-        other = inner
-    summed = is_call(reader, aten.add.Tensor) and any(other is each.value for each in reductions)
-    return _norm_behind(reader, reductions) if summed or _scales(reader, operand) else None
-
-
-def _only_read_by(step: fx.Node, operand: fx.Node, reduced: Reduced) -> bool:
-    """Whether an all-reduce's value goes through views into ``step`` and nowhere else."""
-    chain = (reduced.value, *path(reduced.value, operand), step)
-    return all(only_user(node) is reader for node, reader in itertools.pairwise(chain))
 
 
 def _assign(sites: list[RaisedSite], candidates: dict[fx.Node, list[tuple[Norm, str]]]) -> None:

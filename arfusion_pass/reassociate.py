@@ -28,12 +28,13 @@ from arfusion_pass.graph import (
     statically_equal,
     tensor_of,
 )
+from arfusion_pass.hindrances import Hindrance
 from arfusion_pass.ops.layouts import token_count
-from arfusion_pass.raising import Hindrance, RaisedSite, find_sites
+from arfusion_pass.raising import RaisedSite, find_sites
 
 
 def reassociate(graph: fx.Graph, config: FusionConfig) -> None:
-    """Move every step that hinders an all-reduce of ``graph`` (:class:`arfusion_pass.raising.Hindrance`) and can be
+    """Move every step that hinders an all-reduce of ``graph`` (:class:`arfusion_pass.hindrances.Hindrance`) and can be
     moved, and then what stood behind it. A graph without such a step is not touched."""
     moved = True
     while moved:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from arfusion_pass.dialects.custom_ops import OpCall, Operand, is_contiguous, same
+from arfusion_pass.dialects.op_calls import OpCall, Operand, is_contiguous, same
 from arfusion_pass.graph import constant, describe, dtype_of, last_dim, tensor_of
 from arfusion_pass.ops.layouts import leading_dimension, token_count
 from arfusion_pass.ops.spec import Apply, Bound, QuantFormat, QuantSpec, ScaleLayout, ScaleRound, ScaleRule

@@ -36,7 +36,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from arfusion_pass.dialects.custom_ops import CustomOpDialect, NormOp, OpCall, QuantOp, functional_all_reduce
+from arfusion_pass.dialects.custom_ops import CustomOpDialect, NormOp, QuantOp, functional_all_reduce
 from arfusion_pass.dialects.custom_quantisers import (
     FP8_MIN_SCALE,
     INT8_MIN_SCALE,
@@ -48,6 +48,7 @@ from arfusion_pass.dialects.custom_quantisers import (
     static_fp8,
     token_fp8,
 )
+from arfusion_pass.dialects.op_calls import OpCall
 from arfusion_pass.graph import last_dim
 from arfusion_pass.ops.spec import Apply, Bound, Flags, QuantFormat, QuantSpec, ScaleLayout, ScaleRound
 

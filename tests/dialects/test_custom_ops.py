@@ -12,7 +12,7 @@ from torch import fx
 from torch._subclasses import FakeTensorMode
 
 import arfusion_pass as arf
-from arfusion_pass.dialects.custom_ops import V1, V2, OpCall, op_name
+from arfusion_pass.dialects.op_calls import V1, V2, OpCall, op_name
 from arfusion_pass.ops.spec import Flags
 from tests.dialects import engine_ops
 from tests.simulate import check_fused, check_unchanged, tensors, trace

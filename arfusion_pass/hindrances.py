@@ -1,0 +1,120 @@
+"""What stands between an all-reduce and the norm that would fuse with it: a sentence for the report and, where it is
+linear, the step that :mod:`arfusion_pass.reassociate` can take before the all-reduce.
+
+    %reduced = all_reduce(%x); %step = mul(%reduced, 0.22); %sum = add(%residual, %step); norm(%sum)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import torch
+from torch import fx
+
+from arfusion_pass.dialects import DIALECTS, Norm, Reduced
+from arfusion_pass.graph import (
+    aten,
+    constant,
+    describe,
+    dtype_of,
+    is_call,
+    keeps_rows,
+    only_user,
+    other_operand,
+    path,
+    row_views,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Hindrance:
+    """A linear step that alone stands between an all-reduce and a norm, and nobody else reads what is before it.
+
+    Attributes:
+        step: a product with a constant, or the sum of two all-reduces.
+        operand: the all-reduce's value, or the view of it that the step reads.
+        other: the second all-reduce and the operand that it is, where the step is a sum.
+    """
+
+    step: fx.Node
+    operand: fx.Node
+    other: tuple[Reduced, fx.Node] | None = None
+
+
+def why_no_norm(reduced: Reduced, reductions: list[Reduced]) -> tuple[Hindrance | None, str]:
+    """One sentence on what reads an all-reduce that no norm reads, and what hinders it where that could be moved.
+
+    Args:
+        reduced: the all-reduce.
+        reductions: all of the graph's that could be fused.
+    """
+    readers = {user: view for view in row_views(reduced.value) for user in view.users if not keeps_rows(user)}
+    for reader, operand in readers.items():
+        if torch.Tag.pointwise not in getattr(reader.target, "tags", ()):
+            continue
+        hindrance = _hindrance(reduced, reader, operand, reductions)
+        norm = _norm_behind(reader, reductions if hindrance is not None else None)
+        if norm is not None:
+            advice = "" if hindrance is None else "; FusionConfig(reassociate=True) takes that before the all-reduce"
+            return hindrance, f"{describe(reader)} stands between it and the norm {describe(norm.result)}{advice}"
+    if not readers:
+        return None, "nobody reads its result"
+    described = list(dict.fromkeys(map(describe, readers)))
+    listed = ", ".join(described[:3]) + (", ..." if len(described) > 3 else "")
+    return None, (
+        f"its result is read by {listed}: no RMSNorm over its last dimension follows, with or without a residual add"
+    )
+
+
+def _hindrance(reduced: Reduced, step: fx.Node, operand: fx.Node, reductions: list[Reduced]) -> Hindrance | None:
+    """``step`` as a hindrance; None where it is not linear, or where others read what it reads."""
+    if dtype_of(step) != dtype_of(operand) or not _only_read_by(step, operand, reduced):
+        return None
+    if _scales(step, operand):
+        return Hindrance(step, operand)
+    other = other_operand(step, operand)
+    if not is_call(step, aten.add.Tensor) or step.kwargs or not isinstance(other, fx.Node):
+        return None
+    second = next((each for each in reductions if other in row_views(each.value)), None)
+    if second is None or not _only_read_by(step, other, second):
+        return None
+    alike = second.group == reduced.group and dtype_of(second.x) == dtype_of(reduced.x)
+    return Hindrance(step, operand, (second, other)) if alike else None
+
+
+def _scales(step: fx.Node, operand: fx.Node) -> bool:
+    """Whether ``step`` multiplies ``operand`` by a constant, or divides it by one."""
+    product = is_call(step, aten.mul.Tensor, aten.mul.Scalar)
+    quotient = is_call(step, aten.div.Tensor, aten.div.Scalar) and step.args[0] is operand
+    return (product or quotient) and not step.kwargs and constant(other_operand(step, operand)) is not None
+
+
+def _norm_behind(node: fx.Node, reductions: list[Reduced] | None) -> Norm | None:
+    """A norm that reads ``node``; with ``reductions`` also one behind further steps that will be moved."""
+    for view in row_views(node):
+        for dialect in DIALECTS:
+            for norm in dialect.norms(view):
+                if isinstance(norm, Norm):
+                    return norm
+    if reductions is None:
+        return None
+    operand = node
+    while (reader := only_user(operand)) is not None and keeps_rows(reader):
+        operand = reader
+    if reader is None:
+        return None
+    other = other_operand(reader, operand)
+    while isinstance(other, fx.Node):
+        inner = next((each for each in other.all_input_nodes if keeps_rows(other) or _scales(other, each)), None)
+        if inner is None:
+            break
+        other = inner
+    summed = is_call(reader, aten.add.Tensor) and any(other is each.value for each in reductions)
+    return _norm_behind(reader, reductions) if summed or _scales(reader, operand) else None
+
+
+def _only_read_by(step: fx.Node, operand: fx.Node, reduced: Reduced) -> bool:
+    """Whether an all-reduce's value goes through views into ``step`` and nowhere else."""
+    chain = (reduced.value, *path(reduced.value, operand), step)
+    return all(only_user(node) is reader for node, reader in itertools.pairwise(chain))
