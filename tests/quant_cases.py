@@ -259,6 +259,15 @@ def group_other_scale(h: Tensor) -> tuple[Tensor, Tensor]:
     return (v / s).clamp(-448.0, 448.0).to(FP8).reshape(h.shape), s
 
 
+def int8_torchao(y: Tensor) -> tuple[Tensor, ...]:
+    """torchao 0.18's ``Int8DynamicActivationInt8WeightConfig``: 255 steps over both signs."""
+    zero = torch.zeros(y.shape[0], 1, dtype=y.dtype, device=y.device)
+    low, high = torch.minimum(y.amin(1, keepdim=True), zero), torch.maximum(y.amax(1, keepdim=True), zero)
+    scale = (torch.maximum(-low, high) / 127.5).float().clamp(min=torch.finfo(torch.float32).eps).to(y.dtype)
+    codes = torch.round(y * (1.0 / scale.float())).clamp(-128, 127).to(torch.int8)
+    return codes, scale
+
+
 def int8_truncated(h: Tensor) -> tuple[Tensor, Tensor]:
     s = h.float().abs().amax(-1, keepdim=True) / 127.0
     return (h.float() / s).clamp(-128, 127).to(torch.int8), s

@@ -86,8 +86,10 @@ class AtenQuant(Dialect):
 
 
 def _stuck(node: fx.Node, states: States) -> bool:
-    """Whether ``node``, which no rule knows, reads a value that only a quantiser computes."""
-    inputs = (states.get(inner) for inner in node.all_input_nodes)
+    """Whether ``node``, which no rule knows, computes or reads a value that only a quantiser computes."""
+    inputs = [states.get(inner) for inner in node.all_input_nodes]
+    if is_call(node, aten.amin.default) and isinstance(inputs[0], Rows):
+        return True  # torchao's INT8: the larger of -amin and amax, over 127.5
     return any(isinstance(state, (PerUnit, Scaled)) or (isinstance(state, Rows) and state.absolute) for state in inputs)
 
 

@@ -161,6 +161,7 @@ for function, note in (
     (q.group_96, "groups"),
     (q.group_of_columns, "amax"),
     (q.group_other_scale, "rev"),
+    (q.int8_torchao, "amin"),
     (q.int8_truncated, "convert_element_type"),
 ):
     add(function.__name__, site(function), "FusedAddRMSNorm", None, "residual norm", note=note)
