@@ -67,6 +67,14 @@ def why_no_norm(reduced: Reduced, reductions: list[Reduced]) -> tuple[Hindrance 
     )
 
 
+def sum_before(norm: Norm, reduced: Reduced, reductions: list[Reduced]) -> Hindrance | None:
+    """The sum of two all-reduces that a norm reads: with one of them fused the other is its residual."""
+    if norm.total is None or norm.operand not in norm.total.all_input_nodes:
+        return None
+    hindrance = _hindrance(reduced, norm.total, norm.operand, reductions)
+    return hindrance if hindrance is not None and hindrance.other is not None else None
+
+
 def _hindrance(reduced: Reduced, step: fx.Node, operand: fx.Node, reductions: list[Reduced]) -> Hindrance | None:
     """``step`` as a hindrance; None where it is not linear, or where others read what it reads."""
     if dtype_of(step) != dtype_of(operand) or not _only_read_by(step, operand, reduced):

@@ -40,7 +40,7 @@ from arfusion_pass.graph import (
     tensor_of,
 )
 from arfusion_pass.groups import find_group
-from arfusion_pass.hindrances import Hindrance, why_no_norm
+from arfusion_pass.hindrances import Hindrance, sum_before, why_no_norm
 from arfusion_pass.output_views import codes_layout, scale_layout
 
 
@@ -55,7 +55,8 @@ class RaisedSite:
         twins: quantisers of the same norm that compute what ``quant`` does: its outputs serve their readers too.
         note: why a quantiser behind the norm is left alone, or None.
         reason: why nothing can be fused, or None so far.
-        hindrance: the step that could be taken before the all-reduce (:mod:`arfusion_pass.reassociate`), or None.
+        hindrance: the step that could be taken before the all-reduce (:mod:`arfusion_pass.reassociate`), or None. A
+            sum of two all-reduces that a norm reads hinders one of them alone.
         dialects: the names of the dialects that spelled the stages.
         values: role (``allreduce_out``, ``residual_out``, ``norm_out``, ``quant_out``, ``scale_out``) to the node of
             the user's graph that holds it.
@@ -158,8 +159,13 @@ def find_sites(graph: fx.Graph, config: FusionConfig) -> list[RaisedSite]:
             candidates[site.node] = _norms(site, config)
     reductions = [site.reduced for site in sites if site.node in candidates and site.reduced is not None]
     for site in sites:
-        if site.reduced is not None and site.reason is None and not candidates[site.node]:
+        if site.reduced is None or site.reason is not None:
+            continue
+        if not candidates[site.node]:
             site.hindrance, site.reason = why_no_norm(site.reduced, reductions)
+        else:
+            norms = (norm for norm, _ in candidates[site.node])
+            site.hindrance = next(filter(None, (sum_before(norm, site.reduced, reductions) for norm in norms)), None)
     _assign(sites, candidates)
     for site in sites:
         if site.reason is None:
@@ -307,7 +313,8 @@ def _assign(sites: list[RaisedSite], candidates: dict[fx.Node, list[tuple[Norm, 
                 break
         else:
             owner = next(taken[node] for node in choices[0][0].nodes if node in taken)
-            site.reason = f"the norm behind it, {describe(choices[0][0].result)}, is fused with {owner.name}"
+            advice = "" if site.hindrance is None else "; FusionConfig(reassociate=True) all-reduces their sum at once"
+            site.reason = f"the norm behind it, {describe(choices[0][0].result)}, is fused with {owner.name}{advice}"
 
 
 def _find_prologue(site: RaisedSite) -> None:

@@ -81,6 +81,16 @@ def experts_3d_before(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tenso
     return norm(total, w), total
 
 
+def norm_of_experts(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    total = reduce(x) + reduce(y)
+    return norm(total, w), r + total
+
+
+def norm_of_experts_before(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    total = reduce(x + y)
+    return norm(total, w), r + total
+
+
 def granite_moe(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
     return (norm(r.view(1, *r.shape) + 0.22 * (reduce(x) * 2.5 + reduce(y)).view(1, *x.shape), w),)
 
@@ -91,6 +101,7 @@ def granite_moe_before(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tens
 
 PAIRS = [
     (granite_moe, granite_moe_before),
+    (norm_of_experts, norm_of_experts_before),
     (scaled, scaled_before),
     (divided, divided_before),
     (embedding, embedding_before),
@@ -162,6 +173,14 @@ def test_two_groups_are_not_merged() -> None:
         return norm(r + (reduce(x) + reduce(y, group.group_name)), w)
 
     check_unchanged(trace(model, *tensors(*[(4, HIDDEN)] * 3, (HIDDEN,))), MOVING)
+
+
+def test_one_of_two_fuses_without_it() -> None:
+    """A norm of the sum of two all-reduces: one is the other's residual, and the reason names the setting."""
+    _, report = fused_copy(trace(norm_of_experts, *tensors(*[(4, HIDDEN)] * 3, (HIDDEN,))))
+    assert report.matched_count == 1
+    (missed,) = report.missed
+    assert "FusionConfig(reassociate=True)" in str(missed.reason)
 
 
 @pytest.mark.parametrize("model", [scaled, divided, embedding, experts])
