@@ -119,7 +119,8 @@ def check_graph(graph: rs.Graph, counts: collections.Counter[str]) -> None:
     for site in report.fused:
         counts.update(f"fused: {name}" for name in site.dialect.split("+"))
         drawn = graph.sites[numbers[site.name]]
-        if drawn.quantiser and drawn.quantiser not in rs.UNSOUND_QUANTISERS and site.quantiser is None:
+        expected = drawn.quantiser and not drawn.unsound and drawn.quantiser not in rs.UNSOUND_QUANTISERS
+        if expected and site.quantiser is None:
             drawing = f"{drawn.quantiser} {drawn.norm} {drawn.gamma} {drawn.fan_out} {drawn.between} {graph.dtype}"
             counts[f"quantiser left: {drawing} {graph.rank}D v{graph.functionalized_v2 + 1}: {site.note}"] += 1
     for site in report.missed:
