@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import fx
@@ -26,6 +28,9 @@ from arfusion_pass.graph import (
     row_views,
 )
 
+Reductions = Mapping[fx.Node, Reduced]
+"""A graph's all-reduces that could be fused, by the node that holds the result."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Hindrance:
@@ -42,12 +47,12 @@ class Hindrance:
     other: tuple[Reduced, fx.Node] | None = None
 
 
-def why_no_norm(reduced: Reduced, reductions: list[Reduced]) -> tuple[Hindrance | None, str]:
+def why_no_norm(reduced: Reduced, reductions: Reductions) -> tuple[Hindrance | None, str]:
     """One sentence on what reads an all-reduce that no norm reads, and what hinders it where that could be moved.
 
     Args:
         reduced: the all-reduce.
-        reductions: all of the graph's that could be fused.
+        reductions: all of its graph.
     """
     readers = {user: view for view in row_views(reduced.value) for user in view.users if not keeps_rows(user)}
     for reader, operand in readers.items():
@@ -67,7 +72,7 @@ def why_no_norm(reduced: Reduced, reductions: list[Reduced]) -> tuple[Hindrance 
     )
 
 
-def sum_before(norm: Norm, reduced: Reduced, reductions: list[Reduced]) -> Hindrance | None:
+def sum_before(norm: Norm, reduced: Reduced, reductions: Reductions) -> Hindrance | None:
     """The sum of two all-reduces that a norm reads: with one of them fused the other is its residual."""
     if norm.total is None or norm.operand not in norm.total.all_input_nodes:
         return None
@@ -75,7 +80,7 @@ def sum_before(norm: Norm, reduced: Reduced, reductions: list[Reduced]) -> Hindr
     return hindrance if hindrance is not None and hindrance.other is not None else None
 
 
-def _hindrance(reduced: Reduced, step: fx.Node, operand: fx.Node, reductions: list[Reduced]) -> Hindrance | None:
+def _hindrance(reduced: Reduced, step: fx.Node, operand: fx.Node, reductions: Reductions) -> Hindrance | None:
     """``step`` as a hindrance; None where it is not linear, or where others read what it reads."""
     if dtype_of(step) != dtype_of(operand) or not _only_read_by(step, operand, reduced):
         return None
@@ -84,7 +89,7 @@ def _hindrance(reduced: Reduced, step: fx.Node, operand: fx.Node, reductions: li
     other = other_operand(step, operand)
     if not is_call(step, aten.add.Tensor) or step.kwargs or not isinstance(other, fx.Node):
         return None
-    second = next((each for each in reductions if other in row_views(each.value)), None)
+    second = reductions.get(_without_views(other))
     if second is None or not _only_read_by(step, other, second):
         return None
     alike = second.group == reduced.group and dtype_of(second.x) == dtype_of(reduced.x)
@@ -98,7 +103,7 @@ def _scales(step: fx.Node, operand: fx.Node) -> bool:
     return (product or quotient) and not step.kwargs and constant(other_operand(step, operand)) is not None
 
 
-def _norm_behind(node: fx.Node, reductions: list[Reduced] | None) -> Norm | None:
+def _norm_behind(node: fx.Node, reductions: Reductions | None) -> Norm | None:
     """A norm that reads ``node``; with ``reductions`` also one behind further steps that will be moved."""
     for view in row_views(node):
         for dialect in DIALECTS:
@@ -112,14 +117,21 @@ def _norm_behind(node: fx.Node, reductions: list[Reduced] | None) -> Norm | None
         operand = reader
     if reader is None:
         return None
-    other = other_operand(reader, operand)
+    other = _without_views(other_operand(reader, operand))
     while isinstance(other, fx.Node):
-        inner = next((each for each in other.all_input_nodes if keeps_rows(other) or _scales(other, each)), None)
-        if inner is None:
+        factor = next((each for each in other.all_input_nodes if _scales(other, each)), None)
+        if factor is None:
             break
-        other = inner
-    summed = is_call(reader, aten.add.Tensor) and any(other is each.value for each in reductions)
+        other = _without_views(factor)
+    summed = is_call(reader, aten.add.Tensor) and other in reductions
     return _norm_behind(reader, reductions) if summed or _scales(reader, operand) else None
+
+
+def _without_views(node: Any) -> Any:
+    """What ``node`` is a view of that keeps the last dimension; itself where it is none."""
+    while keeps_rows(node):
+        node = node.args[0]
+    return node
 
 
 def _only_read_by(step: fx.Node, operand: fx.Node, reduced: Reduced) -> bool:

@@ -118,10 +118,10 @@ def _contiguous_strides(shape: Sequence[Size]) -> tuple[Size, ...]:
 
 
 def _contiguous(tensor: torch.Tensor) -> bool:
-    return _same_geometry(tuple(tensor.shape), _contiguous_strides(tensor.shape), tensor)
+    return same_geometry(tuple(tensor.shape), _contiguous_strides(tensor.shape), tensor)
 
 
-def _same_geometry(shape: Sequence[Size], strides: Sequence[Size], tensor: torch.Tensor) -> bool:
+def same_geometry(shape: Sequence[Size], strides: Sequence[Size], tensor: torch.Tensor) -> bool:
     """Whether a tensor has this shape for sure, and these strides where a dimension is not 1."""
     if not _all_equal(shape, tensor.shape):
         return False
@@ -159,7 +159,7 @@ def _columns(shape: tuple[Size, ...], dtype: torch.dtype, tokens: Size, target: 
     steps = [Step("permute", (ld, groups), (1, ld), dtype)]
     if not _equal(ld, tokens):
         steps.append(Step("slice", (tokens, groups), (1, ld), dtype))
-    if _same_geometry((tokens, groups), (1, ld), target):
+    if same_geometry((tokens, groups), (1, ld), target):
         return Layout(shape, dtype, tuple(steps))
     have = _collapse(list(zip(target.shape, target.stride(), strict=True)))
     want = _collapse([(tokens, 1), (groups, ld)])
@@ -182,4 +182,4 @@ def _collapse(dims: list[tuple[Size, Size]]) -> list[tuple[Size, Size]]:
     return merged
 
 
-__all__ = ["Layout", "Step", "codes_layout", "scale_layout"]
+__all__ = ["Layout", "Step", "codes_layout", "same_geometry", "scale_layout"]

@@ -157,7 +157,8 @@ def find_sites(graph: fx.Graph, config: FusionConfig) -> list[RaisedSite]:
     for site in sites:
         if site.reason is None:
             candidates[site.node] = _norms(site, config)
-    reductions = [site.reduced for site in sites if site.node in candidates and site.reduced is not None]
+    open_sites = (site.reduced for site in sites if site.node in candidates)
+    reductions = {reduced.value: reduced for reduced in open_sites if reduced is not None}
     for site in sites:
         if site.reduced is None or site.reason is not None:
             continue

@@ -30,10 +30,12 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from arfusion_pass.dialects.scale_copies import TRANSPOSES
 from arfusion_pass.graph import VIEWS, dtype_of, is_call, only_user, tensor_of, value_of
+from arfusion_pass.output_views import same_geometry
 
 aten = torch.ops.aten
-_RESHAPING = (aten.permute.default, aten.transpose.int, aten.t.default, aten.slice.Tensor, *VIEWS)
+_RESHAPING = (*TRANSPOSES, aten.slice.Tensor, *VIEWS)
 
 V1 = torch.ops.higher_order.auto_functionalized
 V2 = torch.ops.higher_order.auto_functionalized_v2
@@ -244,10 +246,9 @@ def _pads(operand: Operand) -> bool:
 def _is_view(node: fx.Node, operand: Operand) -> bool:
     """Whether a node's tensor has the size and strides of an argument, from the start of their common base on."""
     tensor = tensor_of(node)
-    if tensor is None or len(operand.size) != tensor.dim() or not same(tensor.storage_offset(), 0):
-        return False
-    dims = zip(tensor.shape, operand.size, tensor.stride(), operand.stride, strict=True)
-    return all(same(size, its) and (same(size, 1) or same(step, its_step)) for size, its, step, its_step in dims)
+    return (
+        tensor is not None and same(tensor.storage_offset(), 0) and same_geometry(operand.size, operand.stride, tensor)
+    )
 
 
 def product(sizes: Iterable[Any]) -> Any:
