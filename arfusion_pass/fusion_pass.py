@@ -123,7 +123,8 @@ def run(graph: fx.Graph, config: FusionConfig) -> FusionReport:
     except Exception as error:
         if config.raise_errors:
             raise
-        outcome = "had written its fused calls" if written else "left the graph as it was"
+        kept = "fused nothing" if config.reassociate else "left the graph as it was"  # a moved step stays moved
+        outcome = "had written its fused calls" if written else kept
         note = f"the pass met something it did not expect and {outcome}: {type(error).__name__}: {error}"
         log.warning("arfusion: %s", note, exc_info=True)
     fused = {id(plan.site): plan for plan, _ in written}
