@@ -6,7 +6,7 @@
  *   total   = float(reduced) + float(residual)                    -> residual_out, rounded once to its dtype
  *   norm    = value * rsqrt(mean(value^2) + epsilon) * weight     value: total, rounded to T unless UNROUNDED_SUM
  *
- * The mean's summation tree is a function of (hidden, T) alone: squares of a vector in order, a butterfly over the 32
+ * The mean's summation tree is a function of (hidden, T) alone: squares of a vector by fours, a butterfly over the 32
  * vectors of a tile, tiles i, i + 32, ... in order, a butterfly over those. Thread count, strategy, batch and grid do
  * not appear in it, so a token has the same bits wherever and with whomever it is computed. */
 #pragma once
@@ -131,6 +131,32 @@ struct Epilogue {
     }
   }
 
+  /* What the epilogue needs once, fetched while the first row is on its way. */
+  struct Given {
+    Weight weight;
+    typename Q::Factor factor; /* of static FP8 its scale and how it is applied, of NVFP4 the encode scale */
+    uint32_t multiply;         /* of kGroup128: scales are products */
+  };
+
+  ARF_DEVICE static Given given(const Params& p, const Place& at) {
+    Given g = {fetch_weight(p, at), {}, 0};
+    if constexpr (F == kStatic) g.factor = Q::static_factor(p, Q::given_scale(p));
+    if constexpr (F == kFp4) g.factor = Q::encode_factor(Q::given_scale(p));
+    if constexpr (F == kGroup128) g.multiply = p.quant.rule() == ScaleRule::kMultiply;
+    asm volatile("" : "+r"(g.multiply)); /* nothing; the value is now opaque, so it is not read from the parameters later */
+    return g;
+  }
+
+  /* Where this thread's scale of row t goes: worked out before the row arrives where a thread has one vector. */
+  ARF_DEVICE static void* scale_place(const Params& p, const Place& at, uint32_t t) {
+    void* place = nullptr;
+    if constexpr (C && F >= kDynamic) {
+      place = Q::scale_place(p, t, at.vector(0));
+      asm volatile("" : "+l"(place)); /* nothing; opaque, as above */
+    }
+    return place;
+  }
+
   /* Before the first row is finished. */
   ARF_DEVICE static void await_weight() {
     if constexpr (!C) await_fetches();
@@ -183,8 +209,26 @@ struct Epilogue {
 #pragma unroll
       for (int i = 0; i < N; ++i) value[i] = __fadd_rn(value[i], residual[i]);
     }
-    if (p.residual_out) store_vector(p, p.residual_out, p.residual_out_fp32, t, v, value);
-    if (C || !(p.flags & kUnroundedSum)) unpack<D>(pack<D>(value), value);
+    if constexpr (C) {
+      const uint4 total = pack<D>(value); /* for both */
+      if (p.residual_out) static_cast<uint4*>(p.residual_out)[static_cast<uint64_t>(t) * p.vectors + v] = total;
+      unpack<D>(total, value);
+    } else {
+      if (p.residual_out) store_vector(p, p.residual_out, p.residual_out_fp32, t, v, value);
+      if (!(p.flags & kUnroundedSum)) unpack<D>(pack<D>(value), value);
+    }
+  }
+
+  /* Of a vector: fours in order, added. */
+  ARF_DEVICE static float squares(const float (&x)[N]) {
+    float s[N / 4];
+#pragma unroll
+    for (int j = 0; j < N / 4; ++j) {
+      s[j] = __fmul_rn(x[4 * j], x[4 * j]);
+#pragma unroll
+      for (int i = 1; i < 4; ++i) s[j] = __fmaf_rn(x[4 * j + i], x[4 * j + i], s[j]);
+    }
+    return N == 8 ? __fadd_rn(s[0], s[N / 4 - 1]) : s[0];
   }
 
   /* Sum of the row's squares, the same in every thread of every part. */
@@ -193,10 +237,7 @@ struct Epilogue {
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       if (k && k >= p.per_thread) break;
-      float s = 0.0f;
-#pragma unroll
-      for (int i = 0; i < N; ++i) s = __fmaf_rn(row[k][i], row[k][i], s);
-      s = butterfly_sum(s);
+      float s = butterfly_sum(squares(row[k]));
       deliver(p, scratch.squares(parity), scratch.barriers(parity), at.vector(k) / kWarp, bits_of(s), at.part);
     }
     meet(scratch.barriers(parity), at);
@@ -245,8 +286,8 @@ struct Epilogue {
   }
 
   /* Normalises a vector in place, writes norm_out, and leaves what the quantiser reads. */
-  ARF_DEVICE static void normalise(const Params& p, const Weight& weight, uint32_t t, uint32_t v, uint32_t slot, float rstd,
-                                   float (&x)[N]) {
+  ARF_DEVICE static void normalise(const Params& p, const Weight& weight, uint32_t t, uint32_t v, uint32_t slot,
+                                   float rstd, float (&x)[N]) {
     const bool round_first = p.flags & kRoundBeforeWeight;
 #pragma unroll
     for (int i = 0; i < N; ++i) x[i] = __fmul_rn(x[i], rstd);
@@ -267,46 +308,39 @@ struct Epilogue {
     if (F != kPlain && !p.quant.unrounded()) unpack<D>(pack<D>(x), x);
   }
 
-  /* Norm and quantiser of row t; all threads call. Lanes without a vector hold zeros. factor: of static FP8
-   * the scale and how it is applied, of NVFP4 the scale. */
-  ARF_DEVICE static void finish_row(const Params& p, Shared scratch, const Place& at, const Weight& weight, uint32_t t, Row& row,
-                                    typename Q::Factor factor) {
+  /* Norm and quantiser of row t; all threads call. Lanes without a vector hold zeros. place: scale_place of the row. */
+  ARF_DEVICE static void finish_row(const Params& p, Shared scratch, const Place& at, const Given& given, uint32_t t, Row& row,
+                                    void* place) {
     if (!needs_norm(p)) return;
     const float mean = __fmul_rn(sum_of_squares(p, scratch, at, row), p.inverse_hidden);
     const float rstd = __frsqrt_rn(__fadd_rn(mean, p.epsilon)); /* rsqrtf: 2 ulp, half of what an fp32 norm may be off */
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       if (k && k >= p.per_thread) break;
-      if (at.vector(k) < p.vectors) normalise(p, weight, t, at.vector(k), at.slot(k), rstd, row[k]);
+      if (at.vector(k) < p.vectors) normalise(p, given.weight, t, at.vector(k), at.slot(k), rstd, row[k]);
     }
     if constexpr (F == kPlain) return;
-    if constexpr (C && (F == kStatic || F == kDynamic)) {
-      if (p.usual) {
-        const uint32_t v = at.vector(0);
-        if constexpr (F == kDynamic) {
-          Q::usual_group_vector(p, t, v, v < p.vectors, row[0]);
-        } else if (v < p.vectors) {
-          Q::store_bytes(p, Q::usual(p), t, v, row[0], factor);
-        }
-        return;
-      }
-    }
+    typename Q::Factor factor = given.factor;
     const bool by_token = F == kDynamic && p.group < 0;
-    if (by_token) {
-      const float scale = Q::dynamic_scale(p, p.quant, row_amax(p, scratch, at, row), factor);
-      if (at.vector(0) == 0) store_scale(p, t, 0, scale);
-    }
+    float token_scale = 0.0f;
+    if (by_token) token_scale = Q::dynamic_scale(p, p.quant, row_amax(p, scratch, at, row), factor);
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       if (k && k >= p.per_thread) break;
       const uint32_t v = at.vector(k);
       const bool active = v < p.vectors;
-      if constexpr (F == kFp4) {
-        Q::nvfp4_vector(p, t, v, active, row[k], factor.value);
+      if constexpr (F >= kDynamic && !C) place = Q::scale_place(p, t, v);
+      if constexpr (F == kGroup128) {
+        Q::usual_group_vector(p, given.multiply, place, t, v, active, row[k]);
+      } else if constexpr (F == kFp4) {
+        Q::nvfp4_vector(p, place, t, v, active, row[k], factor);
+      } else if constexpr (F == kStatic && C) {
+        if (active) Q::usual_static_vector(p, t, v, row[k], factor);
       } else if (F == kStatic || by_token) {
         if (active) Q::store_bytes(p, p.quant, t, v, row[k], factor);
+        if (by_token && place) store_float(place, token_scale);
       } else {
-        Q::group_vector(p, t, v, active, row[k]);
+        Q::group_vector(p, place, t, v, active, row[k]);
       }
     }
   }

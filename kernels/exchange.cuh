@@ -127,16 +127,20 @@ static __device__ __noinline__ bool give_up(const Params& p, unsigned cta, uint3
 
 /* Repeats `ready` until it says that a vector has arrived. Where many rows are awaited at once (p.quiet), only the first
  * lane of the warp that misses its vector goes on polling, then all look again: every lane's polls together would take as
- * much of L2's bandwidth as the exchange. lanes: those that call. `missing` names the peer that the error reports. */
-template <class Ready, class Missing>
+ * much of L2's bandwidth as the exchange. lanes: those that call. `missing` names the peer that the error reports; `spoil`
+ * is called where the wait expires (not where the link was dead before), so that nothing has to ask behind an arrival. */
+template <class Ready, class Missing, class Spoil>
 ARF_DEVICE void await_arrival(const Params& p, Link& link, unsigned cta, uint32_t strategy, uint32_t token, uint32_t lanes,
-                              const Ready& ready, const Missing& missing) {
+                              const Ready& ready, const Missing& missing, const Spoil& spoil) {
   auto poll = [&] {
     unsigned misses = 0;
     while (!link.dead && !ready()) {
       if (++misses == kPollsPerCheck) {
         misses = 0;
-        link.dead = give_up(p, cta, link.generation, strategy, token, missing());
+        if (give_up(p, cta, link.generation, strategy, token, missing())) {
+          link.dead = 1;
+          spoil();
+        }
       }
     }
   };
@@ -147,6 +151,7 @@ ARF_DEVICE void await_arrival(const Params& p, Link& link, unsigned cta, uint32_
     if (first) poll();
     __syncwarp(lanes);
     link.dead = __any_sync(lanes, link.dead);
+    if (link.dead) spoil();
     if (!arrived) arrived = first || link.dead || ready();
   }
 }
@@ -154,21 +159,25 @@ ARF_DEVICE void await_arrival(const Params& p, Link& link, unsigned cta, uint32_
 /* One peer's vector at `at`; all NaN, and link.dead set, if the wait expires. */
 ARF_DEVICE uint4 receive_one(const Params& p, Link& link, unsigned cta, char* at, uint32_t strategy, uint32_t token, int peer,
                              uint32_t lanes) {
-  uint4 v;
+  uint4 v = filled(kEmpty);
   await_arrival(
       p, link, cta, strategy, token, lanes,
       [&] {
         v = load_volatile(at);
         return largest_word(v) != kEmpty;
       },
-      [&] { return peer; });
-  return link.dead ? filled(kEmpty) : v;
+      [&] { return peer; }, [&] { v = filled(kEmpty); });
+  return v;
 }
 
-/* All peers' vectors at `at` + slot * slot_bytes, in in[slot], polled together. */
+/* All peers' vectors at `at` + slot * slot_bytes, in in[slot], polled together. If the wait expires `mine` becomes NaN, and
+ * with it every sum. */
 template <int World>
 ARF_DEVICE void receive_all(const Params& p, Link& link, unsigned cta, char* at, uint32_t token, uint32_t lanes,
-                            uint4 (&in)[World - 1]) {
+                            uint4 (&in)[World - 1], uint4& mine) {
+#pragma unroll
+  for (int s = 0; s < World - 1; ++s) in[s] = filled(kEmpty);
+  if (link.dead) mine = filled(kEmpty);
   await_arrival(
       p, link, cta, ARF_ONESHOT, token, lanes,
       [&] {
@@ -186,11 +195,8 @@ ARF_DEVICE void receive_all(const Params& p, Link& link, unsigned cta, char* at,
           if (largest_word(in[s]) == kEmpty) first = s;
         }
         return first + (first >= p.rank);
-      });
-  if (link.dead) {
-#pragma unroll
-    for (int s = 0; s < World - 1; ++s) in[s] = filled(kEmpty);
-  }
+      },
+      [&] { mine = filled(kEmpty); });
 }
 
 /* Empties what receive_one or receive_sum read at `at`; called behind the outputs' stores, so that none waits for it. */
@@ -223,17 +229,26 @@ ARF_DEVICE uint4 select(bool first, const uint4& a, const uint4& b) {
  * (0.3 us) a peer but no registers: unrolled for 8 it spilled 8 KB. */
 template <int D, int World>
 ARF_DEVICE void receive_sum(const Params& p, Link& link, unsigned cta, char* at, uint32_t token, uint32_t lanes,
-                            const uint4& mine, float (&sum)[kElements<D>]) {
+                            uint4 mine, float (&sum)[kElements<D>]) {
   constexpr int N = kElements<D>;
   if constexpr (World != 0) {
     uint4 in[World - 1]; /* by slot: ranks below ours, then those above */
-    receive_all<World>(p, link, cta, at, token, lanes, in);
-    unpack<D>(select(p.rank == 0, mine, in[0]), sum);
+    receive_all<World>(p, link, cta, at, token, lanes, in, mine);
+    unpack<D>(in[0], sum); /* of rank 0, or of 1 if we are 0: the order of the first two does not matter to their sum */
 #pragma unroll
     for (int r = 1; r < World; ++r) {
-      const uint4 from_above = select(p.rank == r, mine, in[r - 1]);
+      const bool ours = r == 1 ? p.rank < 2 : p.rank == r;
+      uint4 v;
+      if constexpr (World == 2) {
+        v = mine;
+      } else if (r == 1) {
+        v = select(ours, mine, in[1]);
+      } else {
+        v = select(ours, mine, in[r - 1]);
+        if (r < World - 1) v = select(r < p.rank, in[r < World - 1 ? r : 0], v);
+      }
       float f[N];
-      unpack<D>(r < World - 1 ? select(r < p.rank, in[r < World - 1 ? r : 0], from_above) : from_above, f);
+      unpack<D>(v, f);
 #pragma unroll
       for (int i = 0; i < N; ++i) sum[i] = __fadd_rn(sum[i], f[i]);
     }

@@ -105,6 +105,12 @@ ARF_DEVICE float max_nan(float a, float b) {
   return m;
 }
 
+ARF_DEVICE float min_nan(float a, float b) {
+  float m;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(m) : "f"(a), "f"(b)); /* m = NaN if either is, else min(a, b) */
+  return m;
+}
+
 /* ---- e4m3: 1 sign, 4 exponent (bias 7), 3 mantissa bits; 448 the largest, 0x7F NaN -------------------------------- */
 
 /* Saturating: beyond 448 becomes 448, NaN becomes 0x7F. */
@@ -137,22 +143,31 @@ ARF_DEVICE uint32_t e4m3_nan_beyond(uint32_t code, float x) {
 }
 
 ARF_DEVICE float e4m3_to_float(uint32_t code) {
+#if __CUDA_ARCH__ >= 890
+  uint32_t halves;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<uint16_t>(code))); /* exact; low half of the low byte */
+  float low, high;
+  unpack_pair<ARF_FP16>(halves, low, high);
+  return low;
+#else
   const uint32_t sign = (code & 0x80u) << 24, exponent = code >> 3 & 15u, mantissa = code & 7u;
   if ((code & 0x7Fu) == 0x7Fu) return float_of(sign | 0x7FC00000u);
   if (exponent == 0) return float_of(sign | bits_of(static_cast<float>(mantissa) * 0.001953125f)); /* 2^-9 */
   return float_of(sign | (exponent + 120u) << 23 | mantissa << 20);
+#endif
 }
 
 /* ---- e2m1: 0, 0.5, 1, 1.5, 2, 3, 4, 6 ----------------------------------------------------------------------------- */
 
-/* To nearest even, saturating at 6; NaN becomes +6, -0.0 keeps its sign: the instruction's results. */
+/* To nearest even, saturating at 6; NaN becomes 6, -0.0 keeps its sign: the instruction's results. x is a product, whose NaN
+ * has no sign. Adding 2^22, 2^23 or 2^24, as a lies below 2, 4 or 8, rounds it to multiples of 0.5, 1 or 2; how many,
+ * plus 2 for each doubling, is the code. */
 ARF_DEVICE uint32_t e2m1_one_software(float x) {
   const float a = fminf(fabsf(x), 6.0f); /* NaN as well */
-  const uint32_t fine = bits_of(__fadd_rn(a, 4194304.0f)) - 0x4A800000u; /* plus 2^22: the mantissa ends in multiples of 0.5 */
-  const uint32_t b = bits_of(a);
-  const uint32_t coarse = ((b + 0x1FFFFFu + (b >> 22 & 1u)) >> 22) - 252u; /* to nearest even at bit 22 */
-  const uint32_t sign = x == x ? bits_of(x) >> 28 & 8u : 0u;
-  return sign | (a < 2.0f ? fine : coarse);
+  const uint32_t power = max(bits_of(a), 0x3F800000u) & 0x7F800000u;
+  const uint32_t magic = power + (22u << 23);
+  const uint32_t code = bits_of(__fadd_rn(a, float_of(magic))) - magic + (power >> 22) - 254u;
+  return code | (bits_of(x) >> 28 & 8u);
 }
 
 /* A byte, `low` in the low nibble. */

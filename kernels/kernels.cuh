@@ -70,17 +70,11 @@ struct Kernel {
     return at;
   }
 
-  /* What the epilogue needs once, fetched while the first row is on its way. */
-  struct Given {
-    typename E::Weight weight;
-    typename E::Q::Factor factor; /* of a quantiser that is given its scale */
-  };
+  using Given = typename E::Given;
 
   /* CTA `cta` of `ctas` that finish rows. */
   ARF_DEVICE static Given start(const Params& p, const Place& at, unsigned cta, unsigned ctas) {
-    Given given = {E::fetch_weight(p, at), {}};
-    if constexpr (F == kStatic) given.factor = E::Q::static_factor(p, E::Q::given_scale(p));
-    if constexpr (F == kFp4) given.factor.value = E::Q::given_scale(p);
+    const Given given = E::given(p, at);
     if (F >= kDynamic && p.pad) {
       write_padding(p, threadIdx.x + cta * blockDim.x, static_cast<uint64_t>(ctas) * blockDim.x);
     }
@@ -96,6 +90,7 @@ struct Kernel {
     E::await_weight();
     join_cluster(at.part);
     for (uint32_t t = first; t < p.tokens; t += step, ++at.row) {
+      void* const place = E::scale_place(p, at, t);
       float row[K][N];
 #pragma unroll
       for (int k = 0; k < K; ++k) {
@@ -111,7 +106,7 @@ struct Kernel {
         own = load_own(p, at, t + step);
         residual = E::load_residual(p, t + step, at.vector(0), holds(p, at, 0));
       }
-      E::finish_row(p, scratch, at, given.weight, t, row, given.factor);
+      E::finish_row(p, scratch, at, given, t, row, place);
     }
     if (!(p.flags & kTriggerEarly)) let_next_kernel_start();
   }
@@ -148,6 +143,7 @@ struct Kernel {
           if (holds(p, at, k)) E::prefetch_residual(p, t + step, at.vector(k));
         }
       }
+      void* const place = E::scale_place(p, at, t);
       float row[K][N];
 #pragma unroll
       for (int k = 0; k < K; ++k) {
@@ -157,7 +153,7 @@ struct Kernel {
         receive_sum<D, W>(p, link, cta, p.own + offset_of(p, link, at, t, k), t, lanes(p, at, k), own.x[k], sum);
         E::finish_sum(p, t, at.vector(k), sum, residual[k], row[k]);
       }
-      E::finish_row(p, scratch, at, given.weight, t, row, given.factor);
+      E::finish_row(p, scratch, at, given, t, row, place);
 #pragma unroll
       for (int k = 0; k < K; ++k) {
         if (holds(p, at, k)) empty_all<W>(p, link, p.own + offset_of(p, link, at, t, k));
@@ -239,6 +235,7 @@ struct Kernel {
     if (t >= p.tokens || !shares(p, u, p.rank)) return;
     const uint64_t sums = static_cast<uint64_t>(world(p) - 1) * p.slot_bytes;
     const Own own = load_own(p, at, t);
+    void* const place = E::scale_place(p, at, t);
     float row[K][N];
 #pragma unroll
     for (int k = 0; k < K; ++k) {
@@ -251,7 +248,7 @@ struct Kernel {
       push_all<W>(p, link, sums + offset, pack<D>(sum));
       E::finish_sum(p, t, at.vector(k), sum, residual, row[k]);
     }
-    E::finish_row(p, scratch, at, given.weight, t, row, given.factor);
+    E::finish_row(p, scratch, at, given, t, row, place);
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       if (holds(p, at, k)) empty_all<W>(p, link, p.own + offset_of(p, link, at, u.q, k));
@@ -267,6 +264,7 @@ struct Kernel {
       const uint32_t t = u.q * world(p) + owner;
       if (t >= p.tokens || !shares(p, u, owner)) continue;
       char* const sums = p.own + static_cast<uint64_t>(world(p) - 1 + slot_of(owner, p.rank)) * p.slot_bytes;
+      void* const place = E::scale_place(p, at, t);
       float row[K][N];
 #pragma unroll
       for (int k = 0; k < K; ++k) {
@@ -278,7 +276,7 @@ struct Kernel {
         unpack<D>(receive_one(p, link, cta, from, ARF_TWOSHOT_GATHER, t, owner, lanes(p, at, k)), sum);
         E::finish_sum(p, t, at.vector(k), sum, residual, row[k]);
       }
-      E::finish_row(p, scratch, at, given.weight, t, row, given.factor);
+      E::finish_row(p, scratch, at, given, t, row, place);
 #pragma unroll
       for (int k = 0; k < K; ++k) {
         if (holds(p, at, k)) empty_one(link, sums + offset_of(p, link, at, u.q, k));
@@ -376,12 +374,14 @@ __global__ void __launch_bounds__(kMaxThreads, 1) simulated_kernel(const __grid_
   {reinterpret_cast<const void*>(&arf::fused_kernel<D, W, arf::kPlain, K, TWO, C>),                                     \
    reinterpret_cast<const void*>(&arf::fused_kernel<D, W, arf::kStatic, K, TWO, C>),                                    \
    reinterpret_cast<const void*>(&arf::fused_kernel<D, W, arf::kDynamic, K, TWO, C>),                                   \
-   reinterpret_cast<const void*>(&arf::fused_kernel<D, W, arf::kFp4, K, TWO, C>)}
+   reinterpret_cast<const void*>(&arf::fused_kernel<D, W, arf::kFp4, K, TWO, C>),                                       \
+   reinterpret_cast<const void*>(&arf::fused_kernel<D, W, C ? arf::kGroup128 : arf::kDynamic, K, TWO, C>)}
 #define ARF_SIMULATED_ROW(D, TWO, C)                                                                                    \
   {reinterpret_cast<const void*>(&arf::simulated_kernel<D, arf::kPlain, TWO, C>),                                       \
    reinterpret_cast<const void*>(&arf::simulated_kernel<D, arf::kStatic, TWO, C>),                                      \
    reinterpret_cast<const void*>(&arf::simulated_kernel<D, arf::kDynamic, TWO, C>),                                     \
-   reinterpret_cast<const void*>(&arf::simulated_kernel<D, arf::kFp4, TWO, C>)}
+   reinterpret_cast<const void*>(&arf::simulated_kernel<D, arf::kFp4, TWO, C>),                                         \
+   reinterpret_cast<const void*>(&arf::simulated_kernel<D, C ? arf::kGroup128 : arf::kDynamic, TWO, C>)}
 #define ARF_LOCAL_TABLE(D)                                                                                              \
   static const void* const table[3][arf::kFamilies] = {ARF_FUSED_ROW(D, 1, arf::kMaxVectors<D>, false, false),          \
                                                        ARF_FUSED_ROW(D, 1, 1, false, false),                            \

@@ -6,12 +6,6 @@
 
 namespace arf {
 
-/* ROW, COLUMN, COLUMN_TMA: fp32. */
-ARF_DEVICE void store_scale(const Params& p, uint32_t token, uint32_t group, float scale) {
-  const uint64_t t = p.first_token + token;
-  static_cast<float*>(p.scale_out)[t * p.scale_stride_t + group * p.scale_stride_g] = scale;
-}
-
 /* Byte offset of the word that holds groups 4k to 4k + 3 of a row, in the swizzled and packed layouts. */
 ARF_DEVICE uint64_t word_offset(const Params& p, uint64_t row, uint32_t k) {
   const uint64_t tiles = (p.groups + 3) / 4;
@@ -21,16 +15,30 @@ ARF_DEVICE uint64_t word_offset(const Params& p, uint64_t row, uint32_t k) {
     case Layout::kSwizzled8x4:
       return (row / 8 * tiles + k) * 32 + row % 8 * 4;
     default: /* kPackedUe8m0: words, column-major, scale_stride_g between columns */
-      return (k * p.scale_stride_g + row) * 4;
+      return (static_cast<uint64_t>(k) * p.scale_stride_g + row) * 4;
   }
 }
 
-/* PACKED_UE8M0, SWIZZLED_*, LINEAR: one byte. */
-ARF_DEVICE void store_scale_byte(const Params& p, uint32_t token, uint32_t group, uint32_t byte) {
-  const uint64_t t = p.first_token + token;
-  const uint64_t at =
-      p.quant.layout() == Layout::kLinear ? t * p.groups + group : word_offset(p, t, group / 4) + group % 4;
-  static_cast<uint8_t*>(p.scale_out)[at] = static_cast<uint8_t>(byte);
+/* Of a group's scale: an fp32 in ROW, COLUMN and COLUMN_TMA, a byte in the others. */
+ARF_DEVICE void* scale_address(const Params& p, uint32_t token, uint32_t group) {
+  const uint32_t t = p.first_token + token;
+  switch (p.quant.layout()) {
+    case Layout::kRow:
+    case Layout::kColumn:
+    case Layout::kColumnTma:
+      return static_cast<float*>(p.scale_out) + (static_cast<uint64_t>(t) * p.scale_stride_t +
+                                                 static_cast<uint64_t>(group) * p.scale_stride_g);
+    case Layout::kLinear: return static_cast<uint8_t*>(p.scale_out) + (static_cast<uint64_t>(t) * p.groups + group);
+    default: return static_cast<uint8_t*>(p.scale_out) + (word_offset(p, t, group / 4) + group % 4);
+  }
+}
+
+/* To an address that the compiler has lost sight of (Epilogue::scale_place), which would else be a store to any memory space. */
+ARF_DEVICE void store_byte(void* global, uint32_t byte) {
+  asm volatile("st.global.u8 [%0], %1;" ::"l"(global), "r"(byte) : "memory"); /* the low byte */
+}
+ARF_DEVICE void store_float(void* global, float x) {
+  asm volatile("st.global.f32 [%0], %1;" ::"l"(global), "f"(x) : "memory"); /* *global = x */
 }
 
 /* Rows of a padded layout's storage. */
@@ -55,18 +63,17 @@ ARF_DEVICE void write_padding(const Params& p, uint64_t i, uint64_t n) {
   }
   /* Rows past the last token: whole words. */
   if (layout == Layout::kSwizzled128x4) {
-    /* Chunks of 16 bytes hold rows r, r + 32, r + 64, r + 96 of a tile of 128. */
-    const uint32_t tile = first / 128;
-    const uint64_t chunks = padding ? static_cast<uint64_t>(words) * 32 : 0;
-    for (uint64_t j = i; j < chunks; j += n) {
+    /* Chunk j of 16 bytes of a tile of 128 rows holds rows r, r + 32, r + 64, r + 96, with r = j mod 32. */
+    const uint32_t tile = first / 128, chunks = padding ? words * 32 : 0;
+    uint4* const at = static_cast<uint4*>(p.scale_out) + static_cast<uint64_t>(tile) * chunks;
+    for (uint32_t j = static_cast<uint32_t>(i); j < chunks; j += static_cast<uint32_t>(n)) {
       const uint32_t row = tile * 128 + j % 32;
-      uint8_t* at = bytes + word_offset(p, row, j / 32);
       if (row >= first) {
-        *reinterpret_cast<uint4*>(at) = make_uint4(0, 0, 0, 0);
+        at[j] = make_uint4(0, 0, 0, 0);
       } else {
 #pragma unroll
         for (int q = 1; q < 4; ++q) {
-          if (row + 32 * q >= first) reinterpret_cast<uint32_t*>(at)[q] = 0;
+          if (row + 32 * q >= first) reinterpret_cast<uint32_t*>(at + j)[q] = 0;
         }
       }
     }

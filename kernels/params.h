@@ -74,7 +74,6 @@ struct Params {
   Quant quant;
   int32_t group; /* -1: a token */
   uint32_t lane_shift; /* log2 of the vectors in a group */
-  bool usual;          /* a spec that the kernels know at compile time */
   float amax_bound;    /* lower bounds, 0 for none */
   float scale_bound;
   float scale_value;
@@ -85,8 +84,8 @@ struct Params {
   uint32_t first_token;
   uint32_t total_tokens;
   uint32_t groups;         /* of a token */
-  uint64_t scale_stride_t; /* elements, for the strided layouts */
-  uint64_t scale_stride_g;
+  uint32_t scale_stride_t; /* elements, for the strided layouts */
+  uint32_t scale_stride_g;
   bool pad;          /* this piece writes the padding of scale_out */
   bool pad_last;     /* column layouts: the last column's padding lies in the storage */
 
@@ -106,8 +105,9 @@ struct SimulatedParams {
   Params rank[kMaxWorld];
 };
 
-/* Quantiser families: one template parameter, so that a norm alone carries no quantiser's registers. */
-enum Family { kPlain = 0, kStatic = 1, kDynamic = 2, kFp4 = 3, kFamilies = 4 };
+/* Quantiser families: one template parameter, so that a norm alone carries no quantiser's registers. kGroup128: of
+ * kDynamic the spec that most models use (plan.cu: is_usual), in kernels for common calls only. */
+enum Family { kPlain = 0, kStatic = 1, kDynamic = 2, kFp4 = 3, kGroup128 = 4, kFamilies = 5 };
 
 /* Which set of kernels. Two, four and eight ranks have their own for rows of at most 1024 vectors; any other world, and
  * wider rows, take kAny. */

@@ -215,14 +215,29 @@ bool is_common(const arf_call& c) {
 }
 
 /* The FP8 that most models use: static, or groups of 128 with fp32 scales. Layouts differ only in their strides, and a cast
- * that saturates clamps. */
+ * that saturates clamps. Common calls know it at compile time. */
 bool is_usual(const arf_call& c) {
   const Quant q{static_cast<uint32_t>(c.quant & 0xFFFFFFFF)};
   const int64_t group = (c.quant >> 32) - 1;
-  const uint32_t free = Quant::kRule | 3u << 8 /* bound */ | (group ? 15u << 4 : 0) /* layout */ | (group ? 0 : 3u << 14) /* apply */;
   const bool saturates = q.clamp() || cast_saturates.load(std::memory_order_relaxed);
-  return saturates && ((q.bits | 1u << 18) & ~free) == Quant::kUsual && (group == 0 || group == 128) &&
-         q.layout() != Layout::kPackedUe8m0;
+  const uint32_t free = Quant::kRule | 3u << 8 /* bound */ | (group ? 15u << 4 /* layout */ : 3u << 14 /* apply */);
+  if (!saturates || ((q.bits | 1u << 18) & ~free) != Quant::kUsual) return false;
+  if (group == 0) return true;
+  const bool bounded = q.bound() == Bound::kNone || (c.quant_bound >= 0.0f && c.quant_bound <= 0x1p80f);
+  return group == 128 && q.rule() != ScaleRule::kReciprocal && q.layout() != Layout::kPackedUe8m0 && bounded;
+}
+
+int family_of(const arf_call& c) {
+  const Quant q{static_cast<uint32_t>(c.quant & 0xFFFFFFFF)};
+  if (q.format() == Format::kNone) return kPlain;
+  if (q.format() == Format::kNvfp4) return kFp4;
+  return q.format() == Format::kFp8 && (c.quant >> 32) - 1 == 0 ? kStatic : kDynamic;
+}
+
+/* Among the kernels for common calls there is one static FP8, the usual; the usual groups have a family of their own. */
+void set_common(const arf_call& c, Plan* plan) {
+  plan->common = is_common(c) && (plan->family != kStatic || is_usual(c));
+  if (plan->common && plan->family == kDynamic && is_usual(c)) plan->family = kGroup128;
 }
 
 /* Whether an output lies in x. In one-shot a row may be finished here before a CTA that only pushes has read it; in two-shot
@@ -252,7 +267,6 @@ int weight_bytes(const arf_call& c, const Plan& plan) {
 
 std::string make_plan(int world, int64_t workspace_bytes, const arf_call& c, bool simulated, int major,
                       Plan* plan) {
-  const Quant q{static_cast<uint32_t>(c.quant & 0xFFFFFFFF)};
   const int item = item_bytes(c.dtype);
   const int64_t row_bytes = c.hidden * item;
   plan->vectors = row_bytes / kVectorBytes;
@@ -265,13 +279,11 @@ std::string make_plan(int world, int64_t workspace_bytes, const arf_call& c, boo
   plan->pushers = 0;
   plan->quiet = false;
   plan->common = false;
-  plan->family = q.format() == Format::kNone ? kPlain
-                 : q.format() == Format::kNvfp4 ? kFp4
-                 : (q.format() == Format::kFp8 && (c.quant >> 32) - 1 == 0) ? kStatic : kDynamic;
+  plan->family = family_of(c);
   if (world == 1) {
     plan->strategy = ARF_AUTO;
     plan->kernels = kLocal;
-    plan->common = !wide && is_common(c);
+    if (!wide) set_common(c, plan);
     plan->kernel_row = wide ? 0 : plan->common ? 2 : 1;
     plan->piece_tokens = c.tokens;
     plan->pieces = c.tokens ? 1 : 0;
@@ -299,7 +311,7 @@ std::string make_plan(int world, int64_t workspace_bytes, const arf_call& c, boo
   if (strategy == ARF_TWOSHOT) plan->piece_tokens = std::min(capacity, (plan->piece_tokens + world - 1) / world * world);
   plan->kernel_row = strategy == ARF_TWOSHOT;
   plan->kernels = simulated ? kSimulated : wide ? kAny : world == 2 ? kTwo : world == 4 ? kFour : world == 8 ? kEight : kAny;
-  plan->common = !wide && plan->kernels != kAny && is_common(c);
+  if (!wide && plan->kernels != kAny) set_common(c, plan);
   if (plan->common) plan->kernel_row += 2;
   if (strategy == ARF_TWOSHOT) {
     /* A CTA a token while one wave holds them, then fewer: below that the multiprocessors would stand idle. */
@@ -349,8 +361,7 @@ void fill_quant(const arf_call& c, int64_t first, int64_t tokens, Params* p) {
   p->quant = Quant{static_cast<uint32_t>(c.quant & 0xFFFFFFFF)};
   p->group = static_cast<int32_t>(group);
   while (group > (int64_t{kVectorBytes / item_bytes(c.dtype)} << p->lane_shift)) ++p->lane_shift;
-  p->usual = is_usual(c);
-  (p->quant.bound() == Bound::kScale ? p->scale_bound : p->amax_bound) = p->quant.bound() == Bound::kNone ? 0.0f : c.quant_bound;
+  (p->quant.bound() == Bound::kScale ? p->scale_bound : p->amax_bound) = p->quant.bound() == Bound::kNone ? 0.0f : c.quant_bound + 0.0f; /* -0.0 becomes 0 */
   p->scale_value = c.scale_value;
   p->scale = c.scale;
   p->scale_dtype = c.scale_dtype;
@@ -360,11 +371,11 @@ void fill_quant(const arf_call& c, int64_t first, int64_t tokens, Params* p) {
   p->first_token = static_cast<uint32_t>(first);
   p->total_tokens = static_cast<uint32_t>(c.tokens);
   p->groups = static_cast<uint32_t>(group > 0 ? c.hidden / group : 1);
-  const uint64_t padded = (c.tokens + 3) / 4 * 4;
+  const uint32_t padded = static_cast<uint32_t>((c.tokens + 3) / 4 * 4);
   bool pads = false;
   switch (p->quant.layout()) {
     case Layout::kColumn:
-      p->scale_stride_t = 1, p->scale_stride_g = c.tokens;
+      p->scale_stride_t = 1, p->scale_stride_g = static_cast<uint32_t>(c.tokens);
       break;
     case Layout::kColumnTma:
     case Layout::kPackedUe8m0:

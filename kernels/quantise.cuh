@@ -1,8 +1,8 @@
 /* The quantisers, on the vectors a thread holds: step by step what arfusion_pass/ops/quantisers.py computes.
  *
  * Every division is IEEE, no multiply-add is fused, nothing is flushed to zero: codes and scales are bit-equal to the
- * reference applied to the same norm. The spec's fields are uniform over a launch, so its branches never diverge; for the
- * usual specs (plan.cu: is_usual) `q` is known at compile time but for the rule, and they are not there. */
+ * reference applied to the same norm. The spec's fields are uniform over a launch, so its branches never diverge, but behind
+ * the last arrival each costs up to 0.05 us: the usual specs (plan.cu: is_usual) and NVFP4 have functions almost without. */
 #pragma once
 #include "layouts.cuh"
 
@@ -20,6 +20,7 @@ struct Quantiser {
   struct Factor {
     float value;
     bool divide;
+    float reciprocal; /* 1 / value, of a scale that is given: worked out before the row arrives */
   };
 
   /* The spec's branches stand outside the loops over elements: inside, eight of them in a row cost 0.8 us a row. */
@@ -39,8 +40,8 @@ struct Quantiser {
    * format rounds to its zero. A quotient beyond 2^100, inf and NaN included, saturates (or turns NaN) uncorrected, and
    * one under 2^-100 is left alone as well: -0.0 would lose its sign. */
   ARF_DEVICE static void divide_all(const float (&x)[N], float s, float (&y)[N]) {
-    const float r = __frcp_rn(s), magnitude = fabsf(s);
-    if (magnitude >= 0x1p-90f && magnitude <= 0x1p90f) {
+    const float r = __frcp_rn(s);
+    if (is_moderate(s)) {
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         const float q0 = __fmul_rn(x[i], r);
@@ -60,18 +61,59 @@ struct Quantiser {
     return __fmaf_rn(__fmaf_rn(-q1, s, x), r, q1);
   }
 
-  /* encode / decoded, decoded an e4m3 number that is not 0. */
-  ARF_DEVICE static float divide(float encode, float decoded) {
-    const float magnitude = fabsf(encode);
-    if (!(magnitude >= 0x1p-90f && magnitude <= 0x1p90f)) return __fdiv_rn(encode, decoded);
-    const float r = __frcp_rn(decoded);
-    return corrected_twice(encode, decoded, r, __fmul_rn(encode, r));
+  ARF_DEVICE static bool is_moderate(float s) { return fabsf(s) >= 0x1p-90f && fabsf(s) <= 0x1p90f; }
+
+  /* x / s as e4m3 rounds the correctly rounded quotient, s moderate and r = 1 / s: no e4m3 boundary lies between that
+   * quotient and the first correction (tests/division.cpp tries every mantissa of s). kBounded: |x / s| < 2^100, else
+   * what is beyond stays uncorrected and saturates. The sign is put back for quotients that are 0. */
+  template <bool kBounded>
+  ARF_DEVICE static void divide_for_e4m3(const float (&x)[N], float s, float r, float (&y)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const float q0 = __fmul_rn(x[i], r);
+      float q = __fmaf_rn(__fmaf_rn(-q0, s, x[i]), r, q0);
+      if (!kBounded && !(fabsf(q0) < 0x1p100f)) q = q0;
+      y[i] = with_sign_of(q0, q);
+    }
+  }
+
+  /* Makes s moderate and leaves the code of x / s: both are multiplied by a power of two, or where s is 0, inf or NaN x by
+   * 1 / s and s becomes 1. Quotients beyond any code stay so. */
+  ARF_DEVICE static void moderate(float (&x)[N], float& s, float& r) {
+    const bool special = !(fabsf(s) > 0.0f && fabsf(s) < float_of(0x7F800000u));
+    const float c = special ? reciprocal_approx(s) : fabsf(s) < 1.0f ? 0x1p60f : 0x1p-60f;
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = max_nan(min_nan(__fmul_rn(x[i], c), 0x1p100f), -0x1p100f);
+    s = special ? 1.0f : __fmul_rn(s, c);
+    r = reciprocal(s);
+  }
+
+  ARF_DEVICE static float with_sign_of(float from, float x) {
+    uint32_t y;
+    asm("lop3.b32 %0, %1, %2, 0x80000000, 0xD8;" : "=r"(y) : "r"(bits_of(x)), "r"(bits_of(from))); /* mask ? from : x, by bits */
+    return float_of(y);
+  }
+
+  ARF_DEVICE static float reciprocal_approx(float s) {
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(s)); /* 1 / s within 1 ulp */
+    return r;
+  }
+
+  /* Correctly rounded 1 / s of a moderate s: __frcp_rn without its range check (tests/reciprocal.cu compares all mantissas). */
+  ARF_DEVICE static float reciprocal(float s) {
+    const float r = reciprocal_approx(s);
+    return __fmaf_rn(r, __fmaf_rn(-s, r, 1.0f), r);
   }
 
   /* N codes of one byte at vector v of token t. */
   ARF_DEVICE static void store_bytes(const Params& p, Quant q, uint32_t t, uint32_t v, const float (&x)[N], Factor f) {
     float y[N];
     apply(q, x, f, y);
+    store_codes(p, q, t, v, y);
+  }
+
+  ARF_DEVICE static void store_codes(const Params& p, Quant q, uint32_t t, uint32_t v, const float (&y)[N]) {
     uint32_t words[N / 4];
     const bool int8 = q.format() == Format::kInt8;
 #pragma unroll
@@ -117,10 +159,23 @@ struct Quantiser {
 
   ARF_DEVICE static Factor static_factor(const Params& p, float scale) {
     switch (p.quant.apply()) {
-      case Apply::kDivide: return {scale, true};
-      case Apply::kReciprocal: return {__frcp_rn(scale), false};
-      default: return {scale, false};
+      case Apply::kDivide: return {scale, true, __frcp_rn(scale)};
+      case Apply::kReciprocal: return {__frcp_rn(scale), false, 0.0f};
+      default: return {scale, false, 0.0f};
     }
+  }
+
+  /* The usual static spec. */
+  ARF_DEVICE static void usual_static_vector(const Params& p, uint32_t t, uint32_t v, float (&x)[N], Factor f) {
+    float y[N];
+    if (f.divide) {
+      if (!is_moderate(f.value)) moderate(x, f.value, f.reciprocal);
+      divide_for_e4m3<false>(x, f.value, f.reciprocal, y);
+    } else {
+#pragma unroll
+      for (int i = 0; i < N; ++i) y[i] = __fmul_rn(x[i], f.value);
+    }
+    store_codes(p, Quant{Quant::kUsual}, t, v, y);
   }
 
   /* ---- dynamic ---- */
@@ -173,57 +228,69 @@ struct Quantiser {
     if (q.round() == ScaleRound::kPow2) scale = pow2_up(scale);
     if (q.round() == ScaleRound::kPow2Log2) scale = pow2_up_log2(scale);
     switch (q.apply()) {
-      case Apply::kDivide: factor = {scale, true}; break;
-      case Apply::kMaxOverAmax: factor = {__fmul_rn(__frcp_rn(amax), limit), false}; break;
-      default: factor = {__frcp_rn(scale), false};
+      case Apply::kDivide: factor = {scale, true, 0.0f}; break;
+      case Apply::kMaxOverAmax: factor = {__fmul_rn(__frcp_rn(amax), limit), false, 0.0f}; break;
+      default: factor = {__frcp_rn(scale), false, 0.0f};
     }
     return scale;
   }
 
+  /* Where this thread stores its group's scale, nullptr if another thread does. */
+  ARF_DEVICE static void* scale_place(const Params& p, uint32_t t, uint32_t v) {
+    const bool writes = p.group < 0 ? v == 0 : (v & ((1u << p.lane_shift) - 1)) == 0;
+    return writes && v < p.vectors ? scale_address(p, t, p.group < 0 ? 0 : v >> p.lane_shift) : nullptr;
+  }
+
   /* Group of `p.group` elements over neighbouring lanes; all lanes of the warp call, `active` ones have a vector. */
-  ARF_DEVICE static void group_vector(const Params& p, uint32_t t, uint32_t v, bool active, const float (&x)[N]) {
-    const uint32_t lanes = 1u << p.lane_shift;
-    const float amax = lanes_amax(amax_of(x), lanes);
+  ARF_DEVICE static void group_vector(const Params& p, void* place, uint32_t t, uint32_t v, bool active, const float (&x)[N]) {
+    const float amax = lanes_amax(amax_of(x), 1u << p.lane_shift);
     if (!active) return;
     Factor factor;
     const float scale = dynamic_scale(p, p.quant, amax, factor);
-    const bool writes = (v & (lanes - 1)) == 0;
-    const uint32_t g = v >> p.lane_shift;
     if (p.quant.format() == Format::kMxfp8) {
       const uint32_t exponent = ue8m0_up(scale);
-      factor = {ue8m0_reciprocal(exponent), false};
-      if (writes) store_scale_byte(p, t, g, exponent);
+      factor = {ue8m0_reciprocal(exponent), false, 0.0f};
+      if (place) store_byte(place, exponent);
     } else if (p.quant.layout() == Layout::kPackedUe8m0) {
-      if (writes) store_scale_byte(p, t, g, bits_of(scale) >> 23 & 0xFFu);
-    } else if (writes) {
-      store_scale(p, t, g, scale);
+      if (place) store_byte(place, bits_of(scale) >> 23 & 0xFFu);
+    } else if (place) {
+      store_float(place, scale);
     }
     store_bytes(p, p.quant, t, v, x, factor);
   }
 
-  /* The same for FP8 groups of kUsualGroup with fp32 scales. */
-  ARF_DEVICE static void usual_group_vector(const Params& p, uint32_t t, uint32_t v, bool active, const float (&x)[N]) {
-    const Quant q = usual(p);
-    const float amax = usual_amax(amax_of(x));
+  /* The same for FP8 groups of kUsualGroup with fp32 scales and a bound of at most 2^80. A branch behind the last arrival is
+   * dear: those of group_vector took 0.2 us of a token's 3. The one here is for an amax that is not moderate, NaN or 0. */
+  ARF_DEVICE static void usual_group_vector(const Params& p, bool multiply, void* place, uint32_t t, uint32_t v, bool active,
+                                            float (&x)[N]) {
+    constexpr float kInverse = 1.0f / kFp8Max;
+    const float amax = usual_amax(max(amax_of(x), bits_of(p.amax_bound)));
     if (!active) return;
-    Factor factor;
-    const float scale = dynamic_scale(p, q, amax, factor);
-    if (v % (kUsualGroup / N) == 0) store_scale(p, t, v / (kUsualGroup / N), scale);
-    store_bytes(p, q, t, v, x, factor);
+    const float product = __fmul_rn(amax, kInverse);
+    const float quotient = __fmaf_rn(__fmaf_rn(-product, kFp8Max, amax), kInverse, product); /* divide_by_limit */
+    float scale = max_nan(multiply ? product : quotient, p.scale_bound), s = scale, r = reciprocal(s);
+    if (bits_of(amax) - bits_of(0x1p-80f) > bits_of(0x1p80f) - bits_of(0x1p-80f)) { /* scale <= 2^80, or amax says so */
+      if (!multiply) scale = max_nan(__fdiv_rn(amax, kFp8Max), p.scale_bound);
+      s = scale, r = reciprocal(s);
+      if (!is_moderate(s)) moderate(x, s, r);
+    }
+    float y[N];
+    divide_for_e4m3<true>(x, s, r, y); /* 448 at most, but for rounding */
+    store_codes(p, Quant{Quant::kUsual}, t, v, y);
+    if (place) store_float(place, scale);
   }
 
-  ARF_DEVICE static Quant usual(const Params& p) { return {Quant::kUsual | (p.quant.bits & Quant::kRule)}; }
-
   /* ---- NVFP4: groups of 16, e4m3 scales under a given encode scale ---- */
-  ARF_DEVICE static void nvfp4_vector(const Params& p, uint32_t t, uint32_t v, bool active, const float (&x)[N],
-                                      float encode) {
-    constexpr uint32_t kLanes = 16 / N;
-    const float amax = lanes_amax(amax_of(x), kLanes);
+  ARF_DEVICE static Factor encode_factor(float encode) { return {encode, is_moderate(encode), 0.0f}; }
+
+  ARF_DEVICE static void nvfp4_vector(const Params& p, void* place, uint32_t t, uint32_t v, bool active, const float (&x)[N],
+                                      const Factor& encode) {
+    const float amax = lanes_amax(amax_of(x), 16 / N);
     if (!active) return;
-    const uint32_t code = e4m3_pair(__fmul_rn(encode, __fmul_rn(amax, 1.0f / 6.0f)), 0.0f) & 0xFFu;
+    const uint32_t code = e4m3_pair(__fmul_rn(encode.value, __fmul_rn(amax, 1.0f / 6.0f)), 0.0f) & 0xFFu;
     const float decoded = e4m3_to_float(code);
-    const float factor = decoded != 0.0f ? divide(encode, decoded) : 0.0f;
-    if (v % kLanes == 0) store_scale_byte(p, t, v / kLanes, code);
+    float factor = quotient(encode, decoded);
+    if (decoded == 0.0f) factor = 0.0f;
     uint32_t word = 0;
 #pragma unroll
     for (int i = 0; i < N; i += 2) {
@@ -235,6 +302,14 @@ struct Quantiser {
     } else {
       *reinterpret_cast<uint16_t*>(at) = static_cast<uint16_t>(word);
     }
+    if (place) store_byte(place, code);
+  }
+
+  /* encode / decoded, decoded an e4m3 number. */
+  ARF_DEVICE static float quotient(const Factor& encode, float decoded) {
+    if (!encode.divide) return __fdiv_rn(encode.value, decoded);
+    const float r = reciprocal(decoded);
+    return corrected_twice(encode.value, decoded, r, __fmul_rn(encode.value, r));
   }
 };
 

@@ -1,7 +1,7 @@
 // Times the exchange kernels on all GPUs of one machine, driven by one process through the C ABI (no torch, no Python).
 //   nvcc -O2 -std=c++17 -I.. bench.cu -o bench -L. -l:libarf.so   (or any path of the library)
 //   ./bench [hidden,...] [tokens,...] [forms] [ctas,...]
-// forms: letters of p plain, s static FP8, t token FP8, g group-128 FP8, 4 NVFP4, m MXFP8. us per op inside a graph of
+// forms: letters of p plain, s static FP8, t token FP8, g group-128 FP8, 4 NVFP4 (128x4), l NVFP4 (linear), m MXFP8. us per op inside a graph of
 // back-to-back ops, median over replays, maximum over GPUs. The plain form's norm is checked against a double reference.
 #include <cuda_runtime.h>
 
@@ -130,7 +130,8 @@ int main(int argc, char** argv) {
                 case 's': quant(1, 0, 0), c.scale = r.scale, c.scale_dtype = ARF_FP32; break;
                 case 't': quant(1, -1, 0); break;
                 case 'g': quant(1, 128, 0); break;
-                case '4': quant(3, 16, 4), c.scale = r.scale, c.scale_dtype = ARF_FP32; break;
+                case '4':
+                case 'l': quant(3, 16, form == '4' ? 4 : 6), c.scale = r.scale, c.scale_dtype = ARF_FP32; break;
                 case 'm': quant(4, 32, 4); break;
                 default: c.norm_out = r.norm;
               }

@@ -1,23 +1,43 @@
-// For every mantissa: one Newton correction of a * RN(1 / d) is the correctly rounded a / d, for d = 448 and 127.
-//   g++ -O2 -ffp-contract=off -mfma division.cpp -o division && ./division
+// What quantise.cuh relies on, for every mantissa of the divisor (g++ -O3 -march=native -ffp-contract=off division.cpp):
+//   one Newton correction of a * RN(1 / d) is the correctly rounded a / d, for d = 448 and 127;
+//   one correction of x * RN(1 / s) lies on the same side of every e4m3 rounding boundary as the correctly rounded x / s,
+//   tried with the numbers around each boundary times s: boundaries have mantissas k / 16, and none lies elsewhere.
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
 #include <initializer_list>
 
+static float number(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+static uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+
 int main() {
-  int bad = 0;
-  for (const float d : {448.0f, 127.0f}) {
-    const float r = 1.0f / d;
-    for (uint32_t m = 0; m < 1u << 23; ++m) {
-      const uint32_t bits = 0x3F800000u | m;
-      float a;
-      std::memcpy(&a, &bits, 4);
-      const float q = a * r;
-      bad += std::fmaf(std::fmaf(-q, d, a), r, q) != a / d;
+  long quotients = 0, codes = 0;
+  for (uint32_t m = 0; m < 1u << 23; ++m) {
+    const float s = number(0x3F800000u | m);
+    for (const float d : {448.0f, 127.0f}) {
+      const float r = 1.0f / d, q = s * r;
+      quotients += std::fmaf(std::fmaf(-q, d, s), r, q) != s / d;
+    }
+    const float r = 1.0f / s;
+    for (int k = 16; k < 32; ++k) {
+      const float boundary = k / 16.0f;
+      for (int step = -2; step <= 2; ++step) {
+        const float x = number(bits_of(s * boundary) + step), right = x / s, first = x * r;
+        const float q = std::fmaf(std::fmaf(-first, s, x), r, first);
+        codes += (q > boundary) - (q < boundary) != (right > boundary) - (right < boundary);
+      }
     }
   }
-  std::printf("%d quotients differ\n", bad);
-  return bad != 0;
+  std::printf("%ld quotients and %ld codes differ\n", quotients, codes);
+  return quotients != 0 || codes != 0;
 }

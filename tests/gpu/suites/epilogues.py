@@ -19,7 +19,17 @@ from arfusion_pass.ops.spec import (
     ScaleRound,
     ScaleRule,
 )
-from tests.gpu.calls import Config, run, verify, with_strategy
+from tests.gpu.calls import (
+    Config,
+    allocate,
+    launch,
+    rank_input,
+    run,
+    shared_inputs,
+    verify,
+    verify_quantiser,
+    with_strategy,
+)
 from tests.gpu.harness import Env, case
 
 FP8, INT8, NVFP4, MXFP8 = QuantFormat.FP8, QuantFormat.INT8, QuantFormat.NVFP4, QuantFormat.MXFP8
@@ -160,6 +170,48 @@ def _register(dtype: torch.dtype, strategy: str) -> None:
 for _dtype in (torch.bfloat16, torch.float16, torch.float32):
     for _strategy in ("oneshot", "twoshot"):
         _register(_dtype, _strategy)
+
+
+EXTREMES = (0.0, 1e-45, 3e-39, 1e-30, 2.0**-91, 2.0**-80, 1.0, 2.0**80, 2.0**91, 3e38, float("inf"), float("nan"))
+"""Around the limits of the kernels' short divisions, and beyond any."""
+
+
+@case("epilogues", "extreme-scales", worlds=(1, 2, 3, 4))
+def extreme_scales(env: Env) -> None:
+    """Groups of any magnitude and any given scale, in calls with the specs and dtypes that have code of their own: the
+    codes and scales are the reference quantiser's."""
+    grouped = [
+        QuantSpec(FP8, 128),
+        QuantSpec(FP8, 128, bound_on=Bound.AMAX, bound=1e-4),
+        QuantSpec(FP8, 128, ScaleLayout.COLUMN_TMA, bound_on=Bound.SCALE, bound=1e-10),
+        QuantSpec(FP8, 128, scale_rule=ScaleRule.MULTIPLY),
+        QuantSpec(FP8, 128, bound_on=Bound.AMAX, bound=3e38),
+        QuantSpec(NVFP4, 16, ScaleLayout.SWIZZLED_128X4),
+        QuantSpec(MXFP8, 32, ScaleLayout.LINEAR),
+        QuantSpec(FP8, -1),
+    ]
+    static = [spec for spec in STATIC if spec.clamp and not spec.unrounded and not spec.in_dtype]
+    given = [(spec, sign * value) for spec in [*static, grouped[5]] for value in EXTREMES for sign in (1, -1)]
+    calls = [(spec, 1.0) for spec in grouped] + given
+    for count, (dtype, (spec, scale)) in enumerate(itertools.product((torch.bfloat16, torch.float32), calls)):
+        for strategy in ("oneshot", "twoshot"):
+            config = Config(
+                6, 128 * len(EXTREMES), dtype, spec=spec, seed=count, outputs=("residual_out", "norm_out", "quant_out")
+            )
+            config = with_strategy(config, strategy)
+            shared = shared_inputs(config, env.device)
+            assert shared.weight is not None
+            magnitudes = torch.tensor(EXTREMES, device=env.device).repeat_interleave(128)
+            shared.weight = (shared.weight.float() * magnitudes).to(dtype)
+            if shared.scale is not None:
+                shared.scale = torch.full_like(shared.scale, scale)
+            result = allocate(config, env.device)
+            launch(config, env, rank_input(config, env.rank, env.device), shared, result)
+            env.same(*result.tensors())
+            outputs = {name: buffer.tensor for name, buffer in result.buffers.items()}
+            check = partial(verify_quantiser, config, outputs, outputs["norm_out"], shared, exact=True)
+            env.attempt(check, (spec, scale, dtype, strategy))
+    env.note(f"{2 * 2 * len(calls)} calls")
 
 
 @case("epilogues", "local", worlds=(1,))
