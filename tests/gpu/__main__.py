@@ -5,7 +5,8 @@ python -m tests.gpu --world 2 --select epilogues,shapes/bf16 --timeout 110 --jso
 python -m tests.gpu --list
 ARFUSION_TEST_SHARE_GPU=1 python -m tests.gpu --world 4
 
-The last runs all ranks on one GPU, which takes turns: slow, but all except P2P itself is as with four.
+The last shares what GPUs there are among the ranks, which take turns on each: slow, but with one GPU all except P2P
+itself is as with four.
 """
 
 import argparse

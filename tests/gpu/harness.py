@@ -266,17 +266,19 @@ def rank_main(rank: int, world: int, port: int, results: Path, patterns: list[st
 
 def device_index(rank: int) -> int:
     """The GPU of a rank."""
-    return 0 if SHARE_GPU else rank
+    import torch
+
+    return rank % torch.cuda.device_count() if SHARE_GPU else rank
 
 
 def share_gpu(rank: int) -> None:
-    """All ranks on one GPU, which switches between their kernels: slow, but the whole path runs, with one GPU only.
+    """Several ranks on a GPU, which switches between their kernels: slow, but the whole path runs, even with one GPU.
 
     NCCL refuses that, so the group is gloo's; the workspace's own refusal and torch's are lifted here.
     """
     from arfusion_pass.comm import agreement
 
-    uuid = agreement.device_uuid(0)
+    uuid = agreement.device_uuid(device_index(rank))
     agreement.device_uuid = lambda index: f"{uuid} of rank {rank}"
 
 
