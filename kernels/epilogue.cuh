@@ -135,15 +135,18 @@ struct Epilogue {
   struct Given {
     Weight weight;
     typename Q::Factor factor; /* of static FP8 its scale and how it is applied, of NVFP4 the encode scale */
-    uint32_t multiply;         /* of kGroup128: scales are products */
+    bool multiply, reciprocal; /* of kUsual: scales are products; x is multiplied by 1 / scale */
   };
 
   ARF_DEVICE static Given given(const Params& p, const Place& at) {
-    Given g = {fetch_weight(p, at), {}, 0};
+    Given g = {fetch_weight(p, at), {}, false, false};
     if constexpr (F == kStatic) g.factor = Q::static_factor(p, Q::given_scale(p));
     if constexpr (F == kFp4) g.factor = Q::encode_factor(Q::given_scale(p));
-    if constexpr (F == kGroup128) g.multiply = p.quant.rule() == ScaleRule::kMultiply;
-    asm volatile("" : "+r"(g.multiply)); /* nothing; the value is now opaque, so it is not read from the parameters later */
+    if constexpr (F == kUsual) {
+      uint32_t multiply = p.quant.rule() == ScaleRule::kMultiply, reciprocal = p.quant.apply() == Apply::kReciprocal;
+      asm volatile("" : "+r"(multiply), "+r"(reciprocal)); /* nothing; opaque now, so not read from the parameters later */
+      g.multiply = multiply, g.reciprocal = reciprocal;
+    }
     return g;
   }
 
@@ -321,17 +324,20 @@ struct Epilogue {
     }
     if constexpr (F == kPlain) return;
     typename Q::Factor factor = given.factor;
-    const bool by_token = F == kDynamic && p.group < 0;
+    const bool by_token = (F == kDynamic || F == kUsual) && p.group < 0;
     float token_scale = 0.0f;
-    if (by_token) token_scale = Q::dynamic_scale(p, p.quant, row_amax(p, scratch, at, row), factor);
+    if (F == kDynamic && by_token) token_scale = Q::dynamic_scale(p, p.quant, row_amax(p, scratch, at, row), factor);
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       if (k && k >= p.per_thread) break;
       const uint32_t v = at.vector(k);
       const bool active = v < p.vectors;
       if constexpr (F >= kDynamic && !C) place = Q::scale_place(p, t, v);
-      if constexpr (F == kGroup128) {
-        Q::usual_group_vector(p, given.multiply, place, t, v, active, row[k]);
+      if constexpr (F == kUsual) {
+        const uint32_t bound = bits_of(p.amax_bound);
+        const float amax = by_token ? float_of(max(bits_of(row_amax(p, scratch, at, row)), bound))
+                                    : Q::usual_amax(max(Q::amax_of(row[k]), bound));
+        if (active) Q::usual_vector(p, given.multiply, given.reciprocal, amax, place, t, v, row[k]);
       } else if constexpr (F == kFp4) {
         Q::nvfp4_vector(p, place, t, v, active, row[k], factor);
       } else if constexpr (F == kStatic && C) {

@@ -375,13 +375,13 @@ __global__ void __launch_bounds__(kMaxThreads, 1) simulated_kernel(const __grid_
    reinterpret_cast<const void*>(&arf::fused_kernel<D, W, arf::kStatic, K, TWO, C>),                                    \
    reinterpret_cast<const void*>(&arf::fused_kernel<D, W, arf::kDynamic, K, TWO, C>),                                   \
    reinterpret_cast<const void*>(&arf::fused_kernel<D, W, arf::kFp4, K, TWO, C>),                                       \
-   reinterpret_cast<const void*>(&arf::fused_kernel<D, W, C ? arf::kGroup128 : arf::kDynamic, K, TWO, C>)}
+   reinterpret_cast<const void*>(&arf::fused_kernel<D, W, C ? arf::kUsual : arf::kDynamic, K, TWO, C>)}
 #define ARF_SIMULATED_ROW(D, TWO, C)                                                                                    \
   {reinterpret_cast<const void*>(&arf::simulated_kernel<D, arf::kPlain, TWO, C>),                                       \
    reinterpret_cast<const void*>(&arf::simulated_kernel<D, arf::kStatic, TWO, C>),                                      \
    reinterpret_cast<const void*>(&arf::simulated_kernel<D, arf::kDynamic, TWO, C>),                                     \
    reinterpret_cast<const void*>(&arf::simulated_kernel<D, arf::kFp4, TWO, C>),                                         \
-   reinterpret_cast<const void*>(&arf::simulated_kernel<D, C ? arf::kGroup128 : arf::kDynamic, TWO, C>)}
+   reinterpret_cast<const void*>(&arf::simulated_kernel<D, C ? arf::kUsual : arf::kDynamic, TWO, C>)}
 #define ARF_LOCAL_TABLE(D)                                                                                              \
   static const void* const table[3][arf::kFamilies] = {ARF_FUSED_ROW(D, 1, arf::kMaxVectors<D>, false, false),          \
                                                        ARF_FUSED_ROW(D, 1, 1, false, false),                            \

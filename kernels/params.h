@@ -105,9 +105,9 @@ struct SimulatedParams {
   Params rank[kMaxWorld];
 };
 
-/* Quantiser families: one template parameter, so that a norm alone carries no quantiser's registers. kGroup128: of
- * kDynamic the spec that most models use (plan.cu: is_usual), in kernels for common calls only. */
-enum Family { kPlain = 0, kStatic = 1, kDynamic = 2, kFp4 = 3, kGroup128 = 4, kFamilies = 5 };
+/* Quantiser families: one template parameter, so that a norm alone carries no quantiser's registers. kUsual: of
+ * kDynamic the specs that most models use (plan.cu: is_usual), in kernels for common calls only. */
+enum Family { kPlain = 0, kStatic = 1, kDynamic = 2, kFp4 = 3, kUsual = 4, kFamilies = 5 };
 
 /* Which set of kernels. Two, four and eight ranks have their own for rows of at most 1024 vectors; any other world, and
  * wider rows, take kAny. */

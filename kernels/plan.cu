@@ -214,17 +214,18 @@ bool is_common(const arf_call& c) {
          (c.dtype == ARF_FP32 || !fp32_beside);
 }
 
-/* The FP8 that most models use: static, or groups of 128 with fp32 scales. Layouts differ only in their strides, and a cast
- * that saturates clamps. Common calls know it at compile time. */
+/* The FP8 that most models use: static, per token, or groups of 128 with fp32 scales. Layouts differ only in their strides,
+ * and a cast that saturates clamps. Common calls know it at compile time. */
 bool is_usual(const arf_call& c) {
   const Quant q{static_cast<uint32_t>(c.quant & 0xFFFFFFFF)};
   const int64_t group = (c.quant >> 32) - 1;
   const bool saturates = q.clamp() || cast_saturates.load(std::memory_order_relaxed);
-  const uint32_t free = Quant::kRule | 3u << 8 /* bound */ | (group ? 15u << 4 /* layout */ : 3u << 14 /* apply */);
+  const uint32_t free = Quant::kRule | 3u << 8 /* bound */ | (group ? 15u << 4 : 0) /* layout */ | 3u << 14 /* apply */;
   if (!saturates || ((q.bits | 1u << 18) & ~free) != Quant::kUsual) return false;
   if (group == 0) return true;
   const bool bounded = q.bound() == Bound::kNone || (c.quant_bound >= 0.0f && c.quant_bound <= 0x1p80f);
-  return group == 128 && q.rule() != ScaleRule::kReciprocal && q.layout() != Layout::kPackedUe8m0 && bounded;
+  return (group == 128 || group == -1) && q.layout() != Layout::kPackedUe8m0 && bounded &&
+         q.rule() != ScaleRule::kReciprocal && (q.apply() == Apply::kDivide || q.apply() == Apply::kReciprocal);
 }
 
 int family_of(const arf_call& c) {
@@ -234,10 +235,10 @@ int family_of(const arf_call& c) {
   return q.format() == Format::kFp8 && (c.quant >> 32) - 1 == 0 ? kStatic : kDynamic;
 }
 
-/* Among the kernels for common calls there is one static FP8, the usual; the usual groups have a family of their own. */
+/* Among the kernels for common calls there is one static FP8, the usual; the usual dynamic ones have a family of their own. */
 void set_common(const arf_call& c, Plan* plan) {
   plan->common = is_common(c) && (plan->family != kStatic || is_usual(c));
-  if (plan->common && plan->family == kDynamic && is_usual(c)) plan->family = kGroup128;
+  if (plan->common && plan->family == kDynamic && is_usual(c)) plan->family = kUsual;
 }
 
 /* Whether an output lies in x. In one-shot a row may be finished here before a CTA that only pushes has read it; in two-shot

@@ -85,7 +85,7 @@ struct Quantiser {
 #pragma unroll
     for (int i = 0; i < N; ++i) x[i] = max_nan(min_nan(__fmul_rn(x[i], c), 0x1p100f), -0x1p100f);
     s = special ? 1.0f : __fmul_rn(s, c);
-    r = reciprocal(s);
+    r = inverse_of(s);
   }
 
   ARF_DEVICE static float with_sign_of(float from, float x) {
@@ -101,7 +101,7 @@ struct Quantiser {
   }
 
   /* Correctly rounded 1 / s of a moderate s: __frcp_rn without its range check (tests/reciprocal.cu compares all mantissas). */
-  ARF_DEVICE static float reciprocal(float s) {
+  ARF_DEVICE static float inverse_of(float s) {
     const float r = reciprocal_approx(s);
     return __fmaf_rn(r, __fmaf_rn(-s, r, 1.0f), r);
   }
@@ -259,23 +259,27 @@ struct Quantiser {
     store_bytes(p, p.quant, t, v, x, factor);
   }
 
-  /* The same for FP8 groups of kUsualGroup with fp32 scales and a bound of at most 2^80. A branch behind the last arrival is
-   * dear: those of group_vector took 0.2 us of a token's 3. The one here is for an amax that is not moderate, NaN or 0. */
-  ARF_DEVICE static void usual_group_vector(const Params& p, bool multiply, void* place, uint32_t t, uint32_t v, bool active,
-                                            float (&x)[N]) {
+  /* FP8 with fp32 scales, per token or of kUsualGroup, from the amax and its bound, which is at most 2^80. A branch behind
+   * the last arrival is dear: those of group_vector took 0.2 us of a token's 3. Here are two, for `reciprocal` (x times
+   * 1 / scale) and for an amax that is not moderate, NaN or 0. */
+  ARF_DEVICE static void usual_vector(const Params& p, bool multiply, bool reciprocal, float amax, void* place, uint32_t t,
+                                      uint32_t v, float (&x)[N]) {
     constexpr float kInverse = 1.0f / kFp8Max;
-    const float amax = usual_amax(max(amax_of(x), bits_of(p.amax_bound)));
-    if (!active) return;
     const float product = __fmul_rn(amax, kInverse);
     const float quotient = __fmaf_rn(__fmaf_rn(-product, kFp8Max, amax), kInverse, product); /* divide_by_limit */
-    float scale = max_nan(multiply ? product : quotient, p.scale_bound), s = scale, r = reciprocal(s);
+    float scale = max_nan(multiply ? product : quotient, p.scale_bound), s = scale, r = inverse_of(s);
     if (bits_of(amax) - bits_of(0x1p-80f) > bits_of(0x1p80f) - bits_of(0x1p-80f)) { /* scale <= 2^80, or amax says so */
       if (!multiply) scale = max_nan(__fdiv_rn(amax, kFp8Max), p.scale_bound);
-      s = scale, r = reciprocal(s);
-      if (!is_moderate(s)) moderate(x, s, r);
+      s = scale, r = __frcp_rn(s);
+      if (!reciprocal && !is_moderate(s)) moderate(x, s, r);
     }
     float y[N];
-    divide_for_e4m3<true>(x, s, r, y); /* 448 at most, but for rounding */
+    if (reciprocal) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) y[i] = __fmul_rn(x[i], r);
+    } else {
+      divide_for_e4m3<true>(x, s, r, y); /* 448 at most, but for rounding */
+    }
     store_codes(p, Quant{Quant::kUsual}, t, v, y);
     if (place) store_float(place, scale);
   }
@@ -308,7 +312,7 @@ struct Quantiser {
   /* encode / decoded, decoded an e4m3 number. */
   ARF_DEVICE static float quotient(const Factor& encode, float decoded) {
     if (!encode.divide) return __fdiv_rn(encode.value, decoded);
-    const float r = reciprocal(decoded);
+    const float r = inverse_of(decoded);
     return corrected_twice(encode.value, decoded, r, __fmul_rn(encode.value, r));
   }
 };

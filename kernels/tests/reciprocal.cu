@@ -1,4 +1,4 @@
-// For every mantissa: rcp.approx and one Newton step, as Quantiser::reciprocal, give the correctly rounded 1 / s.
+// For every mantissa: rcp.approx and one Newton step, as Quantiser::inverse_of, give the correctly rounded 1 / s.
 //   nvcc -O2 reciprocal.cu -o reciprocal && ./reciprocal
 #include <cstdint>
 #include <cstdio>

@@ -185,15 +185,20 @@ def extreme_scales(env: Env) -> None:
         QuantSpec(FP8, 128, bound_on=Bound.AMAX, bound=1e-4),
         QuantSpec(FP8, 128, ScaleLayout.COLUMN_TMA, bound_on=Bound.SCALE, bound=1e-10),
         QuantSpec(FP8, 128, scale_rule=ScaleRule.MULTIPLY),
+        QuantSpec(FP8, 128, apply=Apply.RECIPROCAL),
         QuantSpec(FP8, 128, bound_on=Bound.AMAX, bound=3e38),
         QuantSpec(NVFP4, 16, ScaleLayout.SWIZZLED_128X4),
         QuantSpec(MXFP8, 32, ScaleLayout.LINEAR),
-        QuantSpec(FP8, -1),
     ]
+    per_token = [*PER_TOKEN[:3], QuantSpec(FP8, -1, scale_rule=ScaleRule.MULTIPLY, apply=Apply.RECIPROCAL)]
     static = [spec for spec in STATIC if spec.clamp and not spec.unrounded and not spec.in_dtype]
-    given = [(spec, sign * value) for spec in [*static, grouped[5]] for value in EXTREMES for sign in (1, -1)]
-    calls = [(spec, 1.0) for spec in grouped] + given
-    for count, (dtype, (spec, scale)) in enumerate(itertools.product((torch.bfloat16, torch.float32), calls)):
+    given = [spec for spec in (*static, *grouped) if spec.is_static or spec.format == NVFP4]
+    calls = [(spec, 1.0, EXTREMES) for spec in grouped]
+    calls += [(spec, 1.0, (value,) * len(EXTREMES)) for spec in per_token for value in EXTREMES]
+    calls += [(spec, sign * value, EXTREMES) for spec in given for value in EXTREMES for sign in (1, -1)]
+    for count, (dtype, (spec, scale, magnitudes)) in enumerate(
+        itertools.product((torch.bfloat16, torch.float32), calls)
+    ):
         for strategy in ("oneshot", "twoshot"):
             config = Config(
                 6, 128 * len(EXTREMES), dtype, spec=spec, seed=count, outputs=("residual_out", "norm_out", "quant_out")
@@ -201,8 +206,8 @@ def extreme_scales(env: Env) -> None:
             config = with_strategy(config, strategy)
             shared = shared_inputs(config, env.device)
             assert shared.weight is not None
-            magnitudes = torch.tensor(EXTREMES, device=env.device).repeat_interleave(128)
-            shared.weight = (shared.weight.float() * magnitudes).to(dtype)
+            factors = torch.tensor(magnitudes, device=env.device).repeat_interleave(128)
+            shared.weight = (shared.weight.float() * factors).to(dtype)
             if shared.scale is not None:
                 shared.scale = torch.full_like(shared.scale, scale)
             result = allocate(config, env.device)
