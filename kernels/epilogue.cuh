@@ -182,6 +182,11 @@ struct Epilogue {
     }
   }
 
+  /* A vector of T. */
+  ARF_DEVICE static void store_packed(const Params& p, void* out, uint32_t t, uint32_t v, const uint4& packed) {
+    static_cast<uint4*>(out)[static_cast<uint64_t>(t) * p.vectors + v] = packed;
+  }
+
   /* A vector of a T or fp32 output. */
   ARF_DEVICE static void store_vector(const Params& p, void* out, bool fp32, uint32_t t, uint32_t v, const float (&f)[N]) {
     uint4* at = static_cast<uint4*>(out);
@@ -200,7 +205,7 @@ struct Epilogue {
   ARF_DEVICE static void finish_sum(const Params& p, uint32_t t, uint32_t v, const float (&sum)[N], const Residual& r,
                                     float (&value)[N]) {
     const uint4 reduced = pack<D>(sum);
-    if (p.allreduce_out) static_cast<uint4*>(p.allreduce_out)[static_cast<uint64_t>(t) * p.vectors + v] = reduced;
+    if (p.allreduce_out) store_packed(p, p.allreduce_out, t, v, reduced);
     unpack<D>(reduced, value);
     if (p.residual) {
       float residual[N];
@@ -214,7 +219,7 @@ struct Epilogue {
     }
     if constexpr (C) {
       const uint4 total = pack<D>(value); /* for both */
-      if (p.residual_out) static_cast<uint4*>(p.residual_out)[static_cast<uint64_t>(t) * p.vectors + v] = total;
+      if (p.residual_out) store_packed(p, p.residual_out, t, v, total);
       unpack<D>(total, value);
     } else {
       if (p.residual_out) store_vector(p, p.residual_out, p.residual_out_fp32, t, v, value);
@@ -289,8 +294,8 @@ struct Epilogue {
   }
 
   /* Normalises a vector in place, writes norm_out, and leaves what the quantiser reads. */
-  ARF_DEVICE static void normalise(const Params& p, const Weight& weight, uint32_t t, uint32_t v, uint32_t slot,
-                                   float rstd, float (&x)[N]) {
+  ARF_DEVICE static void normalise(const Params& p, const Weight& weight, uint32_t t, uint32_t v, uint32_t slot, float rstd,
+                                   float (&x)[N]) {
     const bool round_first = p.flags & kRoundBeforeWeight;
 #pragma unroll
     for (int i = 0; i < N; ++i) x[i] = __fmul_rn(x[i], rstd);

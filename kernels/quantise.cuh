@@ -20,7 +20,7 @@ struct Quantiser {
   struct Factor {
     float value;
     bool divide;
-    float reciprocal; /* 1 / value, of a scale that is given: worked out before the row arrives */
+    float reciprocal = 0.0f; /* 1 / value, of a scale that is given: worked out before the row arrives */
   };
 
   /* The spec's branches stand outside the loops over elements: inside, eight of them in a row cost 0.8 us a row. */
@@ -28,10 +28,14 @@ struct Quantiser {
     if (f.divide) {
       divide_all(x, f.value, y);
     } else {
-#pragma unroll
-      for (int i = 0; i < N; ++i) y[i] = __fmul_rn(x[i], f.value);
+      multiply_all(x, f.value, y);
     }
     if (q.in_dtype()) unpack<D>(pack<D>(y), y);
+  }
+
+  ARF_DEVICE static void multiply_all(const float (&x)[N], float factor, float (&y)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) y[i] = __fmul_rn(x[i], factor);
   }
 
   /* Correctly rounded x / s for all x under one s, without a division an element: Newton's correction of x * (1 / s),
@@ -56,10 +60,10 @@ struct Quantiser {
     }
   }
 
-  ARF_DEVICE static float corrected_twice(float x, float s, float r, float q0) {
-    const float q1 = __fmaf_rn(__fmaf_rn(-q0, s, x), r, q0);
-    return __fmaf_rn(__fmaf_rn(-q1, s, x), r, q1);
-  }
+  /* Newton's correction of a quotient q of x / s, r = 1 / s. */
+  ARF_DEVICE static float corrected(float x, float s, float r, float q) { return __fmaf_rn(__fmaf_rn(-q, s, x), r, q); }
+
+  ARF_DEVICE static float corrected_twice(float x, float s, float r, float q) { return corrected(x, s, r, corrected(x, s, r, q)); }
 
   ARF_DEVICE static bool is_moderate(float s) { return fabsf(s) >= 0x1p-90f && fabsf(s) <= 0x1p90f; }
 
@@ -71,7 +75,7 @@ struct Quantiser {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const float q0 = __fmul_rn(x[i], r);
-      float q = __fmaf_rn(__fmaf_rn(-q0, s, x[i]), r, q0);
+      float q = corrected(x[i], s, r, q0);
       if (!kBounded && !(fabsf(q0) < 0x1p100f)) q = q0;
       y[i] = with_sign_of(q0, q);
     }
@@ -160,8 +164,8 @@ struct Quantiser {
   ARF_DEVICE static Factor static_factor(const Params& p, float scale) {
     switch (p.quant.apply()) {
       case Apply::kDivide: return {scale, true, __frcp_rn(scale)};
-      case Apply::kReciprocal: return {__frcp_rn(scale), false, 0.0f};
-      default: return {scale, false, 0.0f};
+      case Apply::kReciprocal: return {__frcp_rn(scale), false};
+      default: return {scale, false};
     }
   }
 
@@ -172,8 +176,7 @@ struct Quantiser {
       if (!is_moderate(f.value)) moderate(x, f.value, f.reciprocal);
       divide_for_e4m3<false>(x, f.value, f.reciprocal, y);
     } else {
-#pragma unroll
-      for (int i = 0; i < N; ++i) y[i] = __fmul_rn(x[i], f.value);
+      multiply_all(x, f.value, y);
     }
     store_codes(p, Quant{Quant::kUsual}, t, v, y);
   }
@@ -206,8 +209,7 @@ struct Quantiser {
    * mantissa), the range is checked once. */
   ARF_DEVICE static float divide_by_limit(float amax, float limit, float inverse) {
     if (!(amax >= 0x1p-90f && amax <= 0x1p120f)) return __fdiv_rn(amax, limit);
-    const float q = __fmul_rn(amax, inverse);
-    return __fmaf_rn(__fmaf_rn(-q, limit, amax), inverse, q);
+    return corrected(amax, limit, inverse, __fmul_rn(amax, inverse));
   }
 
   /* From amax to the scale that is written (fp32; MXFP8 and packed layouts write its exponent) and its factor. */
@@ -228,9 +230,9 @@ struct Quantiser {
     if (q.round() == ScaleRound::kPow2) scale = pow2_up(scale);
     if (q.round() == ScaleRound::kPow2Log2) scale = pow2_up_log2(scale);
     switch (q.apply()) {
-      case Apply::kDivide: factor = {scale, true, 0.0f}; break;
-      case Apply::kMaxOverAmax: factor = {__fmul_rn(__frcp_rn(amax), limit), false, 0.0f}; break;
-      default: factor = {__frcp_rn(scale), false, 0.0f};
+      case Apply::kDivide: factor = {scale, true}; break;
+      case Apply::kMaxOverAmax: factor = {__fmul_rn(__frcp_rn(amax), limit), false}; break;
+      default: factor = {__frcp_rn(scale), false};
     }
     return scale;
   }
@@ -249,7 +251,7 @@ struct Quantiser {
     const float scale = dynamic_scale(p, p.quant, amax, factor);
     if (p.quant.format() == Format::kMxfp8) {
       const uint32_t exponent = ue8m0_up(scale);
-      factor = {ue8m0_reciprocal(exponent), false, 0.0f};
+      factor = {ue8m0_reciprocal(exponent), false};
       if (place) store_byte(place, exponent);
     } else if (p.quant.layout() == Layout::kPackedUe8m0) {
       if (place) store_byte(place, bits_of(scale) >> 23 & 0xFFu);
@@ -266,7 +268,7 @@ struct Quantiser {
                                       uint32_t v, float (&x)[N]) {
     constexpr float kInverse = 1.0f / kFp8Max;
     const float product = __fmul_rn(amax, kInverse);
-    const float quotient = __fmaf_rn(__fmaf_rn(-product, kFp8Max, amax), kInverse, product); /* divide_by_limit */
+    const float quotient = corrected(amax, kFp8Max, kInverse, product); /* as divide_by_limit */
     float scale = max_nan(multiply ? product : quotient, p.scale_bound), s = scale, r = inverse_of(s);
     if (bits_of(amax) - bits_of(0x1p-80f) > bits_of(0x1p80f) - bits_of(0x1p-80f)) { /* scale <= 2^80, or amax says so */
       if (!multiply) scale = max_nan(__fdiv_rn(amax, kFp8Max), p.scale_bound);
@@ -275,8 +277,7 @@ struct Quantiser {
     }
     float y[N];
     if (reciprocal) {
-#pragma unroll
-      for (int i = 0; i < N; ++i) y[i] = __fmul_rn(x[i], r);
+      multiply_all(x, r, y);
     } else {
       divide_for_e4m3<true>(x, s, r, y); /* 448 at most, but for rounding */
     }
@@ -285,7 +286,7 @@ struct Quantiser {
   }
 
   /* ---- NVFP4: groups of 16, e4m3 scales under a given encode scale ---- */
-  ARF_DEVICE static Factor encode_factor(float encode) { return {encode, is_moderate(encode), 0.0f}; }
+  ARF_DEVICE static Factor encode_factor(float encode) { return {encode, is_moderate(encode)}; }
 
   ARF_DEVICE static void nvfp4_vector(const Params& p, void* place, uint32_t t, uint32_t v, bool active, const float (&x)[N],
                                       const Factor& encode) {

@@ -41,6 +41,6 @@ def on_two_ranks(*command: str) -> str:
     """What a script or module prints under torchrun."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([*launcher, *command], capture_output=True, text=True, check=False, env=environment, cwd=ROOT)
+    done = subprocess.run([*launcher, *command], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -1,8 +1,8 @@
 // Times the exchange kernels on all GPUs of one machine, driven by one process through the C ABI (no torch, no Python).
 //   nvcc -O2 -std=c++17 -I.. bench.cu -o bench -L. -l:libarf.so   (or any path of the library)
 //   ./bench [hidden,...] [tokens,...] [forms] [ctas,...]
-// forms: letters of p plain, s static FP8, t token FP8, g group-128 FP8, 4 NVFP4 (128x4), l NVFP4 (linear), m MXFP8. us per op inside a graph of
-// back-to-back ops, median over replays, maximum over GPUs. The plain form's norm is checked against a double reference.
+// forms: letters of p plain, s static FP8, t token FP8, g group-128 FP8, 4 NVFP4 (128x4), l NVFP4 (linear), m MXFP8. us per
+// op inside a graph of back-to-back ops, median over replays, maximum over GPUs. The plain form's norm is checked against a double reference.
 #include <cuda_runtime.h>
 
 #include <algorithm>
