@@ -15,9 +15,6 @@ from arfusion_pass import ops as ops
 if TYPE_CHECKING:
     from arfusion_pass import comm as comm
     from arfusion_pass import inspection as inspection
-    from arfusion_pass.comm.workspace import ExchangeTimeout as ExchangeTimeout
-    from arfusion_pass.comm.workspace import check as check
-    from arfusion_pass.comm.workspace import prepare as prepare
     from arfusion_pass.config import FusionConfig as FusionConfig
     from arfusion_pass.fusion_pass import AllReduceFusionPass as AllReduceFusionPass
     from arfusion_pass.fusion_pass import fuse as fuse
@@ -25,9 +22,12 @@ if TYPE_CHECKING:
     from arfusion_pass.groups import register_group as register_group
     from arfusion_pass.install import enable as enable
     from arfusion_pass.install import inductor_options as inductor_options
-    from arfusion_pass.report import FusionReport as FusionReport
-    from arfusion_pass.report import Reports as Reports
-    from arfusion_pass.report import Site as Site
+    from arfusion_pass.reporting.sites import FusionReport as FusionReport
+    from arfusion_pass.reporting.sites import Reports as Reports
+    from arfusion_pass.reporting.sites import Site as Site
+    from arfusion_pass.runtime.workspace import ExchangeTimeout as ExchangeTimeout
+    from arfusion_pass.runtime.workspace import check as check
+    from arfusion_pass.runtime.workspace import prepare as prepare
 
 __version__ = "0.1.0"
 
@@ -38,13 +38,13 @@ _HOMES = {
     "inductor_options": "arfusion_pass.install",
     "reports": "arfusion_pass.fusion_pass",
     "FusionConfig": "arfusion_pass.config",
-    "FusionReport": "arfusion_pass.report",
-    "Reports": "arfusion_pass.report",
-    "Site": "arfusion_pass.report",
+    "FusionReport": "arfusion_pass.reporting.sites",
+    "Reports": "arfusion_pass.reporting.sites",
+    "Site": "arfusion_pass.reporting.sites",
     "register_group": "arfusion_pass.groups",
-    "ExchangeTimeout": "arfusion_pass.comm.workspace",
-    "check": "arfusion_pass.comm.workspace",
-    "prepare": "arfusion_pass.comm.workspace",
+    "ExchangeTimeout": "arfusion_pass.runtime.workspace",
+    "check": "arfusion_pass.runtime.workspace",
+    "prepare": "arfusion_pass.runtime.workspace",
 }
 _MODULES = ("comm", "inspection")
 

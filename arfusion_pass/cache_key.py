@@ -13,7 +13,7 @@ from arfusion_pass.config import FusionConfig
 from arfusion_pass.groups import registered_groups
 
 PACKAGE = pathlib.Path(__file__).resolve().parent
-OUTSIDE_THE_REWRITE = ("inspection", "comm", "cli.py", "demo.py", "demo", "_kernels")
+OUTSIDE_THE_REWRITE = ("cli", "comm", "demo", "inspection", "_kernels")
 """What cannot change a rewrite: how graphs are shown, the eager API, the command line, the kernels."""
 
 

@@ -30,7 +30,7 @@ class FusionConfig:
             ``"reference"`` or ``"flashinfer"``.
         strategy: ``"auto"`` (by the measured table), ``"oneshot"`` or ``"twoshot"``. Never changes a result.
         reassociate: take a constant factor, or the sum of two all-reduces, before the all-reduce where it stands
-            between that and a norm (:mod:`arfusion_pass.reassociate`). Not bit-exact: it rounds elsewhere.
+            between that and a norm (:mod:`arfusion_pass.rewrite.reassociate`). Not bit-exact: it rounds elsewhere.
         pdl: launch with programmatic dependent launch where the GPU has it.
         raise_errors: let an unexpected error inside the pass reach the compiler instead of leaving the graph as it
             came with a note in the report. For tests.

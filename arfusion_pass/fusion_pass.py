@@ -12,14 +12,14 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import arfusion_pass.ops  # noqa: F401  (a compiled artefact imports nothing: the ops must exist before it runs)
 from arfusion_pass import cache_key
-from arfusion_pass.commit import Committer, Plan
 from arfusion_pass.config import FusionConfig, canonical_epsilon
 from arfusion_pass.graph import dtype_of
 from arfusion_pass.inspection import replay
-from arfusion_pass.pass_manager import FusionPassManager
-from arfusion_pass.raising import RaisedSite, build_shadow, find_sites
-from arfusion_pass.reassociate import reassociate
-from arfusion_pass.report import FusionReport, Reports, Site
+from arfusion_pass.reporting.sites import FusionReport, Reports, Site
+from arfusion_pass.rewrite.commit import Committer, Plan
+from arfusion_pass.rewrite.pass_manager import FusionPassManager
+from arfusion_pass.rewrite.raising import RaisedSite, build_shadow, find_sites
+from arfusion_pass.rewrite.reassociate import reassociate
 
 log = logging.getLogger("arfusion_pass")
 

@@ -60,7 +60,7 @@ def main() -> int:
     if arguments.rank >= 0:
         return rank_main(arguments)
     if arguments.tune:
-        from arfusion_pass.backends import tune
+        from arfusion_pass.cli import tune
 
         print(tune.run(arguments.world))
         return 0
@@ -166,7 +166,7 @@ def machine() -> dict[str, Any]:
     """What the figures were measured on."""
     import torch
 
-    from arfusion_pass.backends import build
+    from arfusion_pass.runtime import build
 
     folder, arch = build.source_dir(), build.device_arch()
     return {

@@ -69,7 +69,7 @@ def host_rows(group_name: str, device: torch.device) -> dict[str, float]:
 
 def workspace_row() -> dict[str, Any]:
     """Device memory that the first call takes, and how long making the workspace takes."""
-    from arfusion_pass.comm import workspace
+    from arfusion_pass.runtime import workspace
 
     free = torch.cuda.mem_get_info()[0]
     start = time.perf_counter()
@@ -86,7 +86,7 @@ def workspace_row() -> dict[str, Any]:
 
 def compile_row(arch: str | None) -> dict[str, Any]:
     """Building the library into an empty cache."""
-    from arfusion_pass.backends import build
+    from arfusion_pass.runtime import build
 
     steps: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:

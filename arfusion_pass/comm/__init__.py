@@ -11,12 +11,6 @@ Works on GPUs through the native kernels and on CPU through the reference, with 
 from __future__ import annotations
 
 from arfusion_pass.comm.api import allreduce_fusion
-from arfusion_pass.comm.enums import (
-    AllReduceFusionPattern,
-    MNNVLAllreduceFusionStrategy,
-    MNNVLQuantType,
-    QuantizationSFLayout,
-)
 from arfusion_pass.comm.fusion_workspace import (
     AllReduceFusionWorkspace,
     MNNVLAllReduceFusionWorkspace,
@@ -28,6 +22,13 @@ from arfusion_pass.comm.mnnvl import (
     trtllm_mnnvl_fused_allreduce_add_rmsnorm_quant,
 )
 from arfusion_pass.comm.moe import trtllm_moe_allreduce_fusion, trtllm_moe_finalize_allreduce_fusion
+from arfusion_pass.ops.flashinfer_enums import (
+    AllReduceFusionPattern,
+    MNNVLAllreduceFusionStrategy,
+    MNNVLQuantType,
+    QuantizationSFLayout,
+)
+from arfusion_pass.runtime import workspace as workspace  # comm.workspace.destroy, .find, .Watchdog
 
 __all__ = [
     "AllReduceFusionPattern",

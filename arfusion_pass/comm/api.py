@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from arfusion_pass.comm import moe
-from arfusion_pass.comm.conventions import FP8, STATIC_FP8, TOKEN_FP8, nvfp4, packed_group_fp8
-from arfusion_pass.comm.enums import AllReduceFusionPattern as Pattern
-from arfusion_pass.comm.enums import as_pattern
 from arfusion_pass.comm.fusion_workspace import AllReduceFusionWorkspace
 from arfusion_pass.comm.request import NOT_QUANTISED, Quantised, Request, input_shape, launch_flags, open_workspace
+from arfusion_pass.ops.flashinfer_enums import AllReduceFusionPattern as Pattern
+from arfusion_pass.ops.flashinfer_enums import as_pattern
+from arfusion_pass.ops.flashinfer_specs import FP8, STATIC_FP8, TOKEN_FP8, nvfp4, packed_group_fp8
 from arfusion_pass.ops.spec import QuantFormat
 
 _STATIC = (Pattern.kARResidualRMSNormFP8Quant, Pattern.kARResidualRMSNormOutFP8Quant)

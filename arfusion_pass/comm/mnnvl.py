@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from arfusion_pass.comm.conventions import FP8, STATIC_FP8, TOKEN_FP8, nvfp4
-from arfusion_pass.comm.enums import MNNVLAllreduceFusionStrategy as Strategy
-from arfusion_pass.comm.enums import MNNVLQuantType, QuantizationSFLayout, as_quant_type, as_strategy
 from arfusion_pass.comm.fusion_workspace import AllReduceFusionWorkspace
 from arfusion_pass.comm.request import Quantised, Request, input_shape, launch_flags, open_workspace
 from arfusion_pass.ops import layouts
+from arfusion_pass.ops.flashinfer_enums import MNNVLAllreduceFusionStrategy as Strategy
+from arfusion_pass.ops.flashinfer_enums import MNNVLQuantType, QuantizationSFLayout, as_quant_type, as_strategy
+from arfusion_pass.ops.flashinfer_specs import FP8, STATIC_FP8, TOKEN_FP8, nvfp4
 from arfusion_pass.ops.spec import QuantSpec, ScaleLayout
 
 

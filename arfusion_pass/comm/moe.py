@@ -27,9 +27,9 @@ from typing import Any
 
 import torch
 
-from arfusion_pass.comm.conventions import FP8, STATIC_FP8, TOKEN_FP8, nvfp4
 from arfusion_pass.comm.fusion_workspace import AllReduceFusionWorkspace
 from arfusion_pass.comm.request import Quantised, Request, launch_flags, open_workspace
+from arfusion_pass.ops.flashinfer_specs import FP8, STATIC_FP8, TOKEN_FP8, nvfp4
 
 log = logging.getLogger("arfusion_pass")
 _told: set[str] = set()

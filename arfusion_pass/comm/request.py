@@ -15,10 +15,10 @@ from typing import Any, NoReturn
 
 import torch
 
-from arfusion_pass.comm.conventions import FP8
 from arfusion_pass.comm.fusion_workspace import AllReduceFusionWorkspace
 from arfusion_pass.ops import layouts
 from arfusion_pass.ops.checks import INPUT_DTYPES
+from arfusion_pass.ops.flashinfer_specs import FP8
 from arfusion_pass.ops.library import fused_op
 from arfusion_pass.ops.schema import SCHEMAS
 from arfusion_pass.ops.spec import NO_QUANT, Flags, QuantFormat, QuantSpec, ScaleLayout

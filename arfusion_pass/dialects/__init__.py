@@ -1,4 +1,4 @@
-"""One file for each way of spelling the ops; :mod:`arfusion_pass.dialects.base` says what a dialect is."""
+"""One file for each way of spelling the ops; :mod:`arfusion_pass.dialects.reading.base` says what a dialect is."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from arfusion_pass.dialects import (
     tensorrt_llm,
     vllm,
 )
-from arfusion_pass.dialects.base import Dialect, Norm, Prologue, Quantised, Reduced, Refused
+from arfusion_pass.dialects.reading.base import Dialect, Norm, Prologue, Quantised, Reduced, Refused
 
 DIALECTS: tuple[Dialect, ...] = (
     functional_collectives.DIALECT,

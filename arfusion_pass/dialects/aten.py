@@ -26,8 +26,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import fx
 
-from arfusion_pass.dialects.base import Dialect, Norm, Refused
-from arfusion_pass.dialects.operands import EPSILON_ADVICE, Sum, readable_total, sums, weight_of
+from arfusion_pass.dialects.reading.base import Dialect, Norm, Refused
+from arfusion_pass.dialects.reading.operands import EPSILON_ADVICE, Sum, readable_total, sums, weight_of
 from arfusion_pass.graph import (
     argument,
     constant,

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import torch
 
-from arfusion_pass.dialects.custom_ops import CustomOpDialect, NormOp
-from arfusion_pass.dialects.op_calls import OpCall
+from arfusion_pass.dialects.reading.custom_ops import CustomOpDialect, NormOp
+from arfusion_pass.dialects.reading.op_calls import OpCall
 from arfusion_pass.graph import last_dim
 from arfusion_pass.ops.spec import Flags
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from arfusion_pass.dialects.base import Dialect, Prologue, Refused
+from arfusion_pass.dialects.reading.base import Dialect, Prologue, Refused
 from arfusion_pass.graph import (
     VIEWS,
     argument,

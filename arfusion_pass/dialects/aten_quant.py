@@ -38,10 +38,10 @@ from collections.abc import Iterable
 import torch
 from torch import fx
 
-from arfusion_pass.dialects.base import Dialect, Quantised, Refused
-from arfusion_pass.dialects.quant_rules import States, evaluate
-from arfusion_pass.dialects.quant_states import LOW, Codes, Given, Kind, PerUnit, Rows, Scaled
-from arfusion_pass.dialects.scale_copies import column_copy
+from arfusion_pass.dialects.reading.base import Dialect, Quantised, Refused
+from arfusion_pass.dialects.reading.quant_rules import States, evaluate
+from arfusion_pass.dialects.reading.quant_states import LOW, Codes, Given, Kind, PerUnit, Rows, Scaled
+from arfusion_pass.dialects.reading.scale_copies import column_copy
 from arfusion_pass.graph import VIEWS, describe, dtype_of, is_call, keeps_rows, last_dim, same_shape
 from arfusion_pass.ops.spec import Apply, Bound, QuantFormat, ScaleRound, ScaleRule
 

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from arfusion_pass.dialects.custom_ops import CustomOpDialect, NormOp, QuantOp
-from arfusion_pass.dialects.custom_quantisers import mxfp8_spec, nvfp4_spec
-from arfusion_pass.dialects.op_calls import OpCall, Output
+from arfusion_pass.dialects.reading.custom_ops import CustomOpDialect, NormOp, QuantOp
+from arfusion_pass.dialects.reading.custom_quantisers import mxfp8_spec, nvfp4_spec
+from arfusion_pass.dialects.reading.op_calls import OpCall, Output
 from arfusion_pass.ops.spec import Apply, Flags, QuantFormat, QuantSpec, ScaleLayout
 
 LAYOUT_CODES = {0: ScaleLayout.SWIZZLED_128X4, 1: ScaleLayout.SWIZZLED_8X4, 2: ScaleLayout.LINEAR}

@@ -12,7 +12,7 @@ import torch
 import torch.distributed._functional_collectives
 from torch import fx
 
-from arfusion_pass.dialects.base import Dialect, Reduced, Refused
+from arfusion_pass.dialects.reading.base import Dialect, Reduced, Refused
 from arfusion_pass.graph import argument, describe, is_call, users_of
 
 c10d = torch.ops._c10d_functional

@@ -27,10 +27,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from arfusion_pass.dialects.custom_ops import CustomOpDialect, QuantOp, functional_all_reduce, refused
-from arfusion_pass.dialects.custom_quantisers import STATIC_FP8, fp8_range, group_fp8, nvfp4_spec
 from arfusion_pass.dialects.flashinfer import FP4, MXFP8, add_norm_op, norm_op
-from arfusion_pass.dialects.op_calls import OpCall
+from arfusion_pass.dialects.reading.custom_ops import CustomOpDialect, QuantOp, functional_all_reduce, refused
+from arfusion_pass.dialects.reading.custom_quantisers import STATIC_FP8, fp8_range, group_fp8, nvfp4_spec
+from arfusion_pass.dialects.reading.op_calls import OpCall
 from arfusion_pass.graph import constant, dtype_of
 from arfusion_pass.ops.spec import Apply, Bound, QuantFormat, QuantSpec, ScaleLayout, ScaleRound, ScaleRule
 

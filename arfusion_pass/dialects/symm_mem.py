@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from arfusion_pass.dialects.custom_ops import CustomOpDialect, functional_all_reduce, refused
+from arfusion_pass.dialects.reading.custom_ops import CustomOpDialect, functional_all_reduce, refused
 
 _IN_PLACE = refused("{node} reduces in place in symmetric memory; one_shot_all_reduce is fused")
 _COPY = refused("{node} copies into a buffer that others may read; one_shot_all_reduce is fused")

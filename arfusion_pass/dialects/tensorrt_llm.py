@@ -15,11 +15,11 @@ from typing import Any
 
 from torch import fx
 
-from arfusion_pass.dialects.base import Reduced, Refused
-from arfusion_pass.dialects.custom_ops import CustomOpDialect, QuantOp
-from arfusion_pass.dialects.custom_quantisers import mxfp8_spec
 from arfusion_pass.dialects.flashinfer import add_norm_op, fp4, norm_op
-from arfusion_pass.dialects.op_calls import OpCall
+from arfusion_pass.dialects.reading.base import Reduced, Refused
+from arfusion_pass.dialects.reading.custom_ops import CustomOpDialect, QuantOp
+from arfusion_pass.dialects.reading.custom_quantisers import mxfp8_spec
+from arfusion_pass.dialects.reading.op_calls import OpCall
 from arfusion_pass.graph import describe
 from arfusion_pass.ops.spec import QuantFormat, QuantSpec, ScaleLayout
 

@@ -25,8 +25,8 @@ What the ops compute, read in vLLM's sources; ``T`` is the dtype of ``x``:
 ``_C::rms_norm_dynamic_per_token_quant``, ``_C::rms_norm_per_block_quant``
     The *unrounded* sum, ``T(x * rsqrt) * weight`` in ``T``, then quantised; the residual is written rounded.
 Quantisers
-    :mod:`arfusion_pass.dialects.custom_quantisers`. Packed group scales round up by their bits, unpacked power-of-two
-    ones by ``exp2(ceil(log2()))``.
+    :mod:`arfusion_pass.dialects.reading.custom_quantisers`. Packed group scales round up by their bits, unpacked
+    power-of-two ones by ``exp2(ceil(log2()))``.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from arfusion_pass.dialects.custom_ops import CustomOpDialect, NormOp, QuantOp, functional_all_reduce
-from arfusion_pass.dialects.custom_quantisers import (
+from arfusion_pass.dialects.reading.custom_ops import CustomOpDialect, NormOp, QuantOp, functional_all_reduce
+from arfusion_pass.dialects.reading.custom_quantisers import (
     FP8_MIN_SCALE,
     INT8_MIN_SCALE,
     fp8_range,
@@ -48,7 +48,7 @@ from arfusion_pass.dialects.custom_quantisers import (
     static_fp8,
     token_fp8,
 )
-from arfusion_pass.dialects.op_calls import OpCall
+from arfusion_pass.dialects.reading.op_calls import OpCall
 from arfusion_pass.graph import last_dim
 from arfusion_pass.ops.spec import Apply, Bound, Flags, QuantFormat, QuantSpec, ScaleLayout, ScaleRound
 

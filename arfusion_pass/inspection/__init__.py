@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from arfusion_pass.inspection.dump import debug_dump as debug_dump
     from arfusion_pass.inspection.html import diff_page as diff_page
     from arfusion_pass.inspection.replay import recording as recording
-    from arfusion_pass.inspection.tables import report_table as report_table
+    from arfusion_pass.reporting.tables import report_table as report_table
 
 _HOMES = {
-    "debug_dump": "dump",
-    "diff_page": "html",
-    "recording": "replay",
-    "report_table": "tables",
+    "debug_dump": "arfusion_pass.inspection.dump",
+    "diff_page": "arfusion_pass.inspection.html",
+    "recording": "arfusion_pass.inspection.replay",
+    "report_table": "arfusion_pass.reporting.tables",
 }
 
 __all__ = ["debug_dump", "diff_page", "graph_diff", "print_graph", "recording", "report_table"]
@@ -31,5 +31,5 @@ __all__ = ["debug_dump", "diff_page", "graph_diff", "print_graph", "recording", 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used."""
     if name in _HOMES:
-        return getattr(importlib.import_module(f"arfusion_pass.inspection.{_HOMES[name]}"), name)
+        return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'arfusion_pass.inspection' has no attribute {name!r}")

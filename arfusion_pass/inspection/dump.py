@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from arfusion_pass.inspection.graph_diff import graph_diff
 from arfusion_pass.inspection.html import diff_page
-from arfusion_pass.report import Reports
+from arfusion_pass.reporting.sites import Reports
 
 
 @contextlib.contextmanager

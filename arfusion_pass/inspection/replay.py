@@ -28,11 +28,11 @@ from arfusion_pass.ops import record
 from arfusion_pass.ops.reference import ordered_all_reduce
 from arfusion_pass.ops.schema import OUTPUT_NAMES
 from arfusion_pass.ops.spec import Flags, QuantSpec
-from arfusion_pass.output_views import codes_layout, scale_layout
-from arfusion_pass.report import FusionReport, Site
+from arfusion_pass.reporting.sites import FusionReport, Site
+from arfusion_pass.rewrite.output_views import codes_layout, scale_layout
 
 if TYPE_CHECKING:
-    from arfusion_pass.commit import Plan
+    from arfusion_pass.rewrite.commit import Plan
 
 NORM_SHARE = 0.001
 """A 16-bit norm may differ from the subgraph's in this share of its elements (or in one), each by one value."""

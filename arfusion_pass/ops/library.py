@@ -28,9 +28,9 @@ def native_dispatch(op: str, arguments: dict[str, Any]) -> bool:
     """The seam to the native library: called with a checked call on CUDA tensors that reached the reference.
 
     Loads the library if there is one (once), calls the op again with ``arguments``, now served by its CUDA
-    implementation, and returns True; False runs the reference. See :func:`arfusion_pass.backends.native.dispatch`.
+    implementation, and returns True; False runs the reference. See :func:`arfusion_pass.runtime.native.dispatch`.
     """
-    from arfusion_pass.backends import native
+    from arfusion_pass.runtime import native
 
     return native.dispatch(op, arguments)
 

@@ -20,7 +20,6 @@ import time
 import torch
 
 import arfusion_pass.ops.library  # noqa: F401  (defines the ops)
-from arfusion_pass.backends import c_api
 from arfusion_pass.ops import reference
 from arfusion_pass.ops.spec import (
     NO_QUANT,
@@ -33,6 +32,7 @@ from arfusion_pass.ops.spec import (
     ScaleRound,
     ScaleRule,
 )
+from arfusion_pass.runtime import c_api
 from tests.gpu.calls import Config, Result, allocate, rank_input, shared_inputs, verify_epilogue
 
 DEVICE = torch.device("cuda", 0)

@@ -12,7 +12,7 @@ from torch import fx
 from torch._subclasses import FakeTensorMode
 
 import arfusion_pass as arf
-from arfusion_pass.dialects.op_calls import V1, V2, OpCall, op_name
+from arfusion_pass.dialects.reading.op_calls import V1, V2, OpCall, op_name
 from arfusion_pass.ops.spec import Flags
 from tests.dialects import engine_ops
 from tests.simulate import check_fused, check_unchanged, tensors, trace
@@ -215,7 +215,7 @@ def test_epsilon_as_a_node_is_refused_with_advice(world: None) -> None:
 def test_rounding_of_vllm_ir(world: None, weight_dtype: torch.dtype | None, expected: Flags) -> None:
     """The IR's norm reads the unrounded sum, and rounds before a weight in the tensor's dtype only."""
     from arfusion_pass.config import FusionConfig
-    from arfusion_pass.raising import find_sites
+    from arfusion_pass.rewrite.raising import find_sites
 
     engine_ops.register_vllm()
     builder = Builder()

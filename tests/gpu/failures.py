@@ -70,7 +70,7 @@ def _rank_main(world: int, port: int, folder: Path, rank: int) -> None:
         world_size=world,
         timeout=datetime.timedelta(seconds=40),
     )
-    from arfusion_pass.comm import workspace
+    from arfusion_pass.runtime import workspace
 
     workspace.prepare(None, 64, 4096, timeout=datetime.timedelta(seconds=TIMEOUT))
     x = torch.ones(16, 4096, dtype=torch.bfloat16, device="cuda")

@@ -237,7 +237,7 @@ def rank_main(rank: int, world: int, port: int, results: Path, patterns: list[st
             timeout=datetime.timedelta(seconds=GROUP_TIMEOUT),
             device_id=None if SHARE_GPU else torch.device("cuda", rank),
         )
-    from arfusion_pass.comm import workspace
+    from arfusion_pass.runtime import workspace
 
     env = Env(rank, world)
     for chosen in select(world, patterns):
@@ -276,7 +276,7 @@ def share_gpu(rank: int) -> None:
 
     NCCL refuses that, so the group is gloo's; the workspace's own refusal and torch's are lifted here.
     """
-    from arfusion_pass.comm import agreement
+    from arfusion_pass.runtime import agreement
 
     uuid = agreement.device_uuid(device_index(rank))
     agreement.device_uuid = lambda index: f"{uuid} of rank {rank}"
@@ -294,7 +294,7 @@ def _recover(env: Env) -> None:
     """After a failure: new workspaces, so that one expired wait does not fail every later case."""
     import torch
 
-    from arfusion_pass.comm import workspace
+    from arfusion_pass.runtime import workspace
 
     torch.cuda.synchronize()
     env.barrier()

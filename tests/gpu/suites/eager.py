@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 
 from arfusion_pass import comm
-from arfusion_pass.comm import workspace as symmetric
 from arfusion_pass.ops.spec import Flags
+from arfusion_pass.runtime import workspace as symmetric
 from tests.gpu.compare import assert_bits, assert_norm, steps_apart
 from tests.gpu.harness import Env, case
 
@@ -378,7 +378,7 @@ MOE_OUTPUTS = ("residual_out", "norm_out")
 @case("eager", "flashinfer-backend", worlds=(2, 4))
 def flashinfer_backend(env: Env) -> None:
     """backend="flashinfer": what it gets right runs there, the rest on ours; both as the native backend computes it."""
-    from arfusion_pass.backends import flashinfer as backend
+    from arfusion_pass.runtime import flashinfer as backend
 
     if (reason := backend.unavailable()) is not None:
         env.note(f"skipped, {reason}"[:120])

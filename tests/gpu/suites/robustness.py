@@ -75,7 +75,7 @@ def two_groups(env: Env) -> None:
         if env.checker(number):
             verify(config, env, result)
     torch.cuda.synchronize()
-    from arfusion_pass.comm import workspace
+    from arfusion_pass.runtime import workspace
 
     env.barrier()
     workspace.destroy(other.group_name)
@@ -160,7 +160,7 @@ def wrong_arguments(env: Env) -> None:
 @case("robustness", "capture-first-use", worlds=(2, 3, 4))
 def first_use_inside_a_capture(env: Env) -> None:
     """An error that names arf.prepare, on all ranks; after prepare the capture works."""
-    from arfusion_pass.comm import workspace
+    from arfusion_pass.runtime import workspace
 
     run(Config(4, 4096), env)
     torch.cuda.synchronize()

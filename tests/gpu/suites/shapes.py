@@ -114,7 +114,7 @@ def outputs_may_alias_inputs(env: Env) -> None:
 @case("shapes", "capacity", worlds=(2, 3, 4))
 def more_than_the_workspace_holds(env: Env) -> None:
     """A small workspace works in pieces, with the same bits."""
-    from arfusion_pass.comm import workspace
+    from arfusion_pass.runtime import workspace
 
     configs = [
         with_strategy(

@@ -6,10 +6,9 @@ import dataclasses
 
 import torch
 
-from arfusion_pass.backends import c_api, native, thresholds
-from arfusion_pass.comm import workspace
-from arfusion_pass.comm.agreement import Backend, Decision
 from arfusion_pass.ops.spec import Flags, QuantFormat, QuantSpec
+from arfusion_pass.runtime import c_api, native, thresholds, workspace
+from arfusion_pass.runtime.agreement import Backend, Decision
 from tests.gpu.calls import Config, run, verify
 from tests.gpu.compare import assert_bits
 from tests.gpu.harness import Env, case

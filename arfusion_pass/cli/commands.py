@@ -1,0 +1,181 @@
+"""The command line: ``arfusion demo | explain | doctor | build | bench``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+
+_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+@click.group(context_settings=_CONTEXT)
+@click.version_option(package_name="arfusion-pass")
+def main() -> None:
+    """Fuse all-reduce, residual add, RMSNorm and quantisation in models compiled with torch.compile."""
+
+
+@main.command()
+@click.option(
+    "--layers", type=click.IntRange(min=1), default=2, show_default=True, help="Decoder layers; n give 2n+1 sites."
+)
+@click.option(
+    "--hidden", type=click.IntRange(min=8), default=256, show_default=True, help="Hidden size, a multiple of 8."
+)
+@click.option("--tokens", type=click.IntRange(min=1), default=32, show_default=True, help="Tokens a sequence.")
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    default="bfloat16",
+    show_default=True,
+    help="Of weights and activations.",
+)
+@click.option(
+    "--norm",
+    type=click.Choice(["llama", "gemma", "torch"]),
+    default="llama",
+    show_default=True,
+    help="How RMSNorm is spelled: Hugging Face Llama (two roundings), Gemma (1 + weight), nn.RMSNorm.",
+)
+@click.option("--epsilon", type=click.FloatRange(min=0), default=1e-6, show_default=True, help="Of the norms.")
+@click.option("--world", type=click.IntRange(min=2), default=2, show_default=True, help="Tensor-parallel ranks.")
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="auto: GPUs where there is one for each rank, else the CPU.",
+)
+@click.option(
+    "--backend",
+    type=click.Choice(["auto", "native", "reference", "flashinfer"]),
+    default="auto",
+    show_default=True,
+    help="What runs the fused calls; auto: our kernels on GPUs, the reference elsewhere.",
+)
+@click.option("--dynamic", is_flag=True, help="Mark token counts dynamic, and try torch.compile(dynamic=True) as well.")
+@click.option("--diff/--no-diff", default=True, show_default=True, help="Print the graph before and after.")
+@click.option("--html", type=click.Path(dir_okay=False, writable=True), help="Also write the diff as a page.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of weights and token ids.")
+def demo(**options: object) -> None:
+    """Compile a Llama-like tensor-parallel model without and with the pass, and compare.
+
+    Starts the ranks itself. Prints the report, the graph before and after, each fused site against its subgraph run
+    eagerly, and the whole model's error against a more exact one. Exit status 1 if an all-reduce was missed or a
+    result is not exact.
+    """
+    from arfusion_pass.demo.run import Options
+    from arfusion_pass.demo.run import main as run
+
+    if options["hidden"] % 8:  # type: ignore[operator]
+        raise click.BadParameter(f"{options['hidden']} is no multiple of 8", param_hint="--hidden")
+    try:
+        status = run(Options(**options))  # type: ignore[arg-type]
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    sys.exit(status)
+
+
+@main.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.option(
+    "-n", "--nproc", type=click.IntRange(min=1), help="Start the script on this many ranks, as torchrun does."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@click.option("--dump", type=click.Path(file_okay=False), help="Also write graphs, a diff page and depyf's dump there.")
+@click.argument("script", type=click.Path(exists=True, dir_okay=False))
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def explain(nproc: int | None, as_json: bool, dump: str | None, script: str, arguments: tuple[str, ...]) -> None:
+    """Run SCRIPT with the pass on and print why each all-reduce was fused or not.
+
+    ARGUMENTS go to the script. Everything that it compiles is fused; Inductor's caches are off, so that every graph
+    is seen. Under torchrun, or with --nproc, rank 0 prints.
+    """
+    if nproc is not None:
+        sys.exit(_on_ranks(nproc, as_json, dump, script, arguments))
+    from arfusion_pass.cli.explain import run_script
+
+    sys.exit(run_script(script, list(arguments), as_json=as_json, dump=dump))
+
+
+def _on_ranks(nproc: int, as_json: bool, dump: str | None, script: str, arguments: tuple[str, ...]) -> int:
+    """``arfusion explain`` once a rank, under torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
+    command += ["-m", "arfusion_pass.cli", "explain"]
+    command += ["--json"] if as_json else []
+    command += ["--dump", dump] if dump else []
+    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // nproc)), **os.environ}
+    return subprocess.run([*command, script, *arguments], env=environment, check=False).returncode
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def doctor(as_json: bool) -> None:
+    """Say what this machine has (torch, CUDA, links, compilers, kernels), which backend would be used, and why."""
+    try:
+        from arfusion_pass.cli.doctor import collect
+    except ImportError as error:
+        raise click.ClickException(f"this installation holds no native backend ({error})") from error
+    facts = collect()
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(facts), indent=2))
+        return
+    rows = facts.rows()
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        click.echo(f"{name:<{width}}  {value}")
+
+
+@main.command()
+@click.option(
+    "--arch",
+    "archs",
+    multiple=True,
+    metavar="ARCH",
+    help="Such as 90a or sm_100a; repeatable. Default: this machine's GPU.",
+)
+@click.option("--force", is_flag=True, help="Compile even if the library is there.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(),
+    help="Copy the library here too (for a container image: a file; with several --arch: a folder).",
+)
+@click.option("-v", "--verbose", is_flag=True, help="Print every compiler command.")
+def build(archs: tuple[str, ...], force: bool, output: str | None, verbose: bool) -> None:
+    """Compile the CUDA kernels ahead of their first use. Needs nvcc, but no GPU where --arch is given."""
+    try:
+        from arfusion_pass.runtime.build import BuildError
+        from arfusion_pass.runtime.build import build as build_library
+    except ImportError as error:
+        raise click.ClickException(f"this installation holds no native backend ({error})") from error
+    for arch in archs or (None,):
+        target = Path(output) / f"libarfusion-sm{arch}.so" if output and len(archs) > 1 else output
+        try:
+            path = build_library(arch, force=force, output=target, verbose=verbose)
+        except (BuildError, ValueError) as error:
+            raise click.ClickException(str(error)) from error
+        click.echo(str(target or path))
+
+
+@main.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def bench(arguments: tuple[str, ...]) -> None:
+    """Measure the fused kernels on this machine's GPUs, side by side with NCCL and what else is installed.
+
+    Runs `python -m benchmarks.bench_allreduce ARGUMENTS` in the source tree, of which alone the benchmarks are a part;
+    `arfusion bench -- --help` lists its arguments.
+    """
+    root = Path(__file__).resolve().parents[2]
+    if not (root / "benchmarks" / "bench_allreduce.py").is_file():
+        raise click.ClickException(
+            f"there are no benchmarks beside {Path(__file__).parents[1]}: they are part of the source tree, not of the "
+            "installed package. Run `python -m arfusion_pass.cli bench` in a checkout."
+        )
+    command = [sys.executable, "-m", "benchmarks.bench_allreduce", *arguments]
+    sys.exit(subprocess.run(command, cwd=root, check=False).returncode)

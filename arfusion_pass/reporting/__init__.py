@@ -1,0 +1,1 @@
+"""Reports: what the pass did to each all-reduce and each graph."""

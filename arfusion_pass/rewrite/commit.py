@@ -1,0 +1,316 @@
+"""Commit: write the fused calls of a shadow graph into the user's graph, each checked before anything is mutated.
+
+Every site is planned first: where its call can stand (after its latest input and its all-reduce, before the first
+reader of anything it writes), that no mutation comes between, and what shape each buffer has. Only then is the
+graph changed. A site that fails its plan keeps its nodes and gets a reason. An error while the calls are written undoes
+all of them: the graph is as it came, or every planned call is in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx
+
+from arfusion_pass.graph import VIEWS, describe, is_pure, known_contiguous, mutated_arguments, tensor_of
+from arfusion_pass.ops.schema import OUTPUT_NAMES
+from arfusion_pass.patterns.chains import auto_functionalized
+from arfusion_pass.rewrite.buffers import Buffer, Insert, SizeSource, empty_like, plan_buffer
+from arfusion_pass.rewrite.raising import RaisedSite, Shadow
+
+aten = torch.ops.aten
+
+META_KEYS = ("stack_trace", "nn_module_stack", "source_fn_stack", "seq_nr", "custom", "original_aten", "from_node")
+
+
+@dataclasses.dataclass
+class Plan:
+    """How one fused call enters the user's graph.
+
+    Attributes:
+        site: the site.
+        call: its ``auto_functionalized`` node in the shadow graph.
+        anchor: the node of the user's graph that the new nodes come after.
+        position: the anchor's.
+        moved: pure nodes (a weight's or a scale's computation) that must come before the call and stand later.
+        buffers: role to the buffer that is allocated for it, in schema order.
+    """
+
+    site: RaisedSite
+    call: fx.Node
+    anchor: fx.Node
+    position: int
+    moved: list[fx.Node]
+    buffers: dict[str, Buffer]
+
+
+class Committer:
+    """Plans and writes the fused calls of one graph."""
+
+    def __init__(self, graph: fx.Graph, shadow: Shadow, calls: list[fx.Node]) -> None:
+        self.graph = graph
+        self.calls = {call.meta["site"]: call for call in calls}
+        self.sites = shadow.sites
+        self.position = {node: index for index, node in enumerate(graph.nodes)}
+        self.order = list(graph.nodes)
+        self.mutating = [node for node in self.order if mutated_arguments(node)]
+        placeholders = [node for node in self.order if node.op == "placeholder"]
+        self.last_placeholder = placeholders[-1] if placeholders else None
+        self.sizes = SizeSource(self.order)
+        self.plans: dict[int, Plan] = {}
+        self.writer: dict[fx.Node, int] = {
+            value: index for index in self.calls for held in self.sites[index].holders.values() for value in held
+        }
+        self.planning: list[int] = []
+
+    def plan(self) -> list[Plan]:
+        """Plan every site; those that cannot be written get a reason. In an order in which each call's inputs exist."""
+        for index in self.calls:
+            self._plan(index)
+        return list(self.plans.values())
+
+    def apply(self) -> list[tuple[Plan, fx.Node]]:
+        """Write the planned calls; gives each with its node in the user's graph. The old nodes stay, unread, until
+        :meth:`erase`. An error while writing undoes what was written, and is raised again."""
+        with contextlib.ExitStack() as undo:
+            written = self._write_all(undo)
+            undo.pop_all()
+        return written
+
+    def erase(self) -> None:
+        """Erase what the written calls replaced."""
+        for plan in self.plans.values():
+            self._erase(plan.site)
+
+    def _write_all(self, undo: contextlib.ExitStack) -> list[tuple[Plan, fx.Node]]:
+        """Write every plan; ``undo`` takes the inverse of each change before the next one is made."""
+        written: list[tuple[Plan, fx.Node]] = []
+        tail: dict[fx.Node, fx.Node] = {}
+        replaced: dict[fx.Node, fx.Node] = {}
+        for plan in self.plans.values():
+            last = tail.get(plan.anchor, plan.anchor)
+            for node in plan.moved:
+                undo.callback(node.prev.append, node)
+                last.append(node)
+                last = node
+            # An input may have been moved, or written behind the same anchor, since this was planned.
+            last = max([last, *(replaced.get(node, node) for node in _origins(plan.call))])
+            call, last, values = self._write(plan, last, replaced, undo)
+            tail[plan.anchor] = last
+            readers = plan.site.outside_readers
+            for role, old_values in plan.site.holders.items():
+                outside = set(readers[role])
+                for user in readers[role]:
+                    undo.callback(_restore, user, user.args, user.kwargs)
+                for old in old_values if role in values else ():
+                    old.replace_all_uses_with(values[role], delete_user_cb=outside.__contains__)
+                    replaced[old] = values[role]
+            written.append((plan, call))
+        return written
+
+    def _plan(self, index: int) -> None:
+        if index in self.plans or self.sites[index].reason is not None:
+            return
+        site = self.sites[index]
+        if index in self.planning:
+            site.reason = "it and another all-reduce would each need the other's result first"
+            return
+        self.planning.append(index)
+        try:
+            self._plan_after_inputs(index, site)
+        finally:
+            self.planning.pop()
+
+    def _plan_after_inputs(self, index: int, site: RaisedSite) -> None:
+        call = self.calls[index]
+        inputs = list(dict.fromkeys(origin for origin in _origins(call)))
+        for node in inputs:
+            if node in self.writer and self.writer[node] != index:
+                self._plan(self.writer[node])
+        if site.reason is not None:
+            return
+        own = set(site.nodes)
+        circular = next((node for node in inputs if node in own), None)
+        if circular is not None:
+            site.reason = f"{describe(circular)} is both an input and a result of the fused call"
+            return
+        # What another site would replace counts as a reader, too: that site may yet be refused.
+        readers = [user for users in site.outside_readers.values() for user in users]
+        first = min((self.position[user] for user in readers), default=len(self.order))
+        anchor = max([self._defined(node) for node in inputs] + [self.position[site.node]])
+        moved: list[fx.Node] = []
+        if anchor >= first:
+            moved_and_anchor = self._hoist(inputs, site, own, first)
+            if site.reason is not None:
+                return
+            if moved_and_anchor is None:
+                late = max(inputs, key=self._defined)
+                early = self.order[first]
+                site.reason = (
+                    f"{describe(early)} reads a value of the norm before {describe(late)}, an input of the fused "
+                    "call, is computed"
+                )
+                return
+            moved, anchor = moved_and_anchor
+        if self.last_placeholder is not None:
+            anchor = max(anchor, self.position[self.last_placeholder])
+        reason = self._mutation_between(site, [*inputs, *(n for node in moved for n in node.all_input_nodes)], anchor)
+        if reason is not None:
+            site.reason = reason
+            return
+        buffers: dict[str, Buffer] = {}
+        for role in OUTPUT_NAMES:
+            if call.kwargs[role] is not None:
+                buffer = plan_buffer(role, site, self.sizes, self.position, anchor, inputs)
+                if isinstance(buffer, str):
+                    site.reason = buffer
+                    return
+                buffers[role] = buffer
+        self.position.update(dict.fromkeys(moved, anchor))
+        self.plans[index] = Plan(site, call, self.order[anchor], anchor, moved, buffers)
+
+    def _defined(self, node: fx.Node) -> int:
+        """Where a value exists: a value of a planned site where its call will stand."""
+        writer = self.writer.get(node)
+        if writer is not None and writer in self.plans:
+            return max(self.position[node], self.plans[writer].position)
+        return self.position[node]
+
+    def _hoist(
+        self, inputs: Iterable[fx.Node], site: RaisedSite, own: set[fx.Node], first: int
+    ) -> tuple[list[fx.Node], int] | None:
+        """The pure nodes to move up so that every input stands before position ``first``, and the anchor then."""
+        moved: set[fx.Node] = set()
+        anchor = self.position[site.node]
+        stack = list(inputs)
+        while stack:
+            node = stack.pop()
+            if node in own:
+                site.reason = (
+                    f"an input of the fused call is computed from {describe(node)}, which the call itself would produce"
+                )
+                return None
+            if node in self.writer:
+                self._plan(self.writer[node])
+            if self._defined(node) < first:
+                anchor = max(anchor, self._defined(node))
+            elif node in self.writer or not is_pure(node):
+                return None
+            elif node not in moved:
+                moved.add(node)
+                stack.extend(node.all_input_nodes)
+        return (sorted(moved), anchor) if anchor < first else None
+
+    def _mutation_between(self, site: RaisedSite, inputs: list[fx.Node], anchor: int) -> str | None:
+        """A reason if memory that the site reads or writes is written between its first and its last node."""
+        if not self.mutating:
+            return None
+        nodes = site.nodes
+        begin = min(self.position[nodes[0]], anchor)
+        end = max(self.position[nodes[-1]], anchor)
+        touched = {_base(node) for node in (*inputs, *nodes)}
+        for node in self.mutating:
+            if begin <= self.position[node] <= end:
+                for written in mutated_arguments(node):
+                    if _base(written) in touched:
+                        return (
+                            f"{describe(node)} writes to {describe(written)} between the all-reduce and the end of "
+                            "what would be fused"
+                        )
+        return None
+
+    def _write(
+        self, plan: Plan, last: fx.Node, replaced: dict[fx.Node, fx.Node], undo: contextlib.ExitStack
+    ) -> tuple[fx.Node, fx.Node, dict[str, fx.Node]]:
+        """Insert buffers, call and results after ``last``; gives the call, the last new node, and role to result."""
+        meta = {key: plan.site.node.meta[key] for key in META_KEYS if key in plan.site.node.meta}
+
+        def insert(
+            target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, val: Any = None
+        ) -> fx.Node:
+            nonlocal last
+            current = fx.map_arg(args, lambda node: replaced.get(node, node))
+            with self.graph.inserting_after(last):
+                last = self.graph.call_function(target, current, kwargs or {})
+            undo.callback(self.graph.erase_node, last)
+            last.meta.update(meta, val=val)
+            return last
+
+        buffers = {role: buffer.emit(insert) for role, buffer in plan.buffers.items()}
+        kwargs: dict[str, Any] = {}
+        for name, argument in plan.call.kwargs.items():
+            if name in OUTPUT_NAMES:
+                kwargs[name] = buffers.get(name)
+            elif isinstance(argument, fx.Node):
+                kwargs[name] = self._input(argument, insert, replaced)
+            else:
+                kwargs[name] = argument
+        vals = tuple(None if role not in buffers else buffers[role].meta["val"] for role in OUTPUT_NAMES)
+        call = insert(auto_functionalized, plan.call.args, kwargs, (None, *vals))
+        values: dict[str, fx.Node] = {}
+        results = {
+            role: insert(operator.getitem, (call, 1 + OUTPUT_NAMES.index(role)), None, buffers[role].meta["val"])
+            for role in plan.buffers
+        }
+        for role, buffer in plan.buffers.items():
+            values[role] = buffer.view(insert, results[role])
+        return call, last, values
+
+    def _input(self, node: fx.Node, insert: Insert, replaced: dict[fx.Node, fx.Node]) -> fx.Node:
+        """An input of a fused call in the user's graph: what it stands for, or what it computes from that."""
+        if "origin" in node.meta:
+            origin = replaced.get(node.meta["origin"], node.meta["origin"])
+            fake = tensor_of(origin)
+            if fake is None or known_contiguous(fake):
+                return origin
+            # Inductor would copy it by itself; another back-end would hand it to the op as it is.
+            return insert(aten.clone.default, (origin,), {"memory_format": torch.contiguous_format}, empty_like(fake))
+        args = fx.map_arg(node.args, lambda inner: self._input(inner, insert, replaced))
+        vals = fx.map_arg(args, lambda inner: inner.meta["val"])
+        return insert(node.target, args, None, node.target(*vals))  # type: ignore[operator]
+
+    def _erase(self, site: RaisedSite) -> None:
+        """Erase a site's nodes, and what only they read, from the last to the first."""
+        feeding: list[fx.Node] = []
+        for node in reversed(site.nodes):
+            if not node.users:
+                feeding += node.all_input_nodes
+                self.graph.erase_node(node)
+        while feeding:
+            node = feeding.pop()
+            if not node._erased and not node.users and is_pure(node):
+                feeding += node.all_input_nodes
+                self.graph.erase_node(node)
+
+
+def _restore(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    node.args, node.kwargs = args, kwargs
+
+
+def _origins(call: fx.Node) -> list[fx.Node]:
+    """The nodes of the user's graph that a fused call of the shadow graph takes, through what it computes of them."""
+    return [
+        origin
+        for node in call.all_input_nodes
+        for origin in ([node.meta["origin"]] if "origin" in node.meta else _origins(node))
+    ]
+
+
+def _base(node: fx.Node) -> fx.Node:
+    """The node that owns the memory of ``node``: views are followed to what they view."""
+    while node.op == "call_function":
+        if node.target in VIEWS or node.target is operator.getitem:
+            following = node.args[0]
+        else:
+            schema = getattr(node.target, "_schema", None)
+            returned = schema.returns[0].alias_info if schema is not None and schema.returns else None
+            following = node.args[0] if returned is not None and node.args else None
+        if not isinstance(following, fx.Node):
+            break
+        node = following
+    return node

@@ -1,0 +1,76 @@
+"""Registers pattern classes for what a graph holds, applies them to its shadow graph and counts their matches."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterator
+from typing import Any
+
+from torch import fx
+from torch._inductor.pattern_matcher import PatternMatcherPass
+
+from arfusion_pass import ir
+from arfusion_pass.config import FusionConfig
+from arfusion_pass.ops.spec import Flags
+from arfusion_pass.patterns.chains import PROLOGUES, AllReduceRMSNormChain, auto_functionalized
+from arfusion_pass.patterns.indexer import AllReduceRMSNormIndexerChain
+from arfusion_pass.rewrite.raising import Shadow
+
+
+class FusionPassManager:
+    """One graph's patterns: registered lazily, per epsilon and dtype, only for chains that the graph can hold.
+
+    Args:
+        config: its strategy, backend and PDL settings become flags of every fused call.
+    """
+
+    def __init__(self, config: FusionConfig) -> None:
+        self.config = config
+        self.patterns = PatternMatcherPass(pass_name="arfusion")
+        self.registered: list[AllReduceRMSNormChain] = []
+        self.matches: collections.Counter[str] = collections.Counter()
+
+    def apply(self, shadow: Shadow) -> list[fx.Node]:
+        """Fuse the shadow graph in place; gives the fused calls in site order."""
+        for chain in self._chains(shadow.graph):
+            chain.register(self.patterns)
+            self.registered.append(chain)
+        self.patterns.apply(shadow.module)
+        fused = shadow.graph.find_nodes(op="call_function", target=auto_functionalized)
+        self.matches.update(node.meta["pattern"] for node in fused)
+        return sorted(fused, key=lambda node: node.meta["site"])
+
+    def _chains(self, graph: fx.Graph) -> Iterator[AllReduceRMSNormChain]:
+        """A chain for each combination of (epsilon, dtype, add, quantiser, prologue) in the graph, longest first."""
+        norms = {ir.op.rms_norm.default: False, ir.op.fused_add_rms_norm.default: True}
+        quantisers = {quantiser.op: quantiser for quantiser in ir.QUANTISERS.values()}
+        prologues = {getattr(ir.op, name).default: name for name in PROLOGUES}
+        held: dict[tuple[Any, ...], None] = {}
+        for node in graph.nodes:
+            if node.target in norms:
+                add = norms[node.target]
+                epsilon, dtype = node.args[3 if add else 2], node.args[4 if add else 3]
+                prologue = prologues.get(getattr(node.args[0].args[0], "target", None))
+                held[AllReduceRMSNormChain, epsilon, dtype, add, None, prologue] = None
+                readers = [*node.users, *(user for value in node.users for user in value.users)]
+                for reader in readers:
+                    if reader.target in quantisers:
+                        quantiser = quantisers[reader.target]
+                        held[AllReduceRMSNormChain, epsilon, dtype, add, quantiser, prologue] = None
+                        if quantiser.name == "quant_fp8_group" and reader.args[0].meta["readers"]:
+                            held[AllReduceRMSNormIndexerChain, epsilon, dtype, add, quantiser, prologue] = None
+        longest = sorted(held, key=lambda key: ((key[4] is None) + (key[5] is None), key[0] is AllReduceRMSNormChain))
+        for chain, epsilon, dtype, add, quantiser, prologue in longest:
+            yield chain(epsilon, dtype, add, quantiser, prologue, launch_flags(self.config))
+
+
+def launch_flags(config: FusionConfig) -> int:
+    """The flags by which a config says how a fused call runs; 0 for the defaults."""
+    flags = Flags.NONE
+    if config.strategy != "auto":
+        flags |= Flags.ONESHOT if config.strategy == "oneshot" else Flags.TWOSHOT
+    if config.backend in ("reference", "flashinfer"):
+        flags |= Flags.REFERENCE if config.backend == "reference" else Flags.FLASHINFER
+    if not config.pdl:
+        flags |= Flags.NO_PDL
+    return int(flags)

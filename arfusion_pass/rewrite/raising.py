@@ -1,0 +1,501 @@
+"""Raise: from every all-reduce of a graph, name the stages that follow and write them as canonical IR nodes.
+
+The user's graph is only read. Its sites become IR nodes in a shadow graph, whose placeholders stand for the values
+that a site takes from the user's graph (``meta["origin"]``), and whose outputs are the values that somebody outside
+the site reads::
+
+    %x = placeholder; %residual = placeholder; %weight = placeholder
+    %reduced = arfusion_ir.all_reduce(%x, "0")
+    %both    = arfusion_ir.fused_add_rms_norm(%reduced, %residual, %weight, 1e-06, bfloat16, 0.0, 0, bfloat16)
+    %norm    = getitem(%both, 0); %total = getitem(%both, 1)
+    %codes   = arfusion_ir.quant_fp8_static(%norm, %scale, 1.0, quant)
+    return (%total, %codes)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+from collections.abc import Hashable, Iterable
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from arfusion_pass import ir
+from arfusion_pass.config import DTYPES, FusionConfig, canonical_epsilon
+from arfusion_pass.dialects import DIALECTS, Norm, Prologue, Quantised, Reduced, Refused
+from arfusion_pass.graph import (
+    VIEWS,
+    describe,
+    dtype_of,
+    is_call,
+    is_cast,
+    keeps_rows,
+    last_dim,
+    path,
+    row_views,
+    same_shape,
+    tensor_of,
+)
+from arfusion_pass.groups import find_group
+from arfusion_pass.rewrite.hindrances import Hindrance, sum_before, why_no_norm
+from arfusion_pass.rewrite.output_views import codes_layout, scale_layout
+
+
+@dataclasses.dataclass
+class RaisedSite:
+    """One all-reduce with what was recognised behind it.
+
+    Attributes:
+        reduced: the all-reduce; None where it was refused at once.
+        node: the node that names the site.
+        prologue, norm, quant: the stages, or None.
+        twins: quantisers of the same norm that compute what ``quant`` does: its outputs serve their readers too.
+        note: why a quantiser behind the norm is left alone, or None.
+        reason: why nothing can be fused, or None so far.
+        hindrance: the step that could be taken before the all-reduce (:mod:`arfusion_pass.rewrite.reassociate`), or
+            None. A sum of two all-reduces that a norm reads hinders one of them alone.
+        dialects: the names of the dialects that spelled the stages.
+        values: role (``allreduce_out``, ``residual_out``, ``norm_out``, ``quant_out``, ``scale_out``) to the node of
+            the user's graph that holds it.
+        inputs: role (``x`` or the prologue's argument names, ``residual``, ``weight``, ``scale``) to the node of the
+            user's graph.
+    """
+
+    node: fx.Node
+    group: str = ""
+    reduced: Reduced | None = None
+    prologue: Prologue | None = None
+    norm: Norm | None = None
+    quant: Quantised | None = None
+    twins: tuple[Quantised, ...] = ()
+    note: str | None = None
+    reason: str | None = None
+    hindrance: Hindrance | None = None
+    dialects: tuple[str, ...] = ()
+
+    @property
+    def holders(self) -> dict[str, tuple[fx.Node, ...]]:
+        """Role to every node of the user's graph that holds the value: several where quantisers are twins."""
+        holders: dict[str, tuple[fx.Node | None, ...]] = {}
+        if self.reduced is not None:
+            holders["allreduce_out"] = (self.reduced.value,)
+        if self.norm is not None:
+            holders["residual_out"] = (self.norm.total,)
+            holders["norm_out"] = (self.norm.norm,)
+        if self.quant is not None:
+            quantisers = (self.quant, *self.twins)
+            holders["quant_out"] = tuple(quant.codes for quant in quantisers)
+            holders["scale_out"] = tuple(quant.scales for quant in quantisers)
+        held = {role: tuple(node for node in nodes if node is not None) for role, nodes in holders.items()}
+        return {role: tuple(dict.fromkeys(nodes)) for role, nodes in held.items() if nodes}
+
+    @property
+    def values(self) -> dict[str, fx.Node]:
+        return {role: nodes[0] for role, nodes in self.holders.items()}
+
+    @property
+    def inputs(self) -> dict[str, fx.Node]:
+        inputs: dict[str, fx.Node | None] = {}
+        if self.prologue is not None:
+            inputs.update(self.prologue.inputs)
+        elif self.reduced is not None:
+            inputs["x"] = self.reduced.x
+        if self.norm is not None:
+            inputs["residual"] = self.norm.residual
+            inputs["weight"] = self.norm.weight
+        if self.quant is not None:
+            inputs["scale"] = self.quant.scale
+        return {role: node for role, node in inputs.items() if node is not None}
+
+    @property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        """Every node that the fused call would stand for, in graph order."""
+        stages = (self.prologue, self.reduced, self.norm, self.quant, *self.twins)
+        return tuple(sorted({node for stage in stages if stage is not None for node in stage.nodes}))
+
+    @property
+    def replaced(self) -> set[fx.Node]:
+        """The nodes that go: all of them, but for a cast or view that somebody outside reads. That one stays and
+        reads the value that the kernel writes."""
+        nodes = self.nodes
+        gone, values = set(nodes), {node for held in self.holders.values() for node in held}
+        for node in reversed(nodes):
+            stays = node not in values and (is_cast(node) or keeps_rows(node))
+            if stays and any(user not in gone for user in node.users):
+                gone.discard(node)
+        return gone
+
+    @property
+    def outside_readers(self) -> dict[str, list[fx.Node]]:
+        """Role of a value to the nodes outside the site that read it, in graph order."""
+        gone = self.replaced
+        return {
+            role: sorted({user for node in nodes for user in node.users if user not in gone})
+            for role, nodes in self.holders.items()
+        }
+
+
+@dataclasses.dataclass
+class Shadow:
+    """The shadow graph and the sites behind its nodes (a node's ``meta["site"]`` is an index into ``sites``)."""
+
+    module: fx.GraphModule
+    sites: list[RaisedSite]
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.module.graph
+
+
+def find_sites(graph: fx.Graph, config: FusionConfig) -> list[RaisedSite]:
+    """Every all-reduce of ``graph`` in graph order, with its stages or the reason why it has none."""
+    sites = [site for node in graph.nodes if (site := _all_reduce(node)) is not None]
+    candidates: dict[fx.Node, list[tuple[Norm, str]]] = {}
+    for site in sites:
+        if site.reason is None:
+            candidates[site.node] = _norms(site, config)
+    open_sites = (site.reduced for site in sites if site.node in candidates)
+    reductions = {reduced.value: reduced for reduced in open_sites if reduced is not None}
+    for site in sites:
+        if site.reduced is None or site.reason is not None:
+            continue
+        if not candidates[site.node]:
+            site.hindrance, site.reason = why_no_norm(site.reduced, reductions)
+        else:
+            norms = (norm for norm, _ in candidates[site.node])
+            site.hindrance = next(filter(None, (sum_before(norm, site.reduced, reductions) for norm in norms)), None)
+    _assign(sites, candidates)
+    for site in sites:
+        if site.reason is None:
+            _find_prologue(site)
+            if config.quantisers:
+                _find_quantiser(site)
+    for site in sites:
+        if site.reason is None and not any(site.outside_readers.values()):
+            site.reason = "nobody reads its norm or anything else that the fused call would produce"
+    return sites
+
+
+def build_shadow(sites: list[RaisedSite]) -> Shadow:
+    """The shadow graph of the sites that have no reason against them."""
+    graph = fx.Graph()
+    origins: dict[fx.Node, fx.Node] = {}
+    live: list[fx.Node] = []
+    for site in sites:
+        if site.reason is not None:
+            continue
+        for node in site.inputs.values():
+            if node not in origins:
+                origins[node] = graph.placeholder(node.name)
+                origins[node].meta["origin"] = node
+    for index, site in enumerate(sites):
+        if site.reason is None:
+            live += _raise_site(graph, site, index, origins)
+    graph.output(tuple(live))
+    return Shadow(fx.GraphModule(torch.nn.Module(), graph), sites)
+
+
+def _all_reduce(node: fx.Node) -> RaisedSite | None:
+    """The site that ``node`` opens, if it is an all-reduce in any dialect, with what speaks against it already."""
+    if node.op != "call_function":
+        return None
+    for dialect in DIALECTS:
+        found = dialect.all_reduce(node)
+        if found is None:
+            continue
+        if isinstance(found, Refused):
+            return RaisedSite(node, reason=found.reason, dialects=(dialect.name,))
+        site = RaisedSite(node, found.group, found, dialects=(dialect.name,))
+        site.reason = _check_reduced(found)
+        return site
+    return None
+
+
+def _check_reduced(reduced: Reduced) -> str | None:
+    group = find_group(reduced.group)
+    if group is None:
+        return (
+            f"no process group is called {reduced.group!r}; call arfusion_pass.register_group({reduced.group!r}, "
+            "group) before compiling"
+        )
+    if group.size() == 1:
+        return f"the group {reduced.group!r} has one rank: there is nothing to reduce"
+    x = tensor_of(reduced.x)
+    if x is None:
+        return f"{describe(reduced.x)} has no meta['val']; run fake-tensor propagation over the graph first"
+    if x.dtype not in DTYPES:
+        return f"{describe(reduced.node)} reduces {x.dtype}; bfloat16, float16 and float32 are fused"
+    hidden = last_dim(reduced.x)
+    if hidden is None:
+        return f"the last dimension of {describe(reduced.x)} is symbolic or absent; the hidden size must be static"
+    if hidden * x.dtype.itemsize % 16:
+        return f"a row of {describe(reduced.x)} has {hidden * x.dtype.itemsize} bytes, no multiple of 16"
+    return None
+
+
+def _norms(site: RaisedSite, config: FusionConfig) -> list[tuple[Norm, str]]:
+    """The norms that could be fused behind a site, best first. With none, the site gets the reason against one that it
+    has; a site that has none at all keeps None."""
+    assert site.reduced is not None
+    usable: list[tuple[Norm, str]] = []
+    reasons: list[str] = []
+    for value in row_views(site.reduced.value):
+        for dialect in DIALECTS:
+            for norm in dialect.norms(value):
+                reason = norm.reason if isinstance(norm, Refused) else _check_norm(site.reduced, norm, config)
+                if reason is not None:
+                    reasons.append(reason)
+                else:
+                    assert isinstance(norm, Norm)
+                    views = path(site.reduced.value, value)
+                    norm = dataclasses.replace(norm, nodes=(*views, *norm.nodes))
+                    usable.append((norm, dialect.name))
+    if not usable and reasons:
+        site.reason = reasons[0]
+    return usable
+
+
+def _check_norm(reduced: Reduced, norm: Norm, config: FusionConfig) -> str | None:
+    dtype, hidden = dtype_of(reduced.x), last_dim(reduced.x)
+    if norm.quant is not None and not config.quantisers:
+        return f"{describe(norm.result)} is quantised by the norm's own op, and FusionConfig has quantisers=False"
+    if norm.norm is not None and dtype_of(norm.norm) not in (dtype, torch.float32):
+        return f"{describe(norm.norm)} is {dtype_of(norm.norm)}; a norm of {dtype} may be {dtype} or float32"
+    if norm.norm is not None and last_dim(norm.norm) != hidden:
+        return f"{describe(norm.norm)} normalises rows of {last_dim(norm.norm)}, the all-reduce has rows of {hidden}"
+    for role, node in (("residual", norm.residual), ("weight", norm.weight)):
+        if node is not None and dtype_of(node) not in (dtype, torch.float32):
+            return f"the {role} {describe(node)} is {dtype_of(node)}; expected {dtype} or float32"
+    if norm.weight is not None and (tensor_of(norm.weight).dim() != 1 or last_dim(norm.weight) != hidden):  # type: ignore[union-attr]
+        shape = tuple(tensor_of(norm.weight).shape)  # type: ignore[union-attr]
+        return f"the weight {describe(norm.weight)} has shape {shape}, expected ({hidden},)"
+    if norm.total is not None and dtype_of(norm.total) not in (dtype, torch.float32):
+        return f"the residual sum {describe(norm.total)} is {dtype_of(norm.total)}; expected {dtype} or float32"
+    if config.dtypes is not None and dtype not in config.dtypes:
+        return f"{dtype} is not among the dtypes of FusionConfig ({', '.join(map(str, config.dtypes))})"
+    if not math.isfinite(canonical_epsilon(norm.epsilon)) or norm.epsilon < 0:
+        return f"epsilon {norm.epsilon} is no finite float32 >= 0"
+    if config.epsilons is not None and canonical_epsilon(norm.epsilon) not in config.epsilons:
+        return f"epsilon {norm.epsilon} is not among the epsilons of FusionConfig ({config.epsilons})"
+    values = {reduced.value, norm.norm, norm.total}
+    if norm.quant is not None:
+        values |= {norm.quant.codes, norm.quant.scales}
+    return _read_inside(norm.nodes, values, "RMSNorm")
+
+
+def _read_inside(nodes: tuple[fx.Node, ...], values: set[fx.Node | None], what: str) -> str | None:
+    """A reason if a value inside a match, which the fused kernel does not produce, is read outside of it."""
+    inside = set(nodes)
+    for node in nodes:
+        if node in values or is_cast(node) or keeps_rows(node):
+            continue  # produced by the kernel, or computed from what it produces
+        for user in node.users:
+            if user not in inside:
+                training = "; a training graph keeps it for its backward" if user.op == "output" else ""
+                return f"{describe(node)}, a value inside the {what}, is also read by {describe(user)}{training}"
+    return None
+
+
+def _assign(sites: list[RaisedSite], candidates: dict[fx.Node, list[tuple[Norm, str]]]) -> None:
+    """Give each norm to one site. A norm whose add has an all-reduce on either side is wanted by both: the site
+    with fewer choices goes first, and among a site's norms the one that is read first, without an add before with."""
+    taken: dict[fx.Node, fx.Node] = {}
+    waiting = [site for site in sites if site.reason is None]
+    for site in sorted(waiting, key=lambda site: len({norm.result for norm, _ in candidates[site.node]})):
+        choices = sorted(candidates[site.node], key=lambda choice: (choice[0].residual is not None, choice[0].result))
+        for norm, dialect in choices:
+            if not any(node in taken for node in (norm.result, *norm.nodes)):
+                site.norm = norm
+                site.dialects += (dialect,)
+                taken.update(dict.fromkeys(norm.nodes, site.node))
+                break
+        else:
+            owner = next(taken[node] for node in choices[0][0].nodes if node in taken)
+            advice = "" if site.hindrance is None else "; FusionConfig(reassociate=True) all-reduces their sum at once"
+            site.reason = f"the norm behind it, {describe(choices[0][0].result)}, is fused with {owner.name}{advice}"
+
+
+def _find_prologue(site: RaisedSite) -> None:
+    """The MoE combination in front of a site, where nobody else reads its result."""
+    assert site.reduced is not None
+    for dialect in DIALECTS:
+        for prologue in dialect.prologues(site.reduced.x):
+            if isinstance(prologue, Refused) or _read_inside((*prologue.nodes, site.node), {site.node}, "") is not None:
+                continue
+            rows = tensor_of(prologue.inputs.get("permuted_x"))
+            if prologue.wraps and not isinstance(None if rows is None else rows.shape[0], int):
+                continue  # a negative index would have to be wrapped by a symbolic number of rows
+            if len(prologue.x.users) == 1:
+                site.prologue = prologue
+                site.dialects = (dialect.name, *site.dialects)
+                return
+
+
+def _find_quantiser(site: RaisedSite) -> None:
+    """The first quantiser of a site's norm that can be fused, with those that compute the same; the others go on
+    reading the norm."""
+    assert site.norm is not None
+    assert site.reduced is not None
+    if site.norm.norm is None:
+        site.quant = site.norm.quant
+        return
+    dtype = dtype_of(site.reduced.x)
+    alike: dict[Hashable, list[tuple[Quantised, str]]] = {}
+    codes: set[fx.Node] = set()
+    for value in row_views(site.norm.norm):
+        for dialect in DIALECTS:
+            for quant in dialect.quantisers(value):
+                if isinstance(quant, Refused):
+                    site.note = site.note or quant.reason
+                elif quant.dtype not in (None, dtype):
+                    site.note = site.note or f"{describe(quant.codes)} rounds to {quant.dtype}, the reduced is {dtype}"
+                elif quant.scale is not None and (cause := _computed_from(quant.scale, site)) is not None:
+                    site.note = site.note or (
+                        f"the scale {describe(quant.scale)} is computed from {describe(cause)}, which the fused call "
+                        "would produce"
+                    )
+                elif quant.codes not in codes:
+                    codes.add(quant.codes)
+                    views = path(site.norm.norm, value)
+                    quant = dataclasses.replace(quant, nodes=(*views, *quant.nodes))
+                    if dtype == torch.float32 and quant.spec.unrounded:
+                        spec = dataclasses.replace(quant.spec, unrounded=False)  # the same, and one kernel less
+                        quant = dataclasses.replace(quant, spec=spec)
+                    key = (quant.op, quant.spec, quant.scale, quant.scale_value, quant.scale_dtype)
+                    alike.setdefault(key, []).append((quant, dialect.name))
+    for quants in alike.values():
+        first, dialect_name = quants[0]
+        twins = [quant for quant, _ in quants[1:] if _same_outputs(first, quant)]
+        for group in ([first, *twins], [first]):
+            reason = _fuse_quantisers(site, group)
+            if reason is None:
+                site.note = None
+                site.dialects += (dialect_name,)
+                return
+            site.note = site.note or reason
+
+
+def _computed_from(node: fx.Node, site: RaisedSite) -> fx.Node | None:
+    """The value of a site's all-reduce or norm that ``node`` is computed from, or None."""
+    own, seen, stack = set(site.nodes), set[fx.Node](), [node]
+    while stack:
+        current = stack.pop()
+        if current in own:
+            return current
+        if current not in seen and not current < site.node:  # nothing before the all-reduce comes from it
+            seen.add(current)
+            stack.extend(current.all_input_nodes)
+    return None
+
+
+def _fuse_quantisers(site: RaisedSite, quants: list[Quantised]) -> str | None:
+    """Give a site quantisers that compute one thing; the reason if they cannot be fused."""
+    assert site.norm is not None
+    shape = tensor_of(site.norm.norm).shape  # type: ignore[union-attr]
+    values: set[fx.Node | None] = {site.norm.norm}
+    nodes: set[fx.Node] = set()
+    for quant in quants:
+        scales = tensor_of(quant.scales)
+        if codes_layout(shape, quant.spec, tensor_of(quant.codes)) is None:  # type: ignore[arg-type]
+            return f"{describe(quant.codes)} is no view of rows of codes"
+        if scales is not None and scale_layout(shape, quant.spec, scales) is None:
+            return f"{describe(quant.scales)} is no view of scales laid out as {quant.spec.layout.name}"  # type: ignore[arg-type]
+        values |= {quant.codes, quant.scales}
+        nodes.update(quant.nodes)
+    for node in sorted(nodes, reverse=True):
+        if node not in values and (is_cast(node) or is_call(node, *VIEWS)) and not nodes.issuperset(node.users):
+            nodes.discard(node)  # others read it too: it stays, and reads what the kernel writes
+    reason = _read_inside(tuple(sorted(nodes)), values, "quantiser")
+    if reason is None:
+        site.quant, *twins = (dataclasses.replace(q, nodes=tuple(n for n in q.nodes if n in nodes)) for q in quants)
+        site.twins = tuple(twins)
+    return reason
+
+
+def _same_outputs(a: Quantised, b: Quantised) -> bool:
+    """Whether two quantisers' codes, and their scales where both have readers, have one shape, stride and dtype."""
+    pairs = [(a.codes, b.codes)]
+    if a.scales is not None and b.scales is not None:
+        pairs.append((a.scales, b.scales))
+    return all(same_shape(x, y) and dtype_of(x) == dtype_of(y) and _same_strides(x, y) for x, y in pairs)
+
+
+def _same_strides(a: fx.Node, b: fx.Node) -> bool:
+    strides = zip(tensor_of(a).stride(), tensor_of(b).stride(), strict=True)  # type: ignore[union-attr]
+    return all(statically_known_true(x == y) for x, y in strides)
+
+
+def _raise_site(graph: fx.Graph, site: RaisedSite, index: int, origins: dict[fx.Node, fx.Node]) -> Iterable[fx.Node]:
+    """Write one site's IR nodes; gives the values that are read outside of it."""
+    assert site.reduced is not None and site.norm is not None
+    norm, values = site.norm, {}
+
+    def call(target: object, *args: object) -> fx.Node:
+        node = graph.call_function(target, args)  # type: ignore[arg-type]
+        node.meta["site"] = index
+        return node
+
+    dtype, epsilon = dtype_of(norm.norm or site.reduced.x), canonical_epsilon(norm.epsilon)
+    weight = None if norm.weight is None else origins[norm.weight]
+    if site.prologue is not None:
+        x = call(getattr(ir.op, site.prologue.op).default, *_prologue_arguments(graph, site.prologue, origins))
+    else:
+        x = origins[site.reduced.x]
+    reduced = call(ir.op.all_reduce.default, x, site.reduced.group)
+    values["allreduce_out"] = reduced
+    if norm.residual is None:
+        norm_value = call(ir.op.rms_norm.default, reduced, weight, epsilon, dtype, norm.weight_bias, int(norm.flags))
+    else:
+        both = call(
+            ir.op.fused_add_rms_norm.default,
+            *(reduced, origins[norm.residual], weight, epsilon, dtype, norm.weight_bias, int(norm.flags)),
+            dtype_of(norm.total),
+        )
+        norm_value = call(operator.getitem, both, 0)
+        values["residual_out"] = call(operator.getitem, both, 1)
+    values["norm_out"] = norm_value
+    if site.quant is not None:
+        quantiser = ir.QUANTISERS[site.quant.op]
+        scale = None if site.quant.scale is None else origins[site.quant.scale]
+        if scale is not None and site.quant.scale_dtype is not None:
+            scale = graph.call_function(torch.ops.prims.convert_element_type.default, (scale, site.quant.scale_dtype))
+        codes = call(quantiser.op, *quantiser.arguments(norm_value, site.quant.spec, scale, site.quant.scale_value))
+        if quantiser.has_scales:
+            values["scale_out"] = call(operator.getitem, codes, 1)
+            codes = call(operator.getitem, codes, 0)
+        values["quant_out"] = codes
+    live = []
+    outside = site.outside_readers
+    for role, node in values.items():
+        node.meta["role"] = role
+        node.meta["readers"] = outside.get(role, [])
+        if node.meta["readers"]:
+            live.append(node)
+    return live
+
+
+def _prologue_arguments(graph: fx.Graph, prologue: Prologue, origins: dict[fx.Node, fx.Node]) -> tuple[object, ...]:
+    """The canonical MoE op's arguments; an index as int32 without torch's wrap-around, an expert scale as the op's."""
+
+    def given(role: str) -> fx.Node | None:
+        node = prologue.inputs.get(role)
+        return None if node is None else origins[node]
+
+    def as_dtype(role: str, dtype: torch.dtype) -> fx.Node | None:
+        node = given(role)
+        if node is None or dtype_of(prologue.inputs[role]) == dtype:
+            return node
+        return graph.call_function(torch.ops.prims.convert_element_type.default, (node, dtype))
+
+    if prologue.op == "moe_reduce":
+        scale = as_dtype("expert_scale", torch.float32)
+        return (given("expert_x"), scale, given("token_input"), int(prologue.flags))
+    index = as_dtype("index", torch.int32)
+    if prologue.wraps:
+        rows = tensor_of(prologue.inputs["permuted_x"]).shape[0]  # type: ignore[union-attr]
+        index = graph.call_function(torch.ops.aten.remainder.Scalar, (index, rows))
+    scale, shared = given("expert_scale"), given("shared")
+    return (given("permuted_x"), index, scale, shared, prologue.routed_scaling_factor, int(prologue.flags))

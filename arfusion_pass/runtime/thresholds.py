@@ -1,0 +1,154 @@
+"""When to use one-shot and when two-shot: a measured table per (architecture, world size, hidden size).
+
+One-shot sends every rank's whole message to every peer in one hop; two-shot sends each byte twice, but only
+``2 (W - 1) / W`` of the message a rank, in two hops. Which is faster turns on the message size
+``tokens * hidden * itemsize`` and on nothing else that may differ between ranks, so that all ranks choose alike::
+
+    table = load()                                    # ARFUSION_THRESHOLDS, the tuned file, or what is built in
+    table.oneshot_max_bytes("sm_90", 4, 4096)         # at most so many bytes: one-shot
+
+``arfusion bench --tune`` measures the crossover on the machine it runs on and writes ``thresholds.json`` into the
+cache folder. The file::
+
+    {"version": 1, "oneshot_max_bytes": {"sm_90": {"4": {"*": 1048576, "7168": 917504}}}, "source": "..."}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from arfusion_pass.runtime.build import cache_dir
+
+ANY_HIDDEN = "*"
+VERSION = 1
+
+# The op library's own table (kBuiltIn in kernels/plan.cu, which says how it was measured); tests/gpu compares the two.
+_BUILT_IN: dict[str, dict[str, dict[str, int]]] = {
+    ANY_HIDDEN: {
+        "2": {ANY_HIDDEN: 1 << 40, "4224": 6 << 20},
+        "3": {ANY_HIDDEN: 512 << 10},
+        "4": {ANY_HIDDEN: 256 << 10},
+        "5": {ANY_HIDDEN: 128 << 10},
+        "6": {ANY_HIDDEN: 128 << 10},
+        "7": {ANY_HIDDEN: 64 << 10},
+        "8": {ANY_HIDDEN: 64 << 10},
+    },
+}
+
+
+class ThresholdError(ValueError):
+    """A threshold file that cannot be read or does not hold what it should."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ThresholdTable:
+    """Architecture (``"sm_90"`` or ``"*"``) to world size to hidden size (or ``"*"``) to bytes.
+
+    Args:
+        oneshot: the nested mapping, keys as in the file.
+        source: where it comes from, for reports.
+    """
+
+    oneshot: Mapping[str, Mapping[str, Mapping[str, int]]]
+    source: str
+
+    def oneshot_max_bytes(self, arch: str, world_size: int, hidden: int) -> int:
+        """The largest message in bytes for which one-shot is used; 0 where it never is.
+
+        The largest measured hidden size that is not above ``hidden`` stands for it, else the smallest (the op library's
+        own rule, ``arf_set_thresholds``); an architecture or world size that was not measured has the built-in one.
+        """
+        for source in (self.oneshot, _BUILT_IN):
+            for name in (arch, ANY_HIDDEN):
+                by_hidden = source.get(name, {}).get(str(world_size))
+                if by_hidden:
+                    return _row(by_hidden, hidden)
+        return 0
+
+    def by_hidden(self, arch: str, world_size: int) -> list[tuple[int, int]]:
+        """``(hidden, bytes)`` pairs in order of hidden; hidden 0 stands for any. What the op library is given."""
+        for source in (self.oneshot, _BUILT_IN):
+            for name in (arch, ANY_HIDDEN):
+                found = source.get(name, {}).get(str(world_size))
+                if found:
+                    return sorted((0 if key == ANY_HIDDEN else int(key), value) for key, value in found.items())
+        return []
+
+    def with_measurement(self, arch: str, world_size: int, hidden: int | None, value: int) -> ThresholdTable:
+        """A copy in which one entry is replaced (``hidden`` None: the entry for any hidden size)."""
+        table = {a: {w: dict(h) for w, h in worlds.items()} for a, worlds in self.oneshot.items()}
+        key = ANY_HIDDEN if hidden is None else str(hidden)
+        table.setdefault(arch, {}).setdefault(str(world_size), {})[key] = int(value)
+        return dataclasses.replace(self, oneshot=table)
+
+    def save(self, path: Path) -> None:
+        """Write the table as JSON, atomically."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        document = {"version": VERSION, "oneshot_max_bytes": self.oneshot, "source": self.source}
+        temporary.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
+        os.replace(temporary, path)
+
+
+BUILT_IN = ThresholdTable(_BUILT_IN, "built in")
+
+
+def tuned_path() -> Path:
+    """Where ``arfusion bench --tune`` writes, and :func:`load` looks: ``ARFUSION_THRESHOLDS`` or the cache folder."""
+    if explicit := os.environ.get("ARFUSION_THRESHOLDS"):
+        return Path(explicit).expanduser()
+    return cache_dir() / "thresholds.json"
+
+
+def load(path: Path | None = None) -> ThresholdTable:
+    """The table in force: the file at ``path`` (default: :func:`tuned_path`) where there is one, else the built-in.
+
+    Raises:
+        ThresholdError: if the file is not a threshold table, or ``ARFUSION_THRESHOLDS`` names none.
+    """
+    file = tuned_path() if path is None else path
+    if not file.is_file():
+        if path is not None or os.environ.get("ARFUSION_THRESHOLDS"):
+            raise ThresholdError(f"there is no threshold file {file} (ARFUSION_THRESHOLDS)")
+        return BUILT_IN
+    try:
+        document = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ThresholdError(f"cannot read the threshold file {file}: {error}") from error
+    return ThresholdTable(_checked(document, file), str(file))
+
+
+def arch_name(capability: tuple[int, int]) -> str:
+    """``(9, 0)`` to ``"sm_90"``."""
+    return f"sm_{capability[0]}{capability[1]}"
+
+
+def _row(by_hidden: Mapping[str, int], hidden: int) -> int:
+    rows = sorted((0 if key == ANY_HIDDEN else int(key), value) for key, value in by_hidden.items())
+    below = [value for key, value in rows if key <= hidden]
+    return below[-1] if below else rows[0][1]
+
+
+def _checked(document: Any, file: Path) -> dict[str, dict[str, dict[str, int]]]:
+    if not isinstance(document, dict) or document.get("version") != VERSION:
+        raise ThresholdError(
+            f"{file} is no threshold table of version {VERSION}: write it anew with `arfusion bench --tune`"
+        )
+    table: dict[str, dict[str, dict[str, int]]] = {}
+    try:
+        for arch, worlds in document["oneshot_max_bytes"].items():
+            for world, by_hidden in worlds.items():
+                if not 2 <= int(world) <= 8 or not by_hidden:
+                    raise ValueError(f"world size {world!r}: expected 2 to 8 and at least one entry")
+                for hidden, value in by_hidden.items():
+                    if (hidden != ANY_HIDDEN and int(hidden) <= 0) or not isinstance(value, int) or value < 0:
+                        raise ValueError(f"entry {hidden!r}: {value!r} of world size {world}")
+                table.setdefault(str(arch), {})[str(int(world))] = dict(by_hidden)
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        raise ThresholdError(f"{file} is no threshold table: {error}") from error
+    return table

@@ -1,0 +1,149 @@
+"""The command line, without starting ranks (``tests/test_demo.py`` does)."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from arfusion_pass.cli import commands, main
+from arfusion_pass.demo import run
+from arfusion_pass.runtime import build
+
+SCRIPT = """\
+import sys
+import torch
+
+@torch.compile
+def double(x):
+    return x * 2
+
+double(torch.ones(4))
+print("arguments", sys.argv[1:], __name__)
+sys.exit(int(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("command", ["demo", "explain", "doctor", "build", "bench"])
+def test_help(command: str) -> None:
+    assert CliRunner().invoke(main, [command, "--help"]).exit_code == 0
+    assert command in CliRunner().invoke(main, ["--help"]).output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--hidden", "250"], "250 is no multiple of 8"),
+        (["--layers", "0"], "--layers"),
+        (["--world", "1"], "--world"),
+        (["--norm", "layer"], "--norm"),
+        (["--dtype", "int8"], "--dtype"),
+    ],
+)
+def test_demo_refuses_what_cannot_be(arguments: list[str], complaint: str) -> None:
+    result = CliRunner().invoke(main, ["demo", *arguments])
+    assert result.exit_code == 2
+    assert complaint in result.output
+
+
+def test_demo_refuses_more_gpus_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    result = CliRunner().invoke(main, ["demo", "--device", "cuda"])
+    assert result.exit_code == 2
+    assert "1 GPU(s) visible" in result.output
+
+
+def test_demo_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[run.Options] = []
+    monkeypatch.setattr(run, "main", lambda options: seen.append(options) or 1)
+    assert (
+        CliRunner().invoke(main, ["demo", "--norm", "gemma", "--dynamic", "--no-diff", "--world", "3"]).exit_code == 1
+    )
+    assert seen == [run.Options(norm="gemma", dynamic=True, diff=False, world=3)]
+
+
+def test_doctor_names_a_backend_and_why() -> None:
+    result = CliRunner().invoke(main, ["doctor"])
+    assert result.exit_code == 0, result.output
+    assert re.search(r"^torch +2\.\d+", result.output, re.MULTILINE)
+    assert re.search(r"^backend +(native|reference).*: \w+", result.output, re.MULTILINE)
+    facts = json.loads(CliRunner().invoke(main, ["doctor", "--json"]).output)
+    assert facts["backend"].split(",")[0] in ("native", "reference")
+    assert facts["reason"]
+
+
+def test_bench_outside_a_checkout_says_where_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(commands, "__file__", str(tmp_path / "arfusion_pass" / "cli" / "commands.py"))
+    result = CliRunner().invoke(main, ["bench"])
+    assert result.exit_code == 1
+    assert "source tree" in result.output
+
+
+def test_bench_in_a_checkout_runs_the_benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "__init__.py").touch()  # comes before an editable checkout's package
+    (tmp_path / "benchmarks" / "bench_allreduce.py").write_text("import sys; sys.exit(len(sys.argv) + 40)")
+    monkeypatch.setattr(commands, "__file__", str(tmp_path / "arfusion_pass" / "cli" / "commands.py"))
+    assert CliRunner().invoke(main, ["bench", "--world", "4"]).exit_code == 43
+
+
+def test_build_without_a_compiler_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(*_: object, **__: object) -> Path:
+        raise build.BuildError("nvcc not found: install it")
+
+    monkeypatch.setattr(build, "build", fail)
+    result = CliRunner().invoke(main, ["build", "--arch", "90a"])
+    assert result.exit_code == 1
+    assert "nvcc not found: install it" in result.output
+    assert "Traceback" not in result.output
+
+
+def test_build_of_several_architectures_goes_into_a_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls: list[tuple[str, Path]] = []
+    monkeypatch.setattr(build, "build", lambda arch, *, output, **_: calls.append((arch, output)) or tmp_path)
+    result = CliRunner().invoke(main, ["build", "--arch", "90a", "--arch", "100a", "-o", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert calls == [("90a", tmp_path / "libarfusion-sm90a.so"), ("100a", tmp_path / "libarfusion-sm100a.so")]
+
+
+def test_explain_runs_the_script_as_main_and_reports(tmp_path: Path) -> None:
+    """Arguments and exit status are the script's own; the report comes last, as JSON where that is asked for."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    done = subprocess.run(
+        [sys.executable, "-m", "arfusion_pass.cli", "explain", "--json", str(script), "3", "--json", "x"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+    )
+    assert done.returncode == 3, done.stderr
+    first, report = done.stdout.split("\n", 1)
+    assert first == "arguments ['3', '--json', 'x'] __main__"
+    assert [graph["matched_count"] for graph in json.loads(report)] == [0]
+
+
+def test_explain_on_several_ranks_starts_itself_under_torchrun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    commands: list[list[str]] = []
+
+    def record(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 7)
+
+    monkeypatch.setattr(subprocess, "run", record)
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    result = CliRunner().invoke(
+        main, ["explain", "-n", "3", "--json", "--dump", "out", str(script), "--flag", "-n", "1"]
+    )
+    assert result.exit_code == 7, result.output
+    (command,) = commands
+    assert command[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+    inner = ["-m", "arfusion_pass.cli", "explain", "--json", "--dump", "out", str(script), "--flag", "-n", "1"]
+    assert command[5:] == inner

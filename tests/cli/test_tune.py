@@ -1,0 +1,24 @@
+"""The crossover search with made-up times: where one-shot loses, never, from the start."""
+
+import pytest
+
+from arfusion_pass.cli import tune
+from arfusion_pass.ops.spec import Flags
+
+
+@pytest.mark.parametrize(
+    ("limit", "low", "high"), [(1 << 20, 1 << 19, 1 << 21), (1 << 12, 0, 0), (1 << 50, 1 << 40, 1 << 40)]
+)
+def test_crossover(monkeypatch, limit, low, high):
+    def microseconds(group, tokens, hidden, flags):
+        message = tokens * hidden * 2
+        return (1.0 if message <= limit else 3.0) if flags == Flags.ONESHOT else 2.0
+
+    monkeypatch.setattr(tune, "_microseconds", microseconds)
+    assert low <= tune._crossover(None, 4096) <= high
+
+
+def test_one_noisy_figure_does_not_decide():
+    """One-shot is ahead at four sizes, of which an outlier hides one; two-shot from the fifth on."""
+    sizes, behind = [1 << power for power in range(14, 20)], [0.2, 0.4]
+    assert tune.limit(sizes, [-0.3, 0.05, -0.3, -0.3, *behind]) == tune.limit(sizes, [-0.3] * 4 + behind)

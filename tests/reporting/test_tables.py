@@ -1,0 +1,96 @@
+"""The report as text."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+
+from arfusion_pass.reporting.sites import FusionReport, Reports, Site
+from arfusion_pass.reporting.tables import report_table
+
+
+def fused(name: str, **changes: object) -> Site:
+    fields: dict[str, object] = {
+        "group": "0",
+        "fused": True,
+        "pattern": "AllReduceFusedAddRMSNorm",
+        "epsilon": 1e-6,
+        "dtype": "bfloat16",
+        "outputs": ("residual_out", "norm_out"),
+    }
+    return Site(name=name, **{**fields, **changes})  # type: ignore[arg-type]
+
+
+def missed(name: str, reason: str | None) -> Site:
+    return Site(name=name, group="tp:0", fused=False, reason=reason, dtype="bfloat16")
+
+
+def test_counts_and_every_reason_are_there() -> None:
+    report = FusionReport((fused("all_reduce"), missed("all_reduce_1", "the mean is over dimension 0")), seconds=0.25)
+    text = report_table([report])
+    assert text.splitlines()[0] == "AllReduce fusion: 1 of 2 sites fused, 1 missed, in 1 graph (0.25 s)"
+    assert "AllReduceFusedAddRMSNorm" in text
+    assert "residual, norm" in text
+    assert "the mean is over dimension 0" in text
+    assert "all_reduce_1" in text
+    assert str(report) == text
+
+
+def test_sites_that_differ_only_in_name_share_a_row() -> None:
+    sites = [fused("all_reduce"), *(fused(f"all_reduce_{number}") for number in range(1, 160))]
+    text = report_table([FusionReport(tuple(sites))])
+    assert "160 of 160 sites fused, none missed" in text
+    assert "all_reduce ... all_reduce_159" in text
+    assert len(text.splitlines()) < 10
+
+
+def test_another_epsilon_or_quantiser_is_another_row() -> None:
+    sites = (fused("a"), fused("b", epsilon=1e-5), fused("c", quantiser="quant_fp8_static"))
+    text = report_table([FusionReport(sites)])
+    assert "1e-06" in text
+    assert "1e-05" in text
+    assert "quant_fp8_static" in text
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+def test_lines_fit_the_width_and_reasons_stay_whole(width: int) -> None:
+    reason = "scales are of shape [2, 3], expected [T, H / 128]; " * 4 + "end of reason"
+    text = report_table([FusionReport((fused("all_reduce"), missed("all_reduce_1", reason)))], width=width)
+    assert max(map(len, text.splitlines())) <= width
+    assert reason.replace(" ", "") in "".join(_column(text, "why")).replace(" ", "")
+
+
+def _column(text: str, header: str) -> list[str]:
+    """The cells under a header, from the header's position to that of the next one."""
+    lines = text.splitlines()
+    (top,) = (number for number, line in enumerate(lines) if f" {header} " in line)
+    start = lines[top].index(header)
+    end = lines[top].index("dtype", start)
+    return [line[start:end] for line in lines[top + 2 :]]
+
+
+def test_brackets_are_no_markup() -> None:
+    assert "[bold]" in report_table([FusionReport((missed("all_reduce", "shape [bold]"),))])
+
+
+def test_no_control_codes_in_a_pipe() -> None:
+    out = io.StringIO()
+    print(FusionReport((fused("all_reduce"),)), file=out)
+    assert "\x1b" not in out.getvalue()
+
+
+def test_several_graphs_are_numbered() -> None:
+    text = str(Reports([FusionReport((fused("x"),)), FusionReport((missed("y", "why not"),))]))
+    assert "in 2 graphs" in text
+    assert "graph" in text
+
+
+def test_a_note_and_an_empty_list_say_what_happened() -> None:
+    assert "graph 0: one rank" in report_table([FusionReport(note="one rank: nothing to exchange")])
+    assert "has seen no graph" in str(Reports())
+    assert "cache" in str(Reports())
+
+
+def test_a_missing_reason_is_visible() -> None:
+    assert "no reason given" in report_table([FusionReport((missed("all_reduce", None),))])

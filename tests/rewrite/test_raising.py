@@ -1,0 +1,354 @@
+"""Graphs in which nothing may fuse: they stay node for node as they were, and each all-reduce says why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import fx
+
+import arfusion_pass as arf
+from arfusion_pass.rewrite import commit
+from arfusion_pass.rewrite.buffers import Buffer
+from tests.models import Tensor, llama, reduce, weightless
+from tests.simulate import STRICT, c10d, check_fused, check_same, check_unchanged, fused_copy, symbolic, tensors, trace
+
+HIDDEN = 32
+X, W = (4, HIDDEN), (HIDDEN,)
+EPS = 1e-6
+
+pytestmark = pytest.mark.usefixtures("world")
+
+
+def mean_over_tokens(x: Tensor, w: Tensor) -> Tensor:
+    h = reduce(x).float()
+    return (h * torch.rsqrt(h.pow(2).mean(0, keepdim=True) + EPS) * w).to(x.dtype)
+
+
+def mean_over_everything(x: Tensor, w: Tensor) -> Tensor:
+    h = reduce(x).float()
+    return (h * torch.rsqrt(h.pow(2).mean((0, 1), keepdim=True) + EPS) * w).to(x.dtype)
+
+
+def part_of_the_hidden_size(x: Tensor, w: Tensor) -> Tensor:
+    h = reduce(x).float()
+    return (h * torch.rsqrt(h[:, : HIDDEN // 2].pow(2).mean(-1, keepdim=True) + EPS) * w).to(x.dtype)
+
+
+def norm_of_heads(x: Tensor, w: Tensor) -> Tensor:
+    return llama(reduce(x).view(4, 4, HIDDEN // 4), w[: HIDDEN // 4], EPS).view(4, HIDDEN)
+
+
+def average(x: Tensor, w: Tensor) -> Tensor:
+    return llama(reduce(x, op="avg"), w, EPS)
+
+
+def maximum(x: Tensor, w: Tensor) -> Tensor:
+    return llama(reduce(x, op="max"), w, EPS)
+
+
+def interior_value_read(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    h = reduce(x).float()
+    root = torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + EPS)
+    return (h * root * w).to(x.dtype), root
+
+
+def matmul(x: Tensor, w: Tensor) -> Tensor:
+    return reduce(x) @ w.expand(4, HIDDEN).t()
+
+
+def layer_norm(x: Tensor, w: Tensor) -> Tensor:
+    return F.layer_norm(reduce(x), (HIDDEN,), w)
+
+
+def waited_for_twice(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    pending = c10d.all_reduce(x, "sum", "0")
+    return llama(c10d.wait_tensor(pending), w, EPS), c10d.wait_tensor(pending)
+
+
+def read_before_the_wait(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    pending = c10d.all_reduce(x, "sum", "0")
+    early = pending + 1
+    return llama(c10d.wait_tensor(pending), w, EPS), early
+
+
+def double(x: Tensor, w: Tensor) -> Tensor:
+    return llama(reduce(x.double()), w.double(), EPS)
+
+
+def integers(x: Tensor, w: Tensor) -> Tensor:
+    return weightless(reduce(x.int()), None, EPS)
+
+
+def broadcast_residual(x: Tensor, w: Tensor) -> Tensor:
+    return llama(reduce(x) + w, w, EPS)
+
+
+def broadcast_all_reduce(x: Tensor, w: Tensor) -> Tensor:
+    return llama(reduce(w) + x, w, EPS)
+
+
+def scaled(x: Tensor, w: Tensor) -> Tensor:
+    return llama(x + reduce(x) * 0.22, w, EPS)
+
+
+def divided(x: Tensor, w: Tensor) -> Tensor:
+    return llama(x / reduce(x), w, EPS)
+
+
+def scaled_residual(x: Tensor, w: Tensor) -> Tensor:
+    return llama(torch.add(x, reduce(x), alpha=2), w, EPS)
+
+
+def other_weight_dtype(x: Tensor, w: Tensor) -> Tensor:
+    return llama(reduce(x), w.half(), EPS)
+
+
+def weight_per_token(x: Tensor, w: Tensor) -> Tensor:
+    h = reduce(x).float()
+    return h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + EPS) * w[:4].view(4, 1) + w
+
+
+def other_root(x: Tensor, w: Tensor) -> Tensor:
+    y, z = reduce(x), x * 2
+    return (z.float() * torch.rsqrt(y.float().pow(2).mean(-1, keepdim=True) + EPS) * w).to(x.dtype)
+
+
+def cube(x: Tensor, w: Tensor) -> Tensor:
+    h = reduce(x).float()
+    return (h * torch.rsqrt(h.pow(3).mean(-1, keepdim=True) + EPS) * w).to(x.dtype)
+
+
+def cropped(x: Tensor, w: Tensor) -> Tensor:
+    return llama(reduce(x)[:2], w, EPS)
+
+
+def transposed(x: Tensor, w: Tensor) -> Tensor:
+    return llama(reduce(x.expand(4, HIDDEN)).t().reshape(4, HIDDEN), w, EPS)
+
+
+def dropped(x: Tensor, w: Tensor) -> Tensor:
+    reduce(x)
+    return w * 2
+
+
+CASES: dict[Callable[..., Any], str] = {
+    mean_over_tokens: "mean over dimensions [0]",
+    mean_over_everything: "mean over dimensions [0, 1]",
+    part_of_the_hidden_size: "no RMSNorm over its last dimension",
+    norm_of_heads: "no RMSNorm over its last dimension",
+    average: "reduces by 'avg'",
+    maximum: "reduces by 'max'",
+    interior_value_read: "rsqrt (aten.rsqrt.default), a value inside the RMSNorm, is also read by the graph's output",
+    matmul: "aten.mm",
+    layer_norm: "no RMSNorm",
+    waited_for_twice: "waited for 2 times",
+    read_before_the_wait: "before it is waited for",
+    double: "torch.float64",
+    integers: "torch.int32",
+    broadcast_residual: "(aten.add.Tensor) stands between it and the norm",
+    scaled: "stands between it and the norm mul_2 (aten.mul.Tensor); FusionConfig(reassociate=True) takes that before",
+    divided: "(aten.div.Tensor) stands between it and the norm mul_1 (aten.mul.Tensor)",
+    broadcast_all_reduce: "aten.add.Tensor",
+    scaled_residual: "aten.add.Tensor",
+    other_root: "no RMSNorm",
+    cube: "no RMSNorm",
+    cropped: "aten.slice.Tensor",
+    transposed: "aten.permute.default",
+    dropped: "nobody reads",
+}
+
+
+@pytest.mark.parametrize("model", CASES, ids=lambda model: model.__name__)
+def test_unchanged(model: Callable[..., Any]) -> None:
+    """Contract *sound*: not a node changes, and the reason names what stood in the way."""
+    report = check_unchanged(trace(model, *tensors(X, W)))
+    assert len(report.missed) == 1
+    assert CASES[model] in report.missed[0].reason
+
+
+@pytest.mark.parametrize("model", [weight_per_token, other_weight_dtype], ids=lambda model: model.__name__)
+def test_weight_left_outside(model: Callable[..., Any]) -> None:
+    """A factor that the op cannot take as its weight is multiplied outside of the fused call."""
+    check_fused(trace(model, *tensors(X, W)), 1)
+
+
+def test_sequence_parallelism() -> None:
+    """``reduce_scatter`` and ``all_gather`` are no all-reduce: no site, no change."""
+
+    def model(x: Tensor, w: Tensor) -> Tensor:
+        part = c10d.wait_tensor(c10d.reduce_scatter_tensor(x, "sum", 2, "0"))
+        return c10d.wait_tensor(c10d.all_gather_into_tensor(llama(part, w, EPS), 2, "0"))
+
+    assert check_unchanged(trace(model, *tensors(X, W))).sites == ()
+
+
+def test_training_graph() -> None:
+    """A graph that keeps the reciprocal root for its backward (``a14_grad_train``): the reason says so."""
+    report = check_unchanged(trace(interior_value_read, *tensors(X, W)))
+    assert "training graph" in report.missed[0].reason
+
+
+def test_epsilon_as_graph_input() -> None:
+    """``dynamic=True`` makes epsilon an input: refused, with what to do instead."""
+
+    def model(x: Tensor, w: Tensor, epsilon: Tensor) -> Tensor:
+        h = reduce(x).float()
+        return (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + epsilon) * w).to(x.dtype)
+
+    report = check_unchanged(trace(model, *tensors(X, W), torch.tensor(1e-6)))
+    assert "mark_dynamic" in report.missed[0].reason
+
+
+def test_symbolic_hidden_size() -> None:
+    """The hidden size must be a number."""
+    module = trace(lambda x, w: llama(reduce(x), w, EPS), *symbolic((4, "h"), ("h",)))
+    assert "hidden size must be static" in check_unchanged(module).missed[0].reason
+
+
+def test_in_place_and_coalesced() -> None:
+    """The forms after Inductor's reinplacing, and several tensors at once, are named."""
+
+    def model(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        a, b = c10d.all_reduce_coalesced([x, x * 2], "sum", "0")
+        return llama(c10d.wait_tensor(a), w, EPS), c10d.wait_tensor(b)
+
+    assert "coalesced" in check_unchanged(trace(model, *tensors(X, W))).missed[0].reason
+    module = trace(lambda x, w: llama(reduce(x), w, EPS), *tensors(X, W))
+    for node in module.graph.find_nodes(op="call_function", target=c10d.all_reduce.default):
+        node.target = c10d.all_reduce_.default
+    assert "reduces in place" in check_unchanged(module).missed[0].reason
+
+
+def test_graph_without_fake_values() -> None:
+    """Nodes without ``meta["val"]``: refused with what to do, never a crash."""
+    module = trace(lambda x, r, w: llama(r + reduce(x), w, EPS), *tensors(X, X, W))
+    for node in module.graph.nodes:
+        node.meta.pop("val", None)
+    assert "fake-tensor propagation" in check_unchanged(module).missed[0].reason
+
+
+def test_some_values_missing() -> None:
+    """Any one node may lack its ``meta["val"]``: the site is fused or refused, the pass never fails."""
+    for victim in range(14):
+        module = trace(lambda x, r, w: llama(r + reduce(x), w, EPS), *tensors(X, X, W))
+        nodes = list(module.graph.nodes)
+        if victim < len(nodes):
+            nodes[victim].meta.pop("val", None)
+            _, report = fused_copy(module)
+            assert all(site.fused or site.reason for site in report.sites)
+
+
+def test_nothing_to_do() -> None:
+    """A graph without an all-reduce gives an empty report."""
+    report = check_unchanged(trace(lambda x, w: llama(x, w, EPS), *tensors(X, W)))
+    assert (report.sites, report.note) == ((), None)
+
+
+def test_config_selects() -> None:
+    """Epsilons (as float32) and dtypes that the config leaves out are refused by name."""
+    module = trace(lambda x, w: llama(reduce(x), w, 9.999999974752427e-07), *tensors(X, W))
+    for config, word in (
+        (arf.FusionConfig(epsilons=(1e-5,), raise_errors=True), "epsilon"),
+        (arf.FusionConfig(dtypes=(torch.float16,), raise_errors=True), "bfloat16"),
+    ):
+        assert word in check_unchanged(module, config).missed[0].reason
+    assert fused_copy(module, arf.FusionConfig(epsilons=(1e-6,), dtypes=(torch.bfloat16,)))[1].matched_count == 1
+
+
+def test_unexpected_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contract: never crash the compile. An error inside the pass leaves the graph, and every site says so."""
+
+    def fail(*args: Any) -> None:
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr(commit.Committer, "plan", fail)
+    module = trace(lambda x, w: llama(reduce(x), w, EPS), *tensors(X, W))
+    report = check_unchanged(module, arf.FusionConfig())
+    assert "boom" in str(report.note)
+    assert "boom" in report.missed[0].reason
+    with pytest.raises(RuntimeError, match="boom"):
+        arf.fuse(module, STRICT)
+
+
+def test_unexpected_error_while_describing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contract: never crash the compile. A site that cannot even be described leaves the graph and a note."""
+    from arfusion_pass import fusion_pass
+
+    def fail(*args: Any) -> None:
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr(fusion_pass, "_describe", fail)
+    module = trace(lambda x, w: llama(reduce(x), w, EPS), *tensors(X, W))
+    report = check_unchanged(module, arf.FusionConfig())
+    assert "boom" in str(report.note)
+
+
+def test_unexpected_error_while_writing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contract: never crash the compile. Whichever step of writing fails, the graph is as it came: what was inserted
+    is gone, what was moved is back, and every reader reads what it did."""
+
+    def model(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        total = r + reduce(x)
+        second = total + reduce(llama(total, w, EPS))
+        early = second.relu()
+        return early, llama(second, w.abs(), EPS), second  # this weight must move up
+
+    apply = commit.Committer.apply
+    for owner, name in ((Buffer, "emit"), (Buffer, "view"), (fx.Node, "replace_all_uses_with")):
+        step = getattr(owner, name)
+        for succeed in range(4):
+            outcomes = iter([True] * succeed + [False])
+
+            def fail(*args: Any, _step: Any = step, _outcomes: Any = outcomes, **kwargs: Any) -> Any:
+                if next(_outcomes):
+                    return _step(*args, **kwargs)
+                raise RuntimeError("boom")
+
+            def apply_and_fail(committer: commit.Committer, _where: Any = (owner, name), _fail: Any = fail) -> Any:
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(*_where, _fail)
+                    return apply(committer)
+
+            module = trace(model, *tensors(X, X, W))
+            with monkeypatch.context() as patch:
+                patch.setattr(commit.Committer, "apply", apply_and_fail)
+                report = check_unchanged(module, arf.FusionConfig())
+            assert "left the graph as it was" in str(report.note)
+            assert all("boom" in str(site.reason) for site in report.sites)
+            check_fused(module, 2)  # and it can still be fused
+
+
+def test_unexpected_error_after_writing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error once the calls are written: they stay, the report counts them, and its note says so."""
+
+    def fail(*args: Any) -> None:
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr(commit.Committer, "erase", fail)
+    module = trace(lambda x, w: llama(reduce(x), w, EPS), *tensors(X, W))
+    fused, report = fused_copy(module, arf.FusionConfig())
+    assert report.matched_count == 1
+    assert "had written its fused calls" in str(report.note)
+    check_same(module, fused)
+
+
+def test_other_reduce_ops() -> None:
+    """Reduce ops of other kinds never reach the pass as ``sum``: the schema's string is compared, not a prefix."""
+    module = trace(lambda x, w: llama(reduce(x), w, EPS), *tensors(X, W))
+    node = next(iter(module.graph.find_nodes(op="call_function", target=c10d.all_reduce.default)))
+    for op in ("SUM", "summa", "premul_sum", "product"):
+        node.args = (node.args[0], op, "0")
+        assert op in check_unchanged(module).missed[0].reason
+
+
+def test_different_group_sizes() -> None:
+    """A norm behind an all-reduce over a group of this rank alone: nothing to reduce."""
+    alone = dist.new_group([0])
+    name = alone.group_name
+    module = trace(lambda x, w: llama(reduce(x, name), w, EPS), *tensors(X, W))
+    assert "one rank" in check_unchanged(module).missed[0].reason

@@ -1,0 +1,68 @@
+"""The strategy table: look-up rules, files written and read, files refused."""
+
+import json
+
+import pytest
+
+from arfusion_pass.runtime import thresholds
+from arfusion_pass.runtime.thresholds import BUILT_IN, ThresholdError, ThresholdTable
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("ARFUSION_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("ARFUSION_THRESHOLDS", raising=False)
+
+
+def test_built_in_covers_every_supported_world():
+    assert thresholds.load() is BUILT_IN
+    for world in range(2, 9):
+        assert BUILT_IN.oneshot_max_bytes("sm_90", world, 4096) > 0
+    assert BUILT_IN.oneshot_max_bytes("sm_90", 16, 4096) == 0
+
+
+def test_look_up_takes_the_largest_size_not_above():
+    table = ThresholdTable(
+        {"sm_90": {"4": {"4096": 100, "8192": 200, "*": 300}, "2": {"4096": 10, "8192": 20}}}, "test"
+    )
+    assert table.oneshot_max_bytes("sm_90", 4, 8192) == 200
+    assert table.oneshot_max_bytes("sm_90", 4, 5120) == 100
+    assert table.oneshot_max_bytes("sm_90", 4, 2048) == 300, "any hidden size counts as size 0"
+    assert table.oneshot_max_bytes("sm_90", 2, 5120) == 10
+    assert table.oneshot_max_bytes("sm_90", 2, 1024) == 10, "below the smallest: the smallest"
+    assert table.oneshot_max_bytes("sm_90", 2, 16384) == 20
+    assert table.oneshot_max_bytes("sm_100", 2, 4096) == BUILT_IN.oneshot_max_bytes("sm_100", 2, 4096)
+    assert table.by_hidden("sm_90", 4) == [(0, 300), (4096, 100), (8192, 200)]
+
+
+def test_save_and_load(tmp_path):
+    table = BUILT_IN.with_measurement("sm_90", 4, 7168, 12345)
+    table.save(thresholds.tuned_path())
+    loaded = thresholds.load()
+    assert loaded.oneshot_max_bytes("sm_90", 4, 7168) == 12345
+    assert loaded.source == str(tmp_path / "thresholds.json")
+    assert BUILT_IN.oneshot_max_bytes("sm_90", 4, 7168) != 12345, "the built-in table is not written to"
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        [],
+        {"version": 99, "oneshot_max_bytes": {}},
+        {"version": 1},
+        {"version": 1, "oneshot_max_bytes": {"sm_90": {"1": {"*": 5}}}},
+        {"version": 1, "oneshot_max_bytes": {"sm_90": {"2": {"*": -5}}}},
+        {"version": 1, "oneshot_max_bytes": {"sm_90": {"2": {"wide": 5}}}},
+        {"version": 1, "oneshot_max_bytes": {"sm_90": {"2": {}}}},
+    ],
+)
+def test_a_bad_file_is_named_in_the_error(document, tmp_path):
+    thresholds.tuned_path().write_text(json.dumps(document))
+    with pytest.raises(ThresholdError, match=r"thresholds\.json"):
+        thresholds.load()
+
+
+def test_a_named_file_must_exist(monkeypatch, tmp_path):
+    monkeypatch.setenv("ARFUSION_THRESHOLDS", str(tmp_path / "none.json"))
+    with pytest.raises(ThresholdError, match=r"none\.json"):
+        thresholds.load()
