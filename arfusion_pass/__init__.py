@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from arfusion_pass import ops as ops
+from arfusion_pass import runtime as _runtime  # noqa: F401  (gives the ops their backends)
 
 if TYPE_CHECKING:
     from arfusion_pass import comm as comm
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
     from arfusion_pass.groups import register_group as register_group
     from arfusion_pass.install import enable as enable
     from arfusion_pass.install import inductor_options as inductor_options
-    from arfusion_pass.reporting.sites import FusionReport as FusionReport
-    from arfusion_pass.reporting.sites import Reports as Reports
+    from arfusion_pass.reporting.reports import FusionReport as FusionReport
+    from arfusion_pass.reporting.reports import Reports as Reports
     from arfusion_pass.reporting.sites import Site as Site
     from arfusion_pass.runtime.workspace import ExchangeTimeout as ExchangeTimeout
     from arfusion_pass.runtime.workspace import check as check
@@ -38,8 +39,8 @@ _HOMES = {
     "inductor_options": "arfusion_pass.install",
     "reports": "arfusion_pass.fusion_pass",
     "FusionConfig": "arfusion_pass.config",
-    "FusionReport": "arfusion_pass.reporting.sites",
-    "Reports": "arfusion_pass.reporting.sites",
+    "FusionReport": "arfusion_pass.reporting.reports",
+    "Reports": "arfusion_pass.reporting.reports",
     "Site": "arfusion_pass.reporting.sites",
     "register_group": "arfusion_pass.groups",
     "ExchangeTimeout": "arfusion_pass.runtime.workspace",

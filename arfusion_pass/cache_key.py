@@ -13,8 +13,8 @@ from arfusion_pass.config import FusionConfig
 from arfusion_pass.groups import registered_groups
 
 PACKAGE = pathlib.Path(__file__).resolve().parent
-OUTSIDE_THE_REWRITE = ("cli", "comm", "demo", "inspection", "_kernels")
-"""What cannot change a rewrite: how graphs are shown, the eager API, the command line, the kernels."""
+OUTSIDE_THE_REWRITE = ("cli", "comm", "demo", "inspection", "reporting", "runtime", "_kernels")
+"""What cannot change a rewrite: the command line, the eager API, how graphs are shown, what runs a fused op."""
 
 
 @functools.cache

@@ -14,8 +14,9 @@ import arfusion_pass.ops  # noqa: F401  (a compiled artefact imports nothing: th
 from arfusion_pass import cache_key
 from arfusion_pass.config import FusionConfig, canonical_epsilon
 from arfusion_pass.graph import dtype_of
-from arfusion_pass.inspection import replay
-from arfusion_pass.reporting.sites import FusionReport, Reports, Site
+from arfusion_pass.reporting.reports import FusionReport, Reports
+from arfusion_pass.reporting.sites import Site
+from arfusion_pass.rewrite import recording
 from arfusion_pass.rewrite.commit import Committer, Plan
 from arfusion_pass.rewrite.pass_manager import FusionPassManager
 from arfusion_pass.rewrite.raising import RaisedSite, build_shadow, find_sites
@@ -48,7 +49,7 @@ class AllReduceFusionPass(CustomGraphPass):
 
     def uuid(self) -> Any:
         """Inductor's cache key for this pass (:mod:`arfusion_pass.cache_key`); None, no caching, while recording."""
-        return None if replay.active() is not None else cache_key.pass_key(self.config)
+        return None if recording.active() is not None else cache_key.pass_key(self.config)
 
     @property
     def reports(self) -> Reports:
@@ -97,10 +98,10 @@ def run(graph: fx.Graph, config: FusionConfig) -> FusionReport:
     note = None
     sites: list[RaisedSite] = []
     written: list[tuple[Plan, fx.Node]] = []
-    recorder = replay.active()
-    before = after = None if recorder is None else replay.print_graph(graph)
+    recorder = recording.active()
+    before = after = None if recorder is None else recorder.print_graph(graph)
     described: list[Site] = []
-    replays: list[replay.ReplaySite] = []
+    taken: list[Any] = []
     try:
         if config.reassociate:
             reassociate(graph, config)
@@ -114,12 +115,12 @@ def run(graph: fx.Graph, config: FusionConfig) -> FusionReport:
             committer = Committer(graph, shadow, calls)
             plans = committer.plan()
             if recorder is not None:
-                replays = [recorder.take(plan) for plan in plans]
+                taken = [recorder.take(plan) for plan in plans]
             written = committer.apply()
             committer.erase()
             if recorder is not None:
-                after = replay.print_graph(graph)
-                recorder.mark(replays, [call for _, call in written])
+                after = recorder.print_graph(graph)
+                recorder.mark(taken, [call for _, call in written])
     except Exception as error:
         if config.raise_errors:
             raise
@@ -140,7 +141,7 @@ def run(graph: fx.Graph, config: FusionConfig) -> FusionReport:
         after=after,
     )
     if recorder is not None:
-        recorder.add(report, replays)
+        recorder.add(report, taken)
     return report
 
 

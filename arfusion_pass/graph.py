@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -224,3 +224,14 @@ def constant(node: Any) -> float | None:
         with unset_fake_temporarily():
             return torch.tensor(value, dtype=dtype, device="cpu").item()
     return float(value) if dtype.is_floating_point else float(int(value))
+
+
+def same_geometry(shape: Sequence[Any], strides: Sequence[Any], tensor: torch.Tensor) -> bool:
+    """Whether a tensor has this shape for sure, and these strides where a dimension is not 1."""
+    if len(shape) != tensor.dim():
+        return False
+    known = statically_known_true
+    return all(
+        known(size == its_size) and (known(size == 1) or known(stride == its_stride))
+        for size, its_size, stride, its_stride in zip(shape, tensor.shape, strides, tensor.stride(), strict=True)
+    )

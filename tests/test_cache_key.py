@@ -10,6 +10,7 @@ import subprocess
 import sys
 from typing import Any
 
+import grimp
 import pytest
 import torch
 
@@ -103,6 +104,17 @@ def test_every_rewriting_source_counts(tmp_path: pathlib.Path, monkeypatch: pyte
         outside = path.relative_to(copy).parts[0] in cache_key.OUTSIDE_THE_REWRITE
         assert (hashed() == before) == outside, path
         path.write_text(text)
+
+
+def test_each_folder_is_on_the_right_side() -> None:
+    """The key covers what the pass imports, and nothing that it does not, but for the report (which only tells) and
+    the ways in (which choose its config)."""
+    imports = grimp.build_graph("arfusion_pass", cache_dir=None)
+    read = {name.split(".")[1] for name in imports.find_upstream_modules("arfusion_pass.fusion_pass") if "." in name}
+    outside = {name.removesuffix(".py") for name in cache_key.OUTSIDE_THE_REWRITE}
+    assert read & outside == {"reporting"}
+    parts = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    assert parts - outside - read == {"__init__", "engines", "fusion_pass", "install"}
 
 
 def test_uuid() -> None:

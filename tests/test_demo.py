@@ -17,7 +17,8 @@ from arfusion_pass.demo.model import NORMS, Decoder, ModelConfig, initialise
 from arfusion_pass.demo.run import Options, Result
 from arfusion_pass.demo.text import Comparison, comparison_table
 from arfusion_pass.inspection.replay import OutputCheck, SiteCheck
-from arfusion_pass.reporting.sites import FusionReport, Reports, Site
+from arfusion_pass.reporting.reports import FusionReport, Reports
+from arfusion_pass.reporting.sites import Site
 
 CPU = Options(device="cpu", layers=1, hidden=64, tokens=8)
 

@@ -11,7 +11,7 @@ import traceback
 
 import torch
 
-from arfusion_pass.reporting.sites import Reports
+from arfusion_pass.reporting.reports import Reports
 
 
 def run_script(script: str, arguments: list[str], *, as_json: bool = False, dump: str | None = None) -> int:

@@ -23,6 +23,7 @@ from arfusion_pass.groups import forget_private, register_private
 from arfusion_pass.ops.checks import INPUT_DTYPES
 from arfusion_pass.ops.flashinfer_enums import MNNVLAllreduceFusionStrategy
 from arfusion_pass.ops.spec import Flags
+from arfusion_pass.runtime import flashinfer, native, workspace
 
 OUR_BACKENDS = ("auto", "native", "reference", "flashinfer")
 FLASHINFER_BACKENDS = ("trtllm", "mnnvl")
@@ -103,8 +104,6 @@ class AllReduceFusionWorkspace:
             return "reference", 0
         flags = 0
         if backend == "flashinfer":
-            from arfusion_pass.runtime import flashinfer
-
             reason = flashinfer.prepare(self.group_name, self.device, self.max_token_num, self.hidden_dim, self.dtype)
             if reason is not None:
                 raise ValueError(f"backend='flashinfer' cannot be had: {reason}")
@@ -118,11 +117,7 @@ class AllReduceFusionWorkspace:
     def _prepare_native(self) -> tuple[str, str]:
         """(``native``, ``fallback`` or ``reference``, why), the same on every rank."""
         if not self.group_name:
-            from arfusion_pass.runtime import native
-
             return ("native", "one rank") if native.try_load() else ("reference", native.failure() or "no library")
-        from arfusion_pass.runtime import workspace
-
         made = workspace.prepare(
             self.group_name, self.max_token_num, self.hidden_dim, self.dtype, device=self.device.index
         )
@@ -186,8 +181,6 @@ class AllReduceFusionWorkspace:
         if not name:
             return
         if self.device.type == "cuda":
-            from arfusion_pass.runtime import flashinfer, workspace
-
             flashinfer.release(name)
             workspace.destroy(name)
         forget_private(name)

@@ -32,7 +32,7 @@ from arfusion_pass.inspection import replay
 from arfusion_pass.inspection.graph_diff import graph_diff
 from arfusion_pass.inspection.html import diff_page
 from arfusion_pass.inspection.replay import SiteCheck
-from arfusion_pass.reporting.sites import Reports
+from arfusion_pass.reporting.reports import Reports
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 ERROR_RATIO = 1.1

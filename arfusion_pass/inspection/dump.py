@@ -24,9 +24,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from arfusion_pass.fusion_pass import reports
 from arfusion_pass.inspection.graph_diff import graph_diff
 from arfusion_pass.inspection.html import diff_page
-from arfusion_pass.reporting.sites import Reports
+from arfusion_pass.inspection.replay import recording
+from arfusion_pass.reporting.reports import Reports
 
 
 @contextlib.contextmanager
@@ -40,13 +42,10 @@ def debug_dump(directory: str | os.PathLike[str], *, depyf: bool = True) -> Iter
         directory: made if it is missing; files of an earlier dump are overwritten.
         depyf: also write depyf's dump.
     """
-    import arfusion_pass
-    from arfusion_pass.inspection.replay import recording
-
     rank = _rank()
     folder = Path(directory) if rank is None else Path(directory) / f"rank{rank}"
     folder.mkdir(parents=True, exist_ok=True)
-    known = len(arfusion_pass.reports())
+    known = len(reports())
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch._inductor.config.patch(fx_graph_cache=False))
         stack.enter_context(recording())
@@ -57,7 +56,7 @@ def debug_dump(directory: str | os.PathLike[str], *, depyf: bool = True) -> Iter
         try:
             yield folder
         finally:
-            write_reports(folder, Reports(arfusion_pass.reports()[known:]))
+            write_reports(folder, Reports(reports()[known:]))
 
 
 def _rank() -> int | None:

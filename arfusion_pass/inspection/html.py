@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import jinja2
 
 from arfusion_pass.inspection.graph_diff import changed_ops, line_matcher
+from arfusion_pass.reporting.reports import FusionReport
 from arfusion_pass.reporting.tables import report_table
-
-if TYPE_CHECKING:
-    from arfusion_pass.reporting.sites import FusionReport
 
 TITLE = "arfusion-pass: graphs before and after"
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
@@ -28,11 +28,11 @@ from arfusion_pass.ops import record
 from arfusion_pass.ops.reference import ordered_all_reduce
 from arfusion_pass.ops.schema import OUTPUT_NAMES
 from arfusion_pass.ops.spec import Flags, QuantSpec
-from arfusion_pass.reporting.sites import FusionReport, Site
+from arfusion_pass.reporting.reports import FusionReport
+from arfusion_pass.reporting.sites import Site
+from arfusion_pass.rewrite.commit import Plan
 from arfusion_pass.rewrite.output_views import codes_layout, scale_layout
-
-if TYPE_CHECKING:
-    from arfusion_pass.rewrite.commit import Plan
+from arfusion_pass.rewrite.recording import watching
 
 NORM_SHARE = 0.001
 """A 16-bit norm may differ from the subgraph's in this share of its elements (or in one), each by one value."""
@@ -99,6 +99,10 @@ class Recorder:
         self.reports: list[FusionReport] = []
         self.sites: list[ReplaySite] = []
 
+    def print_graph(self, graph: fx.Graph) -> str:
+        """The graph as text (:func:`arfusion_pass.inspection.print_graph`)."""
+        return print_graph(graph)
+
     def take(self, plan: Plan) -> ReplaySite:
         """Copy what a plan is about to replace, while it still stands in the graph."""
         return _extract(plan)
@@ -130,23 +134,12 @@ class Recorder:
         return results
 
 
-_active: list[Recorder] = []
-
-
 @contextlib.contextmanager
 def recording() -> Iterator[Recorder]:
     """Record every fused site of what is compiled and run inside. Inductor's caches do not keep such graphs."""
     recorder = Recorder()
-    _active.append(recorder)
-    try:
+    with watching(recorder):
         yield recorder
-    finally:
-        _active.remove(recorder)
-
-
-def active() -> Recorder | None:
-    """The innermost recorder, or None."""
-    return _active[-1] if _active else None
 
 
 def _extract(plan: Plan) -> ReplaySite:
@@ -381,4 +374,4 @@ def _ordered(value: torch.Tensor) -> torch.Tensor:
     return value.to(torch.int64)
 
 
-__all__ = ["OutputCheck", "Recorder", "SiteCheck", "active", "compare", "print_graph", "recording"]
+__all__ = ["OutputCheck", "Recorder", "SiteCheck", "compare", "print_graph", "recording"]

@@ -23,16 +23,24 @@ from arfusion_pass.ops.checks import FusedCall, check_call
 from arfusion_pass.ops.schema import NAMESPACE, OUTPUT_NAMES, SCHEMAS
 from arfusion_pass.ops.spec import Flags
 
+Dispatcher = Callable[[str, dict[str, Any]], bool]
+_dispatcher: Dispatcher | None = None
+
+
+def set_dispatcher(dispatcher: Dispatcher) -> None:
+    """What runs a checked call on CUDA tensors that reached the reference: the runtime hands it down when the package
+    is imported, so that the ops name no runtime.
+
+    Args:
+        dispatcher: called with the op's name and its arguments; True: it ran the call. False: the reference runs it.
+    """
+    global _dispatcher
+    _dispatcher = dispatcher
+
 
 def native_dispatch(op: str, arguments: dict[str, Any]) -> bool:
-    """The seam to the native library: called with a checked call on CUDA tensors that reached the reference.
-
-    Loads the library if there is one (once), calls the op again with ``arguments``, now served by its CUDA
-    implementation, and returns True; False runs the reference. See :func:`arfusion_pass.runtime.native.dispatch`.
-    """
-    from arfusion_pass.runtime import native
-
-    return native.dispatch(op, arguments)
+    """Whether the dispatcher, if there is one, ran the call."""
+    return _dispatcher is not None and _dispatcher(op, arguments)
 
 
 def fused_op(name: str) -> torch._ops.OpOverload:
@@ -143,4 +151,4 @@ def _define() -> torch.library.Library | None:
 
 _library = _define()
 
-__all__ = ["OUTPUT_NAMES", "fused_op", "native_dispatch", "run_reference"]
+__all__ = ["OUTPUT_NAMES", "fused_op", "native_dispatch", "run_reference", "set_dispatcher"]

@@ -10,15 +10,28 @@ import io
 import re
 import shutil
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-if TYPE_CHECKING:
-    from arfusion_pass.reporting.sites import FusionReport, Site
+from arfusion_pass.reporting.sites import Site
+
+
+class GraphReport(Protocol):
+    """What the text needs of an :class:`arfusion_pass.FusionReport`."""
+
+    @property
+    def sites(self) -> Sequence[Site]: ...
+    @property
+    def matched_count(self) -> int: ...
+    @property
+    def seconds(self) -> float: ...
+    @property
+    def note(self) -> str | None: ...
+
 
 NO_GRAPH = (
     "AllReduce fusion: the pass has seen no graph.\n"
@@ -27,7 +40,7 @@ NO_GRAPH = (
 )
 
 
-def report_table(reports: Sequence[FusionReport], width: int | None = None) -> str:
+def report_table(reports: Sequence[GraphReport], width: int | None = None) -> str:
     """The reports of any number of graphs as one text: a summary line, the fused sites, the missed sites and why.
 
     Args:
@@ -53,7 +66,7 @@ def report_table(reports: Sequence[FusionReport], width: int | None = None) -> s
 
 _NODE = re.compile(r"\w+ \(([\w.]+)\)")
 """``name (target)``: the target alone is the same in every layer."""
-_Columns = dict[str, Callable[["Site"], str]]
+_Columns = dict[str, Callable[[Site], str]]
 _FUSED: _Columns = {
     "pattern": lambda site: site.pattern or "",
     "dtype": lambda site: site.dtype or "",
@@ -70,7 +83,7 @@ _MISSED: _Columns = {
 }
 
 
-def _summary(reports: Sequence[FusionReport]) -> str:
+def _summary(reports: Sequence[GraphReport]) -> str:
     total = sum(len(report.sites) for report in reports)
     matched = sum(report.matched_count for report in reports)
     seconds = sum(report.seconds for report in reports)
@@ -81,7 +94,7 @@ def _summary(reports: Sequence[FusionReport]) -> str:
     return f"AllReduce fusion: {matched} of {total} sites fused, {missed}, in {graphs} ({seconds:.2f} s)"
 
 
-def _rows(reports: Sequence[FusionReport], fused: bool, columns: _Columns) -> dict[tuple[str, ...], list[str]]:
+def _rows(reports: Sequence[GraphReport], fused: bool, columns: _Columns) -> dict[tuple[str, ...], list[str]]:
     """(graph number, *cells) -> names of the all-reduces that share them, in graph order."""
     rows: dict[tuple[str, ...], list[str]] = {}
     for number, report in enumerate(reports):

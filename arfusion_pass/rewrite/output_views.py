@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from arfusion_pass.graph import same_geometry
 from arfusion_pass.ops import layouts
 from arfusion_pass.ops.layouts import Size
 from arfusion_pass.ops.spec import QuantSpec
@@ -121,14 +122,6 @@ def _contiguous(tensor: torch.Tensor) -> bool:
     return same_geometry(tuple(tensor.shape), _contiguous_strides(tensor.shape), tensor)
 
 
-def same_geometry(shape: Sequence[Size], strides: Sequence[Size], tensor: torch.Tensor) -> bool:
-    """Whether a tensor has this shape for sure, and these strides where a dimension is not 1."""
-    if not _all_equal(shape, tensor.shape):
-        return False
-    pairs = zip(shape, strides, tensor.stride(), strict=True)
-    return all(_equal(size, 1) or _equal(mine, its) for size, mine, its in pairs)
-
-
 def _reach(shape: tuple[Size, ...], dtype: torch.dtype, target: torch.Tensor) -> Layout | None:
     """A contiguous buffer of ``shape`` viewed as a contiguous target of as many bytes."""
     if not _contiguous(target):
@@ -182,4 +175,4 @@ def _collapse(dims: list[tuple[Size, Size]]) -> list[tuple[Size, Size]]:
     return merged
 
 
-__all__ = ["Layout", "Step", "codes_layout", "same_geometry", "scale_layout"]
+__all__ = ["Layout", "Step", "codes_layout", "scale_layout"]

@@ -26,6 +26,7 @@ from arfusion_pass.ops import record
 from arfusion_pass.ops.library import fused_op, run_reference
 from arfusion_pass.ops.schema import NAMESPACE, SCHEMAS
 from arfusion_pass.ops.spec import Flags
+from arfusion_pass.runtime import flashinfer
 
 _LIBRARY: torch.library.Library | None = None
 
@@ -72,8 +73,6 @@ def _python_op(op: str) -> Callable[..., None]:
         if int(arguments["flags"]) & Flags.RECORD:
             record.observe(arguments, lambda plain: fused_op(op)(**plain))
         elif int(arguments["flags"]) & Flags.FLASHINFER:
-            from arfusion_pass.runtime import flashinfer
-
             flashinfer.run(op, arguments)
         else:
             run_reference(op, arguments)

@@ -4,7 +4,7 @@
     library = try_load()      # the same, or None where there is none (said once; failure() tells why)
 
 Importing this module loads nothing. A fused op that is called on CUDA tensors while no library is loaded comes through
-:func:`dispatch`; from then on the dispatcher calls the library's C++ directly.
+:func:`arfusion_pass.runtime.dispatch.dispatch`; from then on torch's dispatcher calls the library's C++ directly.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import ctypes
 import logging
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from arfusion_pass.ops.schema import NAMESPACE, SCHEMAS
-from arfusion_pass.ops.spec import Flags
 from arfusion_pass.runtime import build, c_api, fallback
 
 log = logging.getLogger("arfusion_pass")
@@ -29,6 +29,9 @@ _library: ctypes.CDLL | None = None
 _path: Path | None = None
 _failure: str | None = None
 _callback: Any = None  # the ctypes object must outlive the library's use of it
+
+MakeWorkspace = Callable[[str, int, int, int, int], object]
+_make_workspace: MakeWorkspace | None = None
 
 
 class NativeUnavailableError(RuntimeError):
@@ -86,36 +89,14 @@ def try_load() -> ctypes.CDLL | None:
         return None
 
 
-def dispatch(op: str, arguments: dict[str, Any]) -> bool:
-    """A fused op was called on CUDA tensors and reached the reference: the library is not loaded, or must not run it.
+def set_workspace_maker(make: MakeWorkspace) -> None:
+    """What the library's callback runs for a group without a workspace: handed down when the package is imported.
 
-    Loads the library if there is one and calls the op again, now served by C++; without one, agrees with the group's
-    other ranks on what all of them do instead.
-
-    Returns:
-        True: done. False: the caller runs the reference.
+    Args:
+        make: called with ``(group, device, tokens, hidden, dtype)`` of the first call; collective over the group.
     """
-    if int(arguments.get("flags") or 0) & Flags.REFERENCE:
-        return False
-    if int(arguments.get("flags") or 0) & Flags.FLASHINFER:
-        from arfusion_pass.runtime import flashinfer
-
-        flashinfer.run(op, arguments)
-        return True
-    if try_load() is not None:
-        getattr(torch.ops.arfusion, op).default(**arguments)
-        return True
-    group_name = arguments["group_name"]
-    if not group_name:
-        return False
-    from arfusion_pass.runtime import workspace
-    from arfusion_pass.runtime.agreement import Backend
-
-    device = next(value.device.index for value in arguments.values() if isinstance(value, torch.Tensor))
-    if workspace.without_library(group_name, device, _failure or "unknown") is Backend.REFERENCE:
-        return False
-    getattr(torch.ops.arfusion, fallback.fallback_name(op)).default(**arguments)
-    return True
+    global _make_workspace
+    _make_workspace = make
 
 
 def use_thresholds(rows: tuple[tuple[int, int, int], ...]) -> None:
@@ -183,9 +164,8 @@ def _prepare(group: bytes, device: int, tokens: int, hidden: int, dtype: int) ->
     library = _library
     assert library is not None
     try:
-        from arfusion_pass.runtime import workspace
-
-        workspace.on_first_use(group.decode(), device, tokens, hidden, dtype)
+        assert _make_workspace is not None
+        _make_workspace(group.decode(), device, tokens, hidden, dtype)
     except ValueError as error:
         library.arf_prepare_failed(str(error).encode(), 1)
     except BaseException as error:

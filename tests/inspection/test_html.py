@@ -5,7 +5,8 @@ from __future__ import annotations
 from html.parser import HTMLParser
 
 from arfusion_pass.inspection.html import diff_page
-from arfusion_pass.reporting.sites import FusionReport, Site
+from arfusion_pass.reporting.reports import FusionReport
+from arfusion_pass.reporting.sites import Site
 
 LINE = "  %{0} [call_func] aten.{0}.default(x)  -> float32[1]  users=1\n"
 

@@ -7,7 +7,7 @@ import json
 import pytest
 
 import arfusion_pass as arf
-from arfusion_pass.reporting.sites import Reports
+from arfusion_pass.reporting.reports import Reports
 from tests.models import Tensor, gemma, llama, reduce
 from tests.simulate import fused_copy, tensors, trace
 

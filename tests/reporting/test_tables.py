@@ -6,7 +6,8 @@ import io
 
 import pytest
 
-from arfusion_pass.reporting.sites import FusionReport, Reports, Site
+from arfusion_pass.reporting.reports import FusionReport, Reports
+from arfusion_pass.reporting.sites import Site
 from arfusion_pass.reporting.tables import report_table
 
 

@@ -12,7 +12,7 @@ import arfusion_pass.ops
 from arfusion_pass.ops import record, reference
 from arfusion_pass.ops.schema import SCHEMAS
 from arfusion_pass.ops.spec import Flags, QuantFormat, QuantSpec
-from arfusion_pass.runtime import fallback, native
+from arfusion_pass.runtime import dispatch, fallback, native
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPUs")
 
@@ -86,8 +86,8 @@ def test_first_use_may_be_forbidden_to_build(unloaded, monkeypatch, tmp_path):
 @without_gpu
 def test_dispatch_leaves_the_reference_to_run(unloaded):
     arguments = {"x": torch.ones(1, 8), "group_name": "", "flags": 0}
-    assert native.dispatch("allreduce_rms_norm", arguments) is False
-    assert native.dispatch("allreduce_rms_norm", {**arguments, "flags": int(Flags.REFERENCE)}) is False
+    assert dispatch.dispatch("allreduce_rms_norm", arguments) is False
+    assert dispatch.dispatch("allreduce_rms_norm", {**arguments, "flags": int(Flags.REFERENCE)}) is False
 
 
 def test_fallback_ops_have_the_ops_schemas():

@@ -31,8 +31,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from arfusion_pass.dialects.reading.scale_copies import TRANSPOSES
-from arfusion_pass.graph import VIEWS, dtype_of, is_call, only_user, tensor_of, value_of
-from arfusion_pass.rewrite.output_views import same_geometry
+from arfusion_pass.graph import VIEWS, dtype_of, is_call, only_user, same_geometry, tensor_of, value_of
 
 aten = torch.ops.aten
 _RESHAPING = (*TRANSPOSES, aten.slice.Tensor, *VIEWS)

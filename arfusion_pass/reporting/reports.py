@@ -1,0 +1,85 @@
+"""What the pass did to each graph: its :class:`Site` list, as data, as JSON and, printed, as a table."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from arfusion_pass.reporting.sites import Site
+
+
+@dataclasses.dataclass(frozen=True)
+class FusionReport:
+    """All all-reduces of one graph, in graph order.
+
+    Attributes:
+        sites: one entry for every all-reduce.
+        seconds: what the pass took.
+        note: why the whole graph was left alone (one rank, an unexpected error), or None.
+        before, after: the graph as printed before and after; filled only where recording is on
+            (:func:`arfusion_pass.inspection.recording`).
+    """
+
+    sites: tuple[Site, ...] = ()
+    seconds: float = 0.0
+    note: str | None = None
+    before: str | None = dataclasses.field(default=None, repr=False)
+    after: str | None = dataclasses.field(default=None, repr=False)
+
+    @property
+    def fused(self) -> tuple[Site, ...]:
+        """The sites that were replaced."""
+        return tuple(site for site in self.sites if site.fused)
+
+    @property
+    def missed(self) -> tuple[Site, ...]:
+        """The sites that were left alone, each with a reason."""
+        return tuple(site for site in self.sites if not site.fused)
+
+    @property
+    def matched_count(self) -> int:
+        """How many all-reduces were replaced."""
+        return len(self.fused)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return {
+            "sites": [dataclasses.asdict(site) for site in self.sites],
+            "matched_count": self.matched_count,
+            "seconds": self.seconds,
+            "note": self.note,
+        }
+
+    def to_json(self) -> str:
+        """:meth:`to_dict` as JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __str__(self) -> str:
+        from arfusion_pass.reporting.tables import report_table
+
+        return report_table([self])
+
+
+class Reports(tuple[FusionReport, ...]):
+    """The reports of several graphs; prints as one table."""
+
+    @property
+    def fused(self) -> tuple[Site, ...]:
+        """The fused sites of all graphs."""
+        return tuple(site for report in self for site in report.fused)
+
+    @property
+    def missed(self) -> tuple[Site, ...]:
+        """The missed sites of all graphs."""
+        return tuple(site for report in self for site in report.missed)
+
+    @property
+    def matched_count(self) -> int:
+        """How many all-reduces were replaced over all graphs."""
+        return len(self.fused)
+
+    def __str__(self) -> str:
+        from arfusion_pass.reporting.tables import report_table
+
+        return report_table(list(self))
