@@ -67,20 +67,20 @@ ARF_DEVICE float butterfly_sum(float s) {
   return s;
 }
 
-/* C: a common call (plan.cu: is_common). What such a call cannot ask for costs it neither a branch nor a register. */
-template <int D, int F, int K, bool C>
+/* kCommon: a common call (plan.cu: is_common). What such a call cannot ask for costs it neither a branch nor a register. */
+template <int kDtype, int kFamily, int kHeld, bool kCommon>
 struct Epilogue {
-  static constexpr int N = kElements<D>;
-  static constexpr bool kWide = N == 8 && !C; /* an fp32 row beside T takes two 16-byte loads a vector */
-  using Q = Quantiser<D>;
-  using Row = float[K][N];
+  static constexpr int N = kElements<kDtype>;
+  static constexpr bool kWide = N == 8 && !kCommon; /* an fp32 row beside T takes two 16-byte loads a vector */
+  using Q = Quantiser<kDtype>;
+  using Row = float[kHeld][N];
 
   struct Residual {
     uint4 a, b;
   };
 
-  ARF_DEVICE static bool has_weight(const Params& p) { return C || p.weight; }
-  ARF_DEVICE static bool needs_norm(const Params& p) { return C || p.need_norm; }
+  ARF_DEVICE static bool has_weight(const Params& p) { return kCommon || p.weight; }
+  ARF_DEVICE static bool needs_norm(const Params& p) { return kCommon || p.need_norm; }
 
   /* The residual of token t at vector v. Plain loads: residual_out may alias it. */
   ARF_DEVICE static Residual load_residual(const Params& p, uint32_t t, uint32_t v, bool holds) {
@@ -113,11 +113,11 @@ struct Epilogue {
     Weight none = {};
     if (!has_weight(p) || !needs_norm(p)) return none;
     const uint4* weight = static_cast<const uint4*>(p.weight);
-    if constexpr (C) {
+    if constexpr (kCommon) {
       return {at.vector(0) < p.vectors ? __ldg(weight + at.vector(0)) : none.raw};
     } else {
 #pragma unroll
-      for (int k = 0; k < K; ++k) {
+      for (int k = 0; k < kHeld; ++k) {
         const uint32_t v = at.vector(k), slot = at.slot(k);
         if ((k && k >= p.per_thread) || v >= p.vectors) break;
         if (kWide && p.weight_fp32) {
@@ -140,9 +140,9 @@ struct Epilogue {
 
   ARF_DEVICE static Given given(const Params& p, const Place& at) {
     Given g = {fetch_weight(p, at), {}, false, false};
-    if constexpr (F == kStatic) g.factor = Q::static_factor(p, Q::given_scale(p));
-    if constexpr (F == kFp4) g.factor = Q::encode_factor(Q::given_scale(p));
-    if constexpr (F == kUsual) {
+    if constexpr (kFamily == kStatic) g.factor = Q::static_factor(p, Q::given_scale(p));
+    if constexpr (kFamily == kFp4) g.factor = Q::encode_factor(Q::given_scale(p));
+    if constexpr (kFamily == kUsual) {
       uint32_t multiply = p.quant.rule() == ScaleRule::kMultiply, reciprocal = p.quant.apply() == Apply::kReciprocal;
       asm volatile("" : "+r"(multiply), "+r"(reciprocal)); /* nothing; opaque now, so not read from the parameters later */
       g.multiply = multiply, g.reciprocal = reciprocal;
@@ -151,27 +151,27 @@ struct Epilogue {
   }
 
   /* Where this thread's scale of row t goes: worked out before the row arrives where a thread has one vector. */
-  ARF_DEVICE static void* scale_place(const Params& p, const Place& at, uint32_t t) {
-    void* place = nullptr;
-    if constexpr (C && F >= kDynamic) {
-      place = Q::scale_place(p, t, at.vector(0));
-      asm volatile("" : "+l"(place)); /* nothing; opaque, as above */
+  ARF_DEVICE static void* scale_target(const Params& p, const Place& at, uint32_t t) {
+    void* scale_at = nullptr;
+    if constexpr (kCommon && kFamily >= kDynamic) {
+      scale_at = Q::scale_target(p, t, at.vector(0));
+      asm volatile("" : "+l"(scale_at)); /* nothing; opaque, as above */
     }
-    return place;
+    return scale_at;
   }
 
   /* Before the first row is finished. */
   ARF_DEVICE static void await_weight() {
-    if constexpr (!C) await_fetches();
+    if constexpr (!kCommon) await_fetches();
   }
 
   ARF_DEVICE static void read_weight(const Params& p, const Weight& weight, uint32_t slot, float (&w)[N]) {
-    if constexpr (C) {
-      unpack<D>(weight.raw, w);
+    if constexpr (kCommon) {
+      unpack<kDtype>(weight.raw, w);
     } else if (kWide && p.weight_fp32) {
       widen(weight_storage[2 * slot], weight_storage[2 * slot + 1], w);
     } else {
-      unpack<D>(weight_storage[slot], w);
+      unpack<kDtype>(weight_storage[slot], w);
     }
   }
 
@@ -198,32 +198,32 @@ struct Epilogue {
         return;
       }
     }
-    at[i] = pack<D>(f);
+    at[i] = pack<kDtype>(f);
   }
 
   /* From the fp32 sum over ranks to the value that the norm reads; writes allreduce_out and residual_out. */
-  ARF_DEVICE static void finish_sum(const Params& p, uint32_t t, uint32_t v, const float (&sum)[N], const Residual& r,
-                                    float (&value)[N]) {
-    const uint4 reduced = pack<D>(sum);
+  ARF_DEVICE static void add_residual(const Params& p, uint32_t t, uint32_t v, const float (&sum)[N], const Residual& r,
+                                      float (&value)[N]) {
+    const uint4 reduced = pack<kDtype>(sum);
     if (p.allreduce_out) store_packed(p, p.allreduce_out, t, v, reduced);
-    unpack<D>(reduced, value);
+    unpack<kDtype>(reduced, value);
     if (p.residual) {
       float residual[N];
       if (kWide && p.residual_fp32) {
         widen(r.a, r.b, residual);
       } else {
-        unpack<D>(r.a, residual);
+        unpack<kDtype>(r.a, residual);
       }
 #pragma unroll
       for (int i = 0; i < N; ++i) value[i] = __fadd_rn(value[i], residual[i]);
     }
-    if constexpr (C) {
-      const uint4 total = pack<D>(value); /* for both */
+    if constexpr (kCommon) {
+      const uint4 total = pack<kDtype>(value); /* for both */
       if (p.residual_out) store_packed(p, p.residual_out, t, v, total);
-      unpack<D>(total, value);
+      unpack<kDtype>(total, value);
     } else {
       if (p.residual_out) store_vector(p, p.residual_out, p.residual_out_fp32, t, v, value);
-      if (!(p.flags & kUnroundedSum)) unpack<D>(pack<D>(value), value);
+      if (!(p.flags & kUnroundedSum)) unpack<kDtype>(pack<kDtype>(value), value);
     }
   }
 
@@ -243,14 +243,14 @@ struct Epilogue {
   ARF_DEVICE static float sum_of_squares(const Params& p, Shared scratch, const Place& at, const Row& row) {
     const uint32_t lane = threadIdx.x % kWarp, parity = at.parity();
 #pragma unroll
-    for (int k = 0; k < K; ++k) {
+    for (int k = 0; k < kHeld; ++k) {
       if (k && k >= p.per_thread) break;
       float s = butterfly_sum(squares(row[k]));
       deliver(p, scratch.squares(parity), scratch.barriers(parity), at.vector(k) / kWarp, bits_of(s), at.part);
     }
     meet(scratch.barriers(parity), at);
     float s = 0.0f;
-    if constexpr (K == 1) { /* at most 32 tiles; zeros for those that are not there change no sum */
+    if constexpr (kHeld == 1) { /* at most 32 tiles; zeros for those that are not there change no sum */
       if (lane < p.tiles) s = float_of(load_shared(scratch.squares(parity) + 4 * lane));
     } else {
       for (uint32_t tile = lane; tile < p.tiles; tile += kWarp) {
@@ -264,7 +264,7 @@ struct Epilogue {
   ARF_DEVICE static float row_amax(const Params& p, Shared scratch, const Place& at, const Row& row) {
     const uint32_t lane = threadIdx.x % kWarp, parity = at.parity();
 #pragma unroll
-    for (int k = 0; k < K; ++k) {
+    for (int k = 0; k < kHeld; ++k) {
       if (k && k >= p.per_thread) break;
       const uint32_t amax = __reduce_max_sync(~0u, Q::amax_of(row[k]));
       deliver(p, scratch.amax(parity), scratch.barriers(2 + parity), at.vector(k) / kWarp, amax, at.part);
@@ -299,7 +299,7 @@ struct Epilogue {
     const bool round_first = p.flags & kRoundBeforeWeight;
 #pragma unroll
     for (int i = 0; i < N; ++i) x[i] = __fmul_rn(x[i], rstd);
-    if (round_first) unpack<D>(pack<D>(x), x);
+    if (round_first) unpack<kDtype>(pack<kDtype>(x), x);
     if (has_weight(p)) {
       float w[N];
       read_weight(p, weight, slot, w);
@@ -310,48 +310,48 @@ struct Epilogue {
 #pragma unroll
       for (int i = 0; i < N; ++i) x[i] = __fmul_rn(x[i], w[i]);
       /* A T weight without bias multiplies in T (Hugging Face Llama's second rounding). */
-      if (round_first && (C || !p.weight_fp32) && p.weight_bias == 0.0f) unpack<D>(pack<D>(x), x);
+      if (round_first && (kCommon || !p.weight_fp32) && p.weight_bias == 0.0f) unpack<kDtype>(pack<kDtype>(x), x);
     }
     if (p.norm_out) store_vector(p, p.norm_out, p.norm_out_fp32, t, v, x);
-    if (F != kPlain && !p.quant.unrounded()) unpack<D>(pack<D>(x), x);
+    if (kFamily != kPlain && !p.quant.unrounded()) unpack<kDtype>(pack<kDtype>(x), x);
   }
 
-  /* Norm and quantiser of row t; all threads call. Lanes without a vector hold zeros. place: scale_place of the row. */
-  ARF_DEVICE static void finish_row(const Params& p, Shared scratch, const Place& at, const Given& given, uint32_t t, Row& row,
-                                    void* place) {
+  /* Norm and quantiser of row t; all threads call. Lanes without a vector hold zeros. scale_at: scale_target of the row. */
+  ARF_DEVICE static void norm_and_quantise(const Params& p, Shared scratch, const Place& at, const Given& given, uint32_t t,
+                                           Row& row, void* scale_at) {
     if (!needs_norm(p)) return;
     const float mean = __fmul_rn(sum_of_squares(p, scratch, at, row), p.inverse_hidden);
     const float rstd = __frsqrt_rn(__fadd_rn(mean, p.epsilon)); /* rsqrtf: 2 ulp, half of what an fp32 norm may be off */
 #pragma unroll
-    for (int k = 0; k < K; ++k) {
+    for (int k = 0; k < kHeld; ++k) {
       if (k && k >= p.per_thread) break;
       if (at.vector(k) < p.vectors) normalise(p, given.weight, t, at.vector(k), at.slot(k), rstd, row[k]);
     }
-    if constexpr (F == kPlain) return;
+    if constexpr (kFamily == kPlain) return;
     typename Q::Factor factor = given.factor;
-    const bool by_token = (F == kDynamic || F == kUsual) && p.group < 0;
+    const bool by_token = (kFamily == kDynamic || kFamily == kUsual) && p.group < 0;
     float token_scale = 0.0f;
-    if (F == kDynamic && by_token) token_scale = Q::dynamic_scale(p, p.quant, row_amax(p, scratch, at, row), factor);
+    if (kFamily == kDynamic && by_token) token_scale = Q::dynamic_scale(p, p.quant, row_amax(p, scratch, at, row), factor);
 #pragma unroll
-    for (int k = 0; k < K; ++k) {
+    for (int k = 0; k < kHeld; ++k) {
       if (k && k >= p.per_thread) break;
       const uint32_t v = at.vector(k);
       const bool active = v < p.vectors;
-      if constexpr (F >= kDynamic && !C) place = Q::scale_place(p, t, v);
-      if constexpr (F == kUsual) {
+      if constexpr (kFamily >= kDynamic && !kCommon) scale_at = Q::scale_target(p, t, v);
+      if constexpr (kFamily == kUsual) {
         const uint32_t bound = bits_of(p.amax_bound);
         const float amax = by_token ? float_of(max(bits_of(row_amax(p, scratch, at, row)), bound))
                                     : Q::usual_amax(max(Q::amax_of(row[k]), bound));
-        if (active) Q::usual_vector(p, given.multiply, given.reciprocal, amax, place, t, v, row[k]);
-      } else if constexpr (F == kFp4) {
-        Q::nvfp4_vector(p, place, t, v, active, row[k], factor);
-      } else if constexpr (F == kStatic && C) {
+        if (active) Q::usual_vector(p, given.multiply, given.reciprocal, amax, scale_at, t, v, row[k]);
+      } else if constexpr (kFamily == kFp4) {
+        Q::nvfp4_vector(p, scale_at, t, v, active, row[k], factor);
+      } else if constexpr (kFamily == kStatic && kCommon) {
         if (active) Q::usual_static_vector(p, t, v, row[k], factor);
-      } else if (F == kStatic || by_token) {
+      } else if (kFamily == kStatic || by_token) {
         if (active) Q::store_bytes(p, p.quant, t, v, row[k], factor);
-        if (by_token && place) store_float(place, token_scale);
+        if (by_token && scale_at) store_float(scale_at, token_scale);
       } else {
-        Q::group_vector(p, place, t, v, active, row[k]);
+        Q::group_vector(p, scale_at, t, v, active, row[k]);
       }
     }
   }

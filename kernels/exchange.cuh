@@ -172,26 +172,26 @@ ARF_DEVICE uint4 receive_one(const Params& p, Link& link, unsigned cta, char* at
 
 /* All peers' vectors at `at` + slot * slot_bytes, in in[slot], polled together. If the wait expires `mine` becomes NaN, and
  * with it every sum. */
-template <int World>
+template <int kWorld>
 ARF_DEVICE void receive_all(const Params& p, Link& link, unsigned cta, char* at, uint32_t token, uint32_t lanes,
-                            uint4 (&in)[World - 1], uint4& mine) {
+                            uint4 (&in)[kWorld - 1], uint4& mine) {
 #pragma unroll
-  for (int s = 0; s < World - 1; ++s) in[s] = filled(kEmpty);
+  for (int s = 0; s < kWorld - 1; ++s) in[s] = filled(kEmpty);
   if (link.dead) mine = filled(kEmpty);
   await_arrival(
       p, link, cta, ARF_ONESHOT, token, lanes,
       [&] {
         uint32_t largest = 0;
 #pragma unroll
-        for (int s = 0; s < World - 1; ++s) in[s] = load_volatile(at + s * static_cast<uint64_t>(p.slot_bytes));
+        for (int s = 0; s < kWorld - 1; ++s) in[s] = load_volatile(at + s * static_cast<uint64_t>(p.slot_bytes));
 #pragma unroll
-        for (int s = 0; s < World - 1; ++s) largest = max(largest, largest_word(in[s]));
+        for (int s = 0; s < kWorld - 1; ++s) largest = max(largest, largest_word(in[s]));
         return largest != kEmpty;
       },
       [&] {
         int first = 0;
 #pragma unroll
-        for (int s = World - 2; s >= 0; --s) {
+        for (int s = kWorld - 2; s >= 0; --s) {
           if (largest_word(in[s]) == kEmpty) first = s;
         }
         return first + (first >= p.rank);
@@ -204,11 +204,11 @@ ARF_DEVICE void empty_one(const Link& link, char* at) {
   if (!link.dead) *reinterpret_cast<uint4*>(at) = filled(kEmpty);
 }
 
-template <int World>
+template <int kWorld>
 ARF_DEVICE void empty_all(const Params& p, const Link& link, char* at) {
-  if constexpr (World != 0) {
+  if constexpr (kWorld != 0) {
 #pragma unroll
-    for (int s = 0; s < World - 1; ++s) empty_one(link, at + s * static_cast<uint64_t>(p.slot_bytes));
+    for (int s = 0; s < kWorld - 1; ++s) empty_one(link, at + s * static_cast<uint64_t>(p.slot_bytes));
   } else {
 #pragma unroll 1
     for (int s = 0; s < p.world - 1; ++s) empty_one(link, at + s * static_cast<uint64_t>(p.slot_bytes));
@@ -227,28 +227,28 @@ ARF_DEVICE uint4 select(bool first, const uint4& a, const uint4& b) {
 /* The fp32 sum over ranks in rank order, from the first rank's value on (-0.0 stays -0.0). `at`: the vector in slot 0.
  * A world known at compile time is polled all at once; any other one rank after the other, which costs an L2 round trip
  * (0.3 us) a peer but no registers: unrolled for 8 it spilled 8 KB. */
-template <int D, int World>
+template <int kDtype, int kWorld>
 ARF_DEVICE void receive_sum(const Params& p, Link& link, unsigned cta, char* at, uint32_t token, uint32_t lanes,
-                            uint4 mine, float (&sum)[kElements<D>]) {
-  constexpr int N = kElements<D>;
-  if constexpr (World != 0) {
-    uint4 in[World - 1]; /* by slot: ranks below ours, then those above */
-    receive_all<World>(p, link, cta, at, token, lanes, in, mine);
-    unpack<D>(in[0], sum); /* of rank 0, or of 1 if we are 0: the order of the first two does not matter to their sum */
+                            uint4 mine, float (&sum)[kElements<kDtype>]) {
+  constexpr int N = kElements<kDtype>;
+  if constexpr (kWorld != 0) {
+    uint4 in[kWorld - 1]; /* by slot: ranks below ours, then those above */
+    receive_all<kWorld>(p, link, cta, at, token, lanes, in, mine);
+    unpack<kDtype>(in[0], sum); /* of rank 0, or of 1 if we are 0: the order of the first two does not matter to their sum */
 #pragma unroll
-    for (int r = 1; r < World; ++r) {
+    for (int r = 1; r < kWorld; ++r) {
       const bool ours = r == 1 ? p.rank < 2 : p.rank == r;
       uint4 v;
-      if constexpr (World == 2) {
+      if constexpr (kWorld == 2) {
         v = mine;
       } else if (r == 1) {
         v = select(ours, mine, in[1]);
       } else {
         v = select(ours, mine, in[r - 1]);
-        if (r < World - 1) v = select(r < p.rank, in[r < World - 1 ? r : 0], v);
+        if (r < kWorld - 1) v = select(r < p.rank, in[r < kWorld - 1 ? r : 0], v);
       }
       float f[N];
-      unpack<D>(v, f);
+      unpack<kDtype>(v, f);
 #pragma unroll
       for (int i = 0; i < N; ++i) sum[i] = __fadd_rn(sum[i], f[i]);
     }
@@ -261,7 +261,7 @@ ARF_DEVICE void receive_sum(const Params& p, Link& link, unsigned cta, char* at,
                         lanes);
       }
       float f[N];
-      unpack<D>(v, f);
+      unpack<kDtype>(v, f);
 #pragma unroll
       for (int i = 0; i < N; ++i) sum[i] = r == 0 ? f[i] : __fadd_rn(sum[i], f[i]);
     }
@@ -269,13 +269,13 @@ ARF_DEVICE void receive_sum(const Params& p, Link& link, unsigned cta, char* at,
 }
 
 /* A vector to every peer, at `offset` from the address of our slot. */
-template <int World>
+template <int kWorld>
 ARF_DEVICE void push_all(const Params& p, const Link& link, uint64_t offset, const uint4& v) {
   if (link.dead) return;
   const uint4 x = pushable(v);
-  if constexpr (World != 0) {
+  if constexpr (kWorld != 0) {
 #pragma unroll
-    for (int i = 0; i < World - 1; ++i) store_volatile(p.push[i] + offset, x);
+    for (int i = 0; i < kWorld - 1; ++i) store_volatile(p.push[i] + offset, x);
   } else {
 #pragma unroll 1
     for (int i = 0; i < p.world - 1; ++i) store_volatile(p.push[i] + offset, x);

@@ -17,19 +17,19 @@ namespace arf {
 #define ARF_HAS_MX_CONVERSIONS 0
 #endif
 
-template <int D>
-constexpr int kElements = D == ARF_FP32 ? 4 : 8; /* of a 16-byte vector */
-template <int D>
-constexpr int kMaxVectors = ARF_MAX_HIDDEN / kElements<D> / kMaxThreads; /* a thread's, of one row: 2, fp32 4 */
+template <int kDtype>
+constexpr int kElements = kDtype == ARF_FP32 ? 4 : 8; /* of a 16-byte vector */
+template <int kDtype>
+constexpr int kMaxVectors = ARF_MAX_HIDDEN / kElements<kDtype> / kMaxThreads; /* a thread's, of one row: 2, fp32 4 */
 
 ARF_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
 ARF_DEVICE float float_of(uint32_t x) { return __uint_as_float(x); }
 
 /* Two fp32 to a word of two 16-bit T, `low` in the low half. */
-template <int D>
+template <int kDtype>
 ARF_DEVICE uint32_t pack_pair(float low, float high) {
   uint32_t word;
-  if constexpr (D == ARF_BF16) {
+  if constexpr (kDtype == ARF_BF16) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low)); /* word = {bf16(high), bf16(low)} */
   } else {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low)); /* word = {f16(high), f16(low)} */
@@ -37,9 +37,9 @@ ARF_DEVICE uint32_t pack_pair(float low, float high) {
   return word;
 }
 
-template <int D>
+template <int kDtype>
 ARF_DEVICE void unpack_pair(uint32_t word, float& low, float& high) {
-  if constexpr (D == ARF_BF16) {
+  if constexpr (kDtype == ARF_BF16) {
     low = float_of(word << 16);
     high = float_of(word & 0xFFFF0000u);
   } else {
@@ -52,35 +52,36 @@ ARF_DEVICE void unpack_pair(uint32_t word, float& low, float& high) {
   }
 }
 
-template <int D>
-ARF_DEVICE void unpack(const uint4& v, float (&f)[kElements<D>]) {
-  if constexpr (D == ARF_FP32) {
+template <int kDtype>
+ARF_DEVICE void unpack(const uint4& v, float (&f)[kElements<kDtype>]) {
+  if constexpr (kDtype == ARF_FP32) {
     f[0] = float_of(v.x), f[1] = float_of(v.y), f[2] = float_of(v.z), f[3] = float_of(v.w);
   } else {
-    unpack_pair<D>(v.x, f[0], f[1]);
-    unpack_pair<D>(v.y, f[2], f[3]);
-    unpack_pair<D>(v.z, f[4], f[5]);
-    unpack_pair<D>(v.w, f[6], f[7]);
+    unpack_pair<kDtype>(v.x, f[0], f[1]);
+    unpack_pair<kDtype>(v.y, f[2], f[3]);
+    unpack_pair<kDtype>(v.z, f[4], f[5]);
+    unpack_pair<kDtype>(v.w, f[6], f[7]);
   }
 }
 
-template <int D>
-ARF_DEVICE uint4 pack(const float (&f)[kElements<D>]) {
-  if constexpr (D == ARF_FP32) {
+template <int kDtype>
+ARF_DEVICE uint4 pack(const float (&f)[kElements<kDtype>]) {
+  if constexpr (kDtype == ARF_FP32) {
     return make_uint4(bits_of(f[0]), bits_of(f[1]), bits_of(f[2]), bits_of(f[3]));
   } else {
-    return make_uint4(pack_pair<D>(f[0], f[1]), pack_pair<D>(f[2], f[3]), pack_pair<D>(f[4], f[5]), pack_pair<D>(f[6], f[7]));
+    return make_uint4(pack_pair<kDtype>(f[0], f[1]), pack_pair<kDtype>(f[2], f[3]), pack_pair<kDtype>(f[4], f[5]),
+                      pack_pair<kDtype>(f[6], f[7]));
   }
 }
 
 /* float(T(x)). */
-template <int D>
+template <int kDtype>
 ARF_DEVICE float round_to(float x) {
-  if constexpr (D == ARF_FP32) {
+  if constexpr (kDtype == ARF_FP32) {
     return x;
   } else {
     float low, high;
-    unpack_pair<D>(pack_pair<D>(x, 0.0f), low, high);
+    unpack_pair<kDtype>(pack_pair<kDtype>(x, 0.0f), low, high);
     return low;
   }
 }

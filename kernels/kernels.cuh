@@ -1,7 +1,7 @@
 /* The kernels: local, one-shot and two-shot, each a loop over tokens with the same epilogue.
  *
- * W: 1 local; 2, 4, 8; 0 for any world up to 8. K: vectors a thread may hold of a row; 1 where the row has at most
- * 1024 (hidden 8192, fp32 4096), which keeps the decode kernels nearly free of spills. C: a common call (plan.cu).
+ * kWorld: 1 local; 2, 4, 8; 0 for any world up to 8. kHeld: vectors a thread may hold of a row; 1 where the row has at most
+ * 1024 (hidden 8192, fp32 4096), which keeps the decode kernels nearly free of spills. kCommon: a common call (plan.cu).
  * A CTA waits for pushes by CTAs of its own index on other ranks (same tokens), or by the first p.pushers CTAs, which wait
  * for nobody. CTAs are dispatched in order, so a grid larger than what fits at once still makes progress. */
 #pragma once
@@ -11,16 +11,16 @@
 
 namespace arf {
 
-template <int D, int W, int F, int K, bool C>
+template <int kDtype, int kWorld, int kFamily, int kHeld, bool kCommon>
 struct Kernel {
-  using E = Epilogue<D, F, K, C>;
+  using E = Epilogue<kDtype, kFamily, kHeld, kCommon>;
   static constexpr int N = E::N;
 
   struct Own {
-    uint4 x[K];
+    uint4 x[kHeld];
   };
 
-  ARF_DEVICE static int world(const Params& p) { return W ? W : p.world; }
+  ARF_DEVICE static int world(const Params& p) { return kWorld ? kWorld : p.world; }
   ARF_DEVICE static bool holds(const Params& p, const Place& at, int k) {
     return (k == 0 || k < p.per_thread) && at.vector(k) < p.vectors;
   }
@@ -34,9 +34,9 @@ struct Kernel {
   ARF_DEVICE static Own load_own(const Params& p, const Place& at, uint32_t t) {
     Own own;
 #pragma unroll
-    for (int k = 0; k < K; ++k) {
+    for (int k = 0; k < kHeld; ++k) {
       own.x[k] = make_uint4(0, 0, 0, 0);
-      if (holds(p, at, k)) own.x[k] = contribution<D, C>(p, t, at.vector(k));
+      if (holds(p, at, k)) own.x[k] = contribution<kDtype, kCommon>(p, t, at.vector(k));
     }
     return own;
   }
@@ -48,8 +48,8 @@ struct Kernel {
 
   ARF_DEVICE static void push_row(const Params& p, const Link& link, const Place& at, uint32_t row, const Own& own) {
 #pragma unroll
-    for (int k = 0; k < K; ++k) {
-      if (holds(p, at, k)) push_all<W>(p, link, offset_of(p, link, at, row, k), own.x[k]);
+    for (int k = 0; k < kHeld; ++k) {
+      if (holds(p, at, k)) push_all<kWorld>(p, link, offset_of(p, link, at, row, k), own.x[k]);
     }
   }
 
@@ -75,7 +75,7 @@ struct Kernel {
   /* CTA `cta` of `ctas` that finish rows. */
   ARF_DEVICE static Given start(const Params& p, const Place& at, unsigned cta, unsigned ctas) {
     const Given given = E::given(p, at);
-    if (F >= kDynamic && p.pad) {
+    if (kFamily >= kDynamic && p.pad) {
       write_padding(p, threadIdx.x + cta * blockDim.x, static_cast<uint64_t>(ctas) * blockDim.x);
     }
     return given;
@@ -90,23 +90,23 @@ struct Kernel {
     E::await_weight();
     join_cluster(at.part);
     for (uint32_t t = first; t < p.tokens; t += step, ++at.row) {
-      void* const place = E::scale_place(p, at, t);
-      float row[K][N];
+      void* const scale_at = E::scale_target(p, at, t);
+      float row[kHeld][N];
 #pragma unroll
-      for (int k = 0; k < K; ++k) {
+      for (int k = 0; k < kHeld; ++k) {
         zero(row[k]);
         if (!holds(p, at, k)) continue;
         if (k) residual = E::load_residual(p, t, at.vector(k), true);
         float sum[N];
-        unpack<D>(own.x[k], sum);
-        E::finish_sum(p, t, at.vector(k), sum, residual, row[k]);
+        unpack<kDtype>(own.x[k], sum);
+        E::add_residual(p, t, at.vector(k), sum, residual, row[k]);
       }
       /* The next row's loads overlap with this row's reduction. In-place use is safe: rows do not overlap. */
       if (t + step < p.tokens) {
         own = load_own(p, at, t + step);
         residual = E::load_residual(p, t + step, at.vector(0), holds(p, at, 0));
       }
-      E::finish_row(p, scratch, at, given, t, row, place);
+      E::norm_and_quantise(p, scratch, at, given, t, row, scale_at);
     }
     if (!(p.flags & kTriggerEarly)) let_next_kernel_start();
   }
@@ -118,13 +118,13 @@ struct Kernel {
     if (cta < p.pushers) { /* then clusters are of one CTA */
       settle(p, link);
       push_rows(p, link, at, cta);
-      return finish(p, link, at, cta, ctas);
+      return end_launch(p, link, at, cta, ctas);
     }
     const uint32_t first = position.first - p.pushers, step = position.step - p.pushers;
     Own own = load_own(p, at, first);
-    typename E::Residual residual[K];
+    typename E::Residual residual[kHeld];
 #pragma unroll
-    for (int k = 0; k < K; ++k) residual[k] = E::load_residual(p, first, at.vector(k), holds(p, at, k));
+    for (int k = 0; k < kHeld; ++k) residual[k] = E::load_residual(p, first, at.vector(k), holds(p, at, k));
     settle(p, link);
     if (!p.pushers) push_row(p, link, at, first, own);
     const Given given = start(p, at, cta - p.pushers, ctas - p.pushers);
@@ -135,31 +135,31 @@ struct Kernel {
         own = load_own(p, at, t);
         if (!p.pushers) push_row(p, link, at, t, own);
 #pragma unroll
-        for (int k = 0; k < K; ++k) residual[k] = E::load_residual(p, t, at.vector(k), holds(p, at, k));
+        for (int k = 0; k < kHeld; ++k) residual[k] = E::load_residual(p, t, at.vector(k), holds(p, at, k));
       }
       if (p.pushers && t + step < p.tokens) {
 #pragma unroll
-        for (int k = 0; k < K; ++k) {
+        for (int k = 0; k < kHeld; ++k) {
           if (holds(p, at, k)) E::prefetch_residual(p, t + step, at.vector(k));
         }
       }
-      void* const place = E::scale_place(p, at, t);
-      float row[K][N];
+      void* const scale_at = E::scale_target(p, at, t);
+      float row[kHeld][N];
 #pragma unroll
-      for (int k = 0; k < K; ++k) {
+      for (int k = 0; k < kHeld; ++k) {
         zero(row[k]);
         if (!holds(p, at, k)) continue;
         float sum[N];
-        receive_sum<D, W>(p, link, cta, p.own + offset_of(p, link, at, t, k), t, lanes(p, at, k), own.x[k], sum);
-        E::finish_sum(p, t, at.vector(k), sum, residual[k], row[k]);
+        receive_sum<kDtype, kWorld>(p, link, cta, p.own + offset_of(p, link, at, t, k), t, lanes(p, at, k), own.x[k], sum);
+        E::add_residual(p, t, at.vector(k), sum, residual[k], row[k]);
       }
-      E::finish_row(p, scratch, at, given, t, row, place);
+      E::norm_and_quantise(p, scratch, at, given, t, row, scale_at);
 #pragma unroll
-      for (int k = 0; k < K; ++k) {
-        if (holds(p, at, k)) empty_all<W>(p, link, p.own + offset_of(p, link, at, t, k));
+      for (int k = 0; k < kHeld; ++k) {
+        if (holds(p, at, k)) empty_all<kWorld>(p, link, p.own + offset_of(p, link, at, t, k));
       }
     }
-    finish(p, link, at, cta, ctas);
+    end_launch(p, link, at, cta, ctas);
   }
 
   /* Rows cta, cta + pushers, ... to all peers, in order, so that rows arrive in order and those in front are finished
@@ -167,17 +167,17 @@ struct Kernel {
   ARF_DEVICE static void push_rows(const Params& p, const Link& link, const Place& at, uint32_t cta) {
     constexpr int kBatch = 4; /* rows whose loads are in flight together */
 #pragma unroll 1
-    for (int k = 0; k < K; ++k) {
+    for (int k = 0; k < kHeld; ++k) {
       if (!holds(p, at, k)) break;
       for (uint32_t t = cta; t < p.tokens; t += kBatch * p.pushers) {
         uint4 x[kBatch];
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
-          if (t + i * p.pushers < p.tokens) x[i] = contribution<D, C>(p, t + i * p.pushers, at.vector(k));
+          if (t + i * p.pushers < p.tokens) x[i] = contribution<kDtype, kCommon>(p, t + i * p.pushers, at.vector(k));
         }
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
-          if (t + i * p.pushers < p.tokens) push_all<W>(p, link, offset_of(p, link, at, t + i * p.pushers, k), x[i]);
+          if (t + i * p.pushers < p.tokens) push_all<kWorld>(p, link, offset_of(p, link, at, t + i * p.pushers, k), x[i]);
         }
       }
     }
@@ -196,7 +196,7 @@ struct Kernel {
   };
 
   ARF_DEVICE static Unit unit(const Params& p, uint32_t u) {
-    if constexpr (W != 0) return {u >> p.split_shift, u & (p.split - 1)};
+    if constexpr (kWorld != 0) return {u >> p.split_shift, u & (p.split - 1)};
     return {u / p.split, u % p.split};
   }
 
@@ -214,7 +214,7 @@ struct Kernel {
     const uint32_t units = (p.tokens + world(p) - 1) / world(p) * p.split;
     if (cta < p.pushers) {
       for (uint32_t u = cta; u < units; u += p.pushers) scatter(p, link, at, unit(p, u));
-      return finish(p, link, at, cta, position.ctas);
+      return end_launch(p, link, at, cta, position.ctas);
     }
     const uint32_t first = position.first - p.pushers, step = position.step - p.pushers;
     if (!p.pushers) {
@@ -225,7 +225,7 @@ struct Kernel {
     join_cluster(at.part);
     for (uint32_t u = first; u < units; u += step) sum_own(p, scratch, link, at, cta, given, unit(p, u));
     for (uint32_t u = first; u < units; u += step) gather(p, scratch, link, at, cta, given, unit(p, u));
-    finish(p, link, at, cta, position.ctas);
+    end_launch(p, link, at, cta, position.ctas);
   }
 
   /* Our token of a unit: the sum goes to all peers before its row is finished. */
@@ -235,23 +235,23 @@ struct Kernel {
     if (t >= p.tokens || !shares(p, u, p.rank)) return;
     const uint64_t sums = static_cast<uint64_t>(world(p) - 1) * p.slot_bytes;
     const Own own = load_own(p, at, t);
-    void* const place = E::scale_place(p, at, t);
-    float row[K][N];
+    void* const scale_at = E::scale_target(p, at, t);
+    float row[kHeld][N];
 #pragma unroll
-    for (int k = 0; k < K; ++k) {
+    for (int k = 0; k < kHeld; ++k) {
       zero(row[k]);
       if (!holds(p, at, k)) continue;
       const uint64_t offset = offset_of(p, link, at, u.q, k);
       const typename E::Residual residual = E::load_residual(p, t, at.vector(k), true);
       float sum[N];
-      receive_sum<D, W>(p, link, cta, p.own + offset, t, lanes(p, at, k), own.x[k], sum);
-      push_all<W>(p, link, sums + offset, pack<D>(sum));
-      E::finish_sum(p, t, at.vector(k), sum, residual, row[k]);
+      receive_sum<kDtype, kWorld>(p, link, cta, p.own + offset, t, lanes(p, at, k), own.x[k], sum);
+      push_all<kWorld>(p, link, sums + offset, pack<kDtype>(sum));
+      E::add_residual(p, t, at.vector(k), sum, residual, row[k]);
     }
-    E::finish_row(p, scratch, at, given, t, row, place);
+    E::norm_and_quantise(p, scratch, at, given, t, row, scale_at);
 #pragma unroll
-    for (int k = 0; k < K; ++k) {
-      if (holds(p, at, k)) empty_all<W>(p, link, p.own + offset_of(p, link, at, u.q, k));
+    for (int k = 0; k < kHeld; ++k) {
+      if (holds(p, at, k)) empty_all<kWorld>(p, link, p.own + offset_of(p, link, at, u.q, k));
     }
     ++at.row;
   }
@@ -264,21 +264,21 @@ struct Kernel {
       const uint32_t t = u.q * world(p) + owner;
       if (t >= p.tokens || !shares(p, u, owner)) continue;
       char* const sums = p.own + static_cast<uint64_t>(world(p) - 1 + slot_of(owner, p.rank)) * p.slot_bytes;
-      void* const place = E::scale_place(p, at, t);
-      float row[K][N];
+      void* const scale_at = E::scale_target(p, at, t);
+      float row[kHeld][N];
 #pragma unroll
-      for (int k = 0; k < K; ++k) {
+      for (int k = 0; k < kHeld; ++k) {
         zero(row[k]);
         if (!holds(p, at, k)) continue;
         char* const from = sums + offset_of(p, link, at, u.q, k);
         const typename E::Residual residual = E::load_residual(p, t, at.vector(k), true);
         float sum[N];
-        unpack<D>(receive_one(p, link, cta, from, ARF_TWOSHOT_GATHER, t, owner, lanes(p, at, k)), sum);
-        E::finish_sum(p, t, at.vector(k), sum, residual, row[k]);
+        unpack<kDtype>(receive_one(p, link, cta, from, ARF_TWOSHOT_GATHER, t, owner, lanes(p, at, k)), sum);
+        E::add_residual(p, t, at.vector(k), sum, residual, row[k]);
       }
-      E::finish_row(p, scratch, at, given, t, row, place);
+      E::norm_and_quantise(p, scratch, at, given, t, row, scale_at);
 #pragma unroll
-      for (int k = 0; k < K; ++k) {
+      for (int k = 0; k < kHeld; ++k) {
         if (holds(p, at, k)) empty_one(link, sums + offset_of(p, link, at, u.q, k));
       }
       ++at.row;
@@ -289,24 +289,24 @@ struct Kernel {
   ARF_DEVICE static void scatter(const Params& p, const Link& link, const Place& at, const Unit& u) {
     if (link.dead) return;
 #pragma unroll 1
-    for (int k = 0; k < K; ++k) {
+    for (int k = 0; k < kHeld; ++k) {
       if (!holds(p, at, k)) continue;
       const uint64_t offset = offset_of(p, link, at, u.q, k);
       for (int r = 0; p.split > 1 && r < world(p); ++r) { /* with many rows a CTA the prefetches only compete with the pushes */
         const uint32_t t = u.q * world(p) + r;
         if (t < p.tokens && shares(p, u, r)) E::prefetch_residual(p, t, at.vector(k));
       }
-      if constexpr (W > 1) { /* all loads in flight before the first store */
-        uint4 x[W - 1];
-        bool sends[W - 1];
+      if constexpr (kWorld > 1) { /* all loads in flight before the first store */
+        uint4 x[kWorld - 1];
+        bool sends[kWorld - 1];
 #pragma unroll
-        for (int i = 0; i < W - 1; ++i) {
-          const uint32_t t = u.q * W + peer(p, i);
+        for (int i = 0; i < kWorld - 1; ++i) {
+          const uint32_t t = u.q * kWorld + peer(p, i);
           sends[i] = t < p.tokens && shares(p, u, peer(p, i));
-          if (sends[i]) x[i] = contribution<D, C>(p, t, at.vector(k));
+          if (sends[i]) x[i] = contribution<kDtype, kCommon>(p, t, at.vector(k));
         }
 #pragma unroll
-        for (int i = 0; i < W - 1; ++i) {
+        for (int i = 0; i < kWorld - 1; ++i) {
           if (sends[i]) store_volatile(p.push[i] + offset, pushable(x[i]));
         }
       } else {
@@ -314,7 +314,7 @@ struct Kernel {
         for (int i = 0; i < p.world - 1; ++i) {
           const uint32_t t = u.q * p.world + peer(p, i);
           if (t >= p.tokens || !shares(p, u, peer(p, i))) continue;
-          store_volatile(p.push[i] + offset, pushable(contribution<D, C>(p, t, at.vector(k))));
+          store_volatile(p.push[i] + offset, pushable(contribution<kDtype, kCommon>(p, t, at.vector(k))));
         }
       }
     }
@@ -326,30 +326,30 @@ struct Kernel {
     return r < world(p) ? r : r - world(p);
   }
 
-  ARF_DEVICE static void finish(const Params& p, const Link& link, const Place& at, unsigned cta, unsigned ctas) {
+  ARF_DEVICE static void end_launch(const Params& p, const Link& link, const Place& at, unsigned cta, unsigned ctas) {
     if (!(p.flags & kTriggerEarly)) let_next_kernel_start();
     if (!p.need_norm || at.row == 0) __syncthreads(); /* else a row's reduction was the barrier since open_link */
     rotate(p, link, cta, ctas);
   }
 };
 
-template <int D, int W, int F, int K, bool kTwoShot, bool C>
+template <int kDtype, int kWorld, int kFamily, int kHeld, bool kTwoShot, bool kCommon>
 __global__ void __launch_bounds__(kMaxThreads, 1) fused_kernel(const __grid_constant__ Params p) {
   __shared__ Scratch storage;
   const Shared scratch(storage);
   const Position position = {blockIdx.x, gridDim.x, cluster_number(), cluster_count(), {rank_in_cluster(), p.cluster}};
-  if constexpr (W == 1) {
-    Kernel<D, W, F, K, C>::local(p, scratch, position);
+  if constexpr (kWorld == 1) {
+    Kernel<kDtype, kWorld, kFamily, kHeld, kCommon>::local(p, scratch, position);
   } else if constexpr (kTwoShot) {
-    Kernel<D, W, F, K, C>::two_shot(p, scratch, position);
+    Kernel<kDtype, kWorld, kFamily, kHeld, kCommon>::two_shot(p, scratch, position);
   } else {
-    Kernel<D, W, F, K, C>::one_shot(p, scratch, position);
+    Kernel<kDtype, kWorld, kFamily, kHeld, kCommon>::one_shot(p, scratch, position);
   }
 }
 
 /* All ranks in one launch: cluster b is rank b mod world's cluster b / world, so that CTAs of one index are dispatched together.
  * The same device code as the any-world kernels; only the parameters lie in shared memory. */
-template <int D, int F, bool kTwoShot, bool C>
+template <int kDtype, int kFamily, bool kTwoShot, bool kCommon>
 __global__ void __launch_bounds__(kMaxThreads, 1) simulated_kernel(const __grid_constant__ SimulatedParams all, int world) {
   __shared__ Scratch storage;
   __shared__ Params p;
@@ -359,40 +359,40 @@ __global__ void __launch_bounds__(kMaxThreads, 1) simulated_kernel(const __grid_
   __syncthreads();
   const uint32_t first = cluster_number() / world, part = rank_in_cluster();
   const Position position = {first * p.cluster + part, gridDim.x / world, first, cluster_count() / world, {part, p.cluster}};
-  constexpr int K = C ? 1 : kMaxVectors<D>;
+  constexpr int kHeld = kCommon ? 1 : kMaxVectors<kDtype>;
   if constexpr (kTwoShot) {
-    Kernel<D, 0, F, K, C>::two_shot(p, scratch, position);
+    Kernel<kDtype, 0, kFamily, kHeld, kCommon>::two_shot(p, scratch, position);
   } else {
-    Kernel<D, 0, F, K, C>::one_shot(p, scratch, position);
+    Kernel<kDtype, 0, kFamily, kHeld, kCommon>::one_shot(p, scratch, position);
   }
 }
 
 }  // namespace arf
 
 /* The body of a kernel getter: table[row][family]. */
-#define ARF_FUSED_ROW(D, W, K, TWO, C)                                                                                  \
-  {reinterpret_cast<const void*>(&arf::fused_kernel<D, W, arf::kPlain, K, TWO, C>),                                     \
-   reinterpret_cast<const void*>(&arf::fused_kernel<D, W, arf::kStatic, K, TWO, C>),                                    \
-   reinterpret_cast<const void*>(&arf::fused_kernel<D, W, arf::kDynamic, K, TWO, C>),                                   \
-   reinterpret_cast<const void*>(&arf::fused_kernel<D, W, arf::kFp4, K, TWO, C>),                                       \
-   reinterpret_cast<const void*>(&arf::fused_kernel<D, W, C ? arf::kUsual : arf::kDynamic, K, TWO, C>)}
-#define ARF_SIMULATED_ROW(D, TWO, C)                                                                                    \
-  {reinterpret_cast<const void*>(&arf::simulated_kernel<D, arf::kPlain, TWO, C>),                                       \
-   reinterpret_cast<const void*>(&arf::simulated_kernel<D, arf::kStatic, TWO, C>),                                      \
-   reinterpret_cast<const void*>(&arf::simulated_kernel<D, arf::kDynamic, TWO, C>),                                     \
-   reinterpret_cast<const void*>(&arf::simulated_kernel<D, arf::kFp4, TWO, C>),                                         \
-   reinterpret_cast<const void*>(&arf::simulated_kernel<D, C ? arf::kUsual : arf::kDynamic, TWO, C>)}
-#define ARF_LOCAL_TABLE(D)                                                                                              \
-  static const void* const table[3][arf::kFamilies] = {ARF_FUSED_ROW(D, 1, arf::kMaxVectors<D>, false, false),          \
-                                                       ARF_FUSED_ROW(D, 1, 1, false, false),                            \
-                                                       ARF_FUSED_ROW(D, 1, 1, false, true)};
-#define ARF_WORLD_TABLE(D, W)                                                                                           \
+#define ARF_FUSED_ROW(DTYPE, WORLD, HELD, TWO, COMMON)                                                                  \
+  {reinterpret_cast<const void*>(&arf::fused_kernel<DTYPE, WORLD, arf::kPlain, HELD, TWO, COMMON>),                     \
+   reinterpret_cast<const void*>(&arf::fused_kernel<DTYPE, WORLD, arf::kStatic, HELD, TWO, COMMON>),                    \
+   reinterpret_cast<const void*>(&arf::fused_kernel<DTYPE, WORLD, arf::kDynamic, HELD, TWO, COMMON>),                   \
+   reinterpret_cast<const void*>(&arf::fused_kernel<DTYPE, WORLD, arf::kFp4, HELD, TWO, COMMON>),                       \
+   reinterpret_cast<const void*>(&arf::fused_kernel<DTYPE, WORLD, COMMON ? arf::kUsual : arf::kDynamic, HELD, TWO, COMMON>)}
+#define ARF_SIMULATED_ROW(DTYPE, TWO, COMMON)                                                                           \
+  {reinterpret_cast<const void*>(&arf::simulated_kernel<DTYPE, arf::kPlain, TWO, COMMON>),                              \
+   reinterpret_cast<const void*>(&arf::simulated_kernel<DTYPE, arf::kStatic, TWO, COMMON>),                             \
+   reinterpret_cast<const void*>(&arf::simulated_kernel<DTYPE, arf::kDynamic, TWO, COMMON>),                            \
+   reinterpret_cast<const void*>(&arf::simulated_kernel<DTYPE, arf::kFp4, TWO, COMMON>),                                \
+   reinterpret_cast<const void*>(&arf::simulated_kernel<DTYPE, COMMON ? arf::kUsual : arf::kDynamic, TWO, COMMON>)}
+#define ARF_LOCAL_TABLE(DTYPE)                                                                                          \
+  static const void* const table[3][arf::kFamilies] = {ARF_FUSED_ROW(DTYPE, 1, arf::kMaxVectors<DTYPE>, false, false),  \
+                                                       ARF_FUSED_ROW(DTYPE, 1, 1, false, false),                        \
+                                                       ARF_FUSED_ROW(DTYPE, 1, 1, false, true)};
+#define ARF_WORLD_TABLE(DTYPE, WORLD)                                                                                   \
   static const void* const table[4][arf::kFamilies] = {                                                                 \
-      ARF_FUSED_ROW(D, W, 1, false, false), ARF_FUSED_ROW(D, W, 1, true, false),                                        \
-      ARF_FUSED_ROW(D, W, 1, false, true), ARF_FUSED_ROW(D, W, 1, true, true)};
-#define ARF_ANY_TABLE(D)                                                                                                \
-  static const void* const table[2][arf::kFamilies] = {ARF_FUSED_ROW(D, 0, arf::kMaxVectors<D>, false, false),          \
-                                                       ARF_FUSED_ROW(D, 0, arf::kMaxVectors<D>, true, false)};
-#define ARF_SIMULATED_TABLE(D)                                                                                          \
-  static const void* const table[4][arf::kFamilies] = {ARF_SIMULATED_ROW(D, false, false), ARF_SIMULATED_ROW(D, true, false), \
-                                                       ARF_SIMULATED_ROW(D, false, true), ARF_SIMULATED_ROW(D, true, true)};
+      ARF_FUSED_ROW(DTYPE, WORLD, 1, false, false), ARF_FUSED_ROW(DTYPE, WORLD, 1, true, false),                        \
+      ARF_FUSED_ROW(DTYPE, WORLD, 1, false, true), ARF_FUSED_ROW(DTYPE, WORLD, 1, true, true)};
+#define ARF_ANY_TABLE(DTYPE)                                                                                            \
+  static const void* const table[2][arf::kFamilies] = {ARF_FUSED_ROW(DTYPE, 0, arf::kMaxVectors<DTYPE>, false, false),  \
+                                                       ARF_FUSED_ROW(DTYPE, 0, arf::kMaxVectors<DTYPE>, true, false)};
+#define ARF_SIMULATED_TABLE(DTYPE)                                                                                      \
+  static const void* const table[4][arf::kFamilies] = {ARF_SIMULATED_ROW(DTYPE, false, false), ARF_SIMULATED_ROW(DTYPE, true, false), \
+                                                       ARF_SIMULATED_ROW(DTYPE, false, true), ARF_SIMULATED_ROW(DTYPE, true, true)};

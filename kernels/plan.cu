@@ -207,7 +207,7 @@ void split_rows(int64_t tokens, int major, Plan* plan) {
 }
 
 /* What most models' graphs ask for: tensors of one dtype, a weight, a norm of the rounded sum. Kernels of their own
- * (template parameter C) do without the branches and registers of everything else. */
+ * (template parameter kCommon) do without the branches and registers of everything else. */
 bool is_common(const arf_call& c) {
   const bool fp32_beside = c.residual_fp32 || c.residual_out_fp32 || c.weight_fp32 || c.norm_out_fp32;
   return c.op == ARF_OP_ALLREDUCE && c.weight && (c.norm_out || c.quant_out) && !(c.flags & kUnroundedSum) &&

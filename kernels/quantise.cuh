@@ -11,9 +11,9 @@ namespace arf {
 constexpr float kFp8Max = 448.0f;
 constexpr float kInt8Max = 127.0f;
 
-template <int D>
+template <int kDtype>
 struct Quantiser {
-  static constexpr int N = kElements<D>;
+  static constexpr int N = kElements<kDtype>;
   static constexpr uint32_t kUsualGroup = 128;
 
   /* How a scale meets a value: x / value, or x * value. */
@@ -30,7 +30,7 @@ struct Quantiser {
     } else {
       multiply_all(x, f.value, y);
     }
-    if (q.in_dtype()) unpack<D>(pack<D>(y), y);
+    if (q.in_dtype()) unpack<kDtype>(pack<kDtype>(y), y);
   }
 
   ARF_DEVICE static void multiply_all(const float (&x)[N], float factor, float (&y)[N]) {
@@ -217,16 +217,17 @@ struct Quantiser {
     const float limit = q.format() == Format::kInt8 ? kInt8Max : kFp8Max;
     const float inverse = q.format() == Format::kInt8 ? 1.0f / kInt8Max : 1.0f / kFp8Max;
     const bool in_tensor = q.round() == ScaleRound::kTensor;
-    if (in_tensor) amax = round_to<D>(amax);
-    amax = max_nan(amax, in_tensor ? round_to<D>(p.amax_bound) : p.amax_bound); /* without a bound 0, which changes no amax */
+    if (in_tensor) amax = round_to<kDtype>(amax);
+    /* without a bound 0, which changes no amax */
+    amax = max_nan(amax, in_tensor ? round_to<kDtype>(p.amax_bound) : p.amax_bound);
     float scale;
     switch (q.rule()) {
       case ScaleRule::kDivide: scale = divide_by_limit(amax, limit, inverse); break;
       case ScaleRule::kMultiply: scale = __fmul_rn(amax, inverse); break;
       default: scale = __frcp_rn(__fmul_rn(__frcp_rn(amax), limit));
     }
-    if (in_tensor) scale = round_to<D>(scale);
-    scale = max_nan(scale, in_tensor ? round_to<D>(p.scale_bound) : p.scale_bound);
+    if (in_tensor) scale = round_to<kDtype>(scale);
+    scale = max_nan(scale, in_tensor ? round_to<kDtype>(p.scale_bound) : p.scale_bound);
     if (q.round() == ScaleRound::kPow2) scale = pow2_up(scale);
     if (q.round() == ScaleRound::kPow2Log2) scale = pow2_up_log2(scale);
     switch (q.apply()) {
@@ -238,13 +239,13 @@ struct Quantiser {
   }
 
   /* Where this thread stores its group's scale, nullptr if another thread does. */
-  ARF_DEVICE static void* scale_place(const Params& p, uint32_t t, uint32_t v) {
+  ARF_DEVICE static void* scale_target(const Params& p, uint32_t t, uint32_t v) {
     const bool writes = p.group < 0 ? v == 0 : (v & ((1u << p.lane_shift) - 1)) == 0;
     return writes && v < p.vectors ? scale_address(p, t, p.group < 0 ? 0 : v >> p.lane_shift) : nullptr;
   }
 
   /* Group of `p.group` elements over neighbouring lanes; all lanes of the warp call, `active` ones have a vector. */
-  ARF_DEVICE static void group_vector(const Params& p, void* place, uint32_t t, uint32_t v, bool active, const float (&x)[N]) {
+  ARF_DEVICE static void group_vector(const Params& p, void* scale_at, uint32_t t, uint32_t v, bool active, const float (&x)[N]) {
     const float amax = lanes_amax(amax_of(x), 1u << p.lane_shift);
     if (!active) return;
     Factor factor;
@@ -252,11 +253,11 @@ struct Quantiser {
     if (p.quant.format() == Format::kMxfp8) {
       const uint32_t exponent = ue8m0_up(scale);
       factor = {ue8m0_reciprocal(exponent), false};
-      if (place) store_byte(place, exponent);
+      if (scale_at) store_byte(scale_at, exponent);
     } else if (p.quant.layout() == Layout::kPackedUe8m0) {
-      if (place) store_byte(place, bits_of(scale) >> 23 & 0xFFu);
-    } else if (place) {
-      store_float(place, scale);
+      if (scale_at) store_byte(scale_at, bits_of(scale) >> 23 & 0xFFu);
+    } else if (scale_at) {
+      store_float(scale_at, scale);
     }
     store_bytes(p, p.quant, t, v, x, factor);
   }
@@ -264,7 +265,7 @@ struct Quantiser {
   /* FP8 with fp32 scales, per token or of kUsualGroup, from the amax and its bound, which is at most 2^80. A branch behind
    * the last arrival is dear: those of group_vector took 0.2 us of a token's 3. Here are two, for `reciprocal` (x times
    * 1 / scale) and for an amax that is not moderate, NaN or 0. */
-  ARF_DEVICE static void usual_vector(const Params& p, bool multiply, bool reciprocal, float amax, void* place, uint32_t t,
+  ARF_DEVICE static void usual_vector(const Params& p, bool multiply, bool reciprocal, float amax, void* scale_at, uint32_t t,
                                       uint32_t v, float (&x)[N]) {
     constexpr float kInverse = 1.0f / kFp8Max;
     const float product = __fmul_rn(amax, kInverse);
@@ -282,13 +283,13 @@ struct Quantiser {
       divide_for_e4m3<true>(x, s, r, y); /* 448 at most, but for rounding */
     }
     store_codes(p, Quant{Quant::kUsual}, t, v, y);
-    if (place) store_float(place, scale);
+    if (scale_at) store_float(scale_at, scale);
   }
 
   /* ---- NVFP4: groups of 16, e4m3 scales under a given encode scale ---- */
   ARF_DEVICE static Factor encode_factor(float encode) { return {encode, is_moderate(encode)}; }
 
-  ARF_DEVICE static void nvfp4_vector(const Params& p, void* place, uint32_t t, uint32_t v, bool active, const float (&x)[N],
+  ARF_DEVICE static void nvfp4_vector(const Params& p, void* scale_at, uint32_t t, uint32_t v, bool active, const float (&x)[N],
                                       const Factor& encode) {
     const float amax = lanes_amax(amax_of(x), 16 / N);
     if (!active) return;
@@ -307,7 +308,7 @@ struct Quantiser {
     } else {
       *reinterpret_cast<uint16_t*>(at) = static_cast<uint16_t>(word);
     }
-    if (place) store_byte(place, code);
+    if (scale_at) store_byte(scale_at, code);
   }
 
   /* encode / decoded, decoded an e4m3 number. */
