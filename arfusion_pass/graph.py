@@ -30,6 +30,8 @@ VIEWS: frozenset[Any] = frozenset(
 )
 """Ops that give the same elements in the same order another shape."""
 
+FP32_MAX = torch.finfo(torch.float32).max
+
 CASTS: frozenset[Any] = frozenset(
     {prims.convert_element_type.default, aten._to_copy.default, aten.to.dtype, aten.type_as.default}
 )
@@ -209,16 +211,23 @@ def describe(node: fx.Node) -> str:
 
 
 def constant(node: Any) -> float | None:
-    """The number that an argument is: a Python number, or a node that holds a constant; else None."""
-    if isinstance(node, (int, float)) and not isinstance(node, bool):
-        return float(node)
+    """The number that an argument is: a Python number, or a node that holds a constant; else None.
+
+    None for what fp32 does not hold either (NaN, infinities and numbers beyond it): no kernel computes with those.
+    """
     value = None
-    if is_call(node, aten.full.default) and not node.args[0]:
-        value = node.args[1]
+    if isinstance(node, (int, float)) and not isinstance(node, bool):
+        value = float(node)
+    elif is_call(node, aten.full.default) and not node.args[0]:
+        value = _as_dtype(node.args[1], dtype_of(node))
     elif is_call(node, aten.scalar_tensor.default):
-        value = node.args[0]
-    dtype = dtype_of(node)
-    if not isinstance(value, (int, float)) or dtype is None:
+        value = _as_dtype(node.args[0], dtype_of(node))
+    return value if value is not None and abs(value) <= FP32_MAX else None
+
+
+def _as_dtype(value: Any, dtype: torch.dtype | None) -> float | None:
+    """A number as an element of ``dtype``."""
+    if not isinstance(value, (int, float)) or dtype is None or dtype.is_complex:
         return None
     if dtype.is_floating_point and dtype.itemsize < 4:
         with unset_fake_temporarily():

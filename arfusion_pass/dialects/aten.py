@@ -41,6 +41,7 @@ from arfusion_pass.graph import (
     path,
     peel,
     row_views,
+    same_shape,
     tensor_of,
     users_of,
     widens,
@@ -169,7 +170,7 @@ def _with_weight(
         norm, nodes = user, (*nodes, user)
         flags = Flags.ROUND_BEFORE_WEIGHT
         user = only_user(norm)
-    if is_call(user, aten.mul.Tensor):
+    if is_call(user, aten.mul.Tensor) and same_shape(user, norm):  # a weight of more dimensions would enlarge it
         weight = weight_of(other_operand(user, norm), hidden, dtype)  # type: ignore[arg-type]
     if weight is None:
         flags = Flags.NONE  # the cast was the only rounding

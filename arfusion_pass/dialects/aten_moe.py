@@ -82,7 +82,7 @@ def _combination(x: fx.Node, dtype: torch.dtype | None) -> Prologue | None:
             if not isinstance(one, fx.Node) or not isinstance(other, fx.Node):
                 continue
             added = peel(other)
-            if dtype_of(added) != dtype or not same_shape(added, node):
+            if dtype_of(added) != dtype or not same_shape(added, node) or not same_shape(one, node):
                 continue
             routed = _scaled(one, dtype, rounded=dtype_of(node) == dtype != torch.float32)
             if routed is not None:
@@ -180,6 +180,11 @@ def _weighted(
             inner = weight.args[0]
             flat = tensor_of(inner)
             if flat is None or flat.dim() != 2 or dtype_of(peel(inner)) not in (dtype, torch.float32):
+                continue
+            lead = tensor_of(product).shape[:2]  # type: ignore[union-attr]
+            if not all(map(statically_equal, (*flat.shape, *shape.shape[:2]), (*lead, *lead))):
+                continue  # one weight for several rows: broadcast, or reshaped from another order
+            if not same_shape(rows, product):
                 continue
             flags = Flags.MOE_ROUND_PRODUCT if dtype_of(product) == dtype != torch.float32 else Flags.NONE
             return rows, peel(inner), flags, (*_between(other, peel(inner)), product)
@@ -313,6 +318,8 @@ def _loop(node: fx.Node, dtype: torch.dtype | None) -> _Routed | None:
     slots = tensor_of(index).shape[1]  # type: ignore[union-attr]
     if any(part != found[0] for part in found) or slots != len(terms) or slots < 2:
         return None
+    if weight is not None and not same_shape(weight, index):
+        return None  # one weight for all tokens
     inputs = {"permuted_x": permuted, "index": index}
     flags = Flags.NONE if dtype == torch.float32 else Flags.MOE_ROUND_PARTIAL
     if weight is not None:

@@ -96,13 +96,14 @@ def known(condition: Any) -> bool:
     return statically_known_true(condition)
 
 
-def check_call(call: FusedCall, eager: bool) -> None:
+def check_call(call: FusedCall, eager: bool, certain: bool = False) -> None:
     """Check every argument of ``call``; with ``eager``, contiguity and strides of real tensors too.
 
     Under the compiler a strided input is copied before the op runs (the ops' ``needs_contiguous_strides``), so it is
-    an error in eager mode only.
+    an error in eager mode only. With ``certain``, sizes that are not known to agree are an error as well: who makes the
+    call in a graph must know that it will run.
     """
-    check = _Checker(call)
+    check = _Checker(call, certain)
     check.inputs()
     check.scalars()
     check.epilogue_inputs()
@@ -163,8 +164,9 @@ def _dtype_names(dtypes: Sequence[torch.dtype]) -> str:
 class _Checker:
     """The checks of one call, grouped; ``hidden``, ``tokens`` and ``dtype`` come from the tensor that is reduced."""
 
-    def __init__(self, call: FusedCall) -> None:
+    def __init__(self, call: FusedCall, certain: bool) -> None:
         self.call = call
+        self.certain = certain
         self.x_name = next(iter(call.inputs))
         self.dtype = call.x.dtype
 
@@ -175,18 +177,22 @@ class _Checker:
         if not condition:
             self.fail(message)
 
+    def differ(self, a: Any, b: Any) -> bool:
+        """Whether two sizes differ for certain; with ``certain``, whether they may differ."""
+        return not known(a == b) if self.certain else known(a != b)
+
     def shape(self, name: str, tensor: torch.Tensor, expected: Sequence[Size], meaning: str) -> None:
         """``tensor`` has exactly the dimensions ``expected``."""
         wrong = tensor.dim() != len(expected) or any(
-            known(size != wanted) for size, wanted in zip(tensor.shape, expected, strict=True)
+            self.differ(size, wanted) for size, wanted in zip(tensor.shape, expected, strict=True)
         )
         if wrong:
             self.fail(f"{name} must be {meaning} = {list(expected)}, got {list(tensor.shape)}")
 
     def rows(self, name: str, tensor: torch.Tensor, width: Size, meaning: str) -> None:
         """``tensor`` is ``[..., width]`` with the call's number of tokens."""
-        wrong = tensor.dim() < 1 or known(tensor.shape[-1] != width)
-        if wrong or known(layouts.token_count(tensor.shape) != self.tokens):
+        wrong = tensor.dim() < 1 or self.differ(tensor.shape[-1], width)
+        if wrong or self.differ(layouts.token_count(tensor.shape), self.tokens):
             self.fail(f"{name} must be {meaning} with {self.tokens} tokens of {width}, got {list(tensor.shape)}")
 
     def dtypes(self, name: str, tensor: torch.Tensor, *allowed: torch.dtype) -> None:
@@ -264,7 +270,7 @@ class _Checker:
             self.need(takes, "scale is for static FP8 and NVFP4 only, this call writes its scales")
             self.dtypes("scale", call.scale, torch.float32, *INPUT_DTYPES)
             one = math.prod(call.scale.shape)
-            self.need(not known(one != 1), f"scale must have one element, got shape {list(call.scale.shape)}")
+            self.need(not self.differ(one, 1), f"scale must have one element, got shape {list(call.scale.shape)}")
 
     def outputs(self) -> None:
         call, outputs = self.call, self.call.outputs
@@ -282,7 +288,9 @@ class _Checker:
         assert codes is not None
         multiple = 2 if spec.format == QuantFormat.NVFP4 else 1
         group = spec.group if spec.group > 0 else 1
-        self.need(not known(self.hidden % group != 0), f"hidden size {self.hidden} is no multiple of the group {group}")
+        self.need(
+            not self.differ(self.hidden % group, 0), f"hidden size {self.hidden} is no multiple of the group {group}"
+        )
         self.dtypes("quant_out", codes, *layouts.CODE_DTYPES[spec.format])
         meaning = "[..., hidden]" if multiple == 1 else "[..., hidden / 2]"
         self.rows("quant_out", codes, self.hidden // multiple, meaning)
@@ -303,7 +311,7 @@ class _Checker:
             columns, ld = layouts.column_count(self.hidden, spec), layouts.leading_dimension(tokens, spec)
             forms = ((tokens, columns), (columns, ld))
             fits = scales.dim() == 2 and any(
-                not (known(scales.shape[0] != rows) or known(scales.shape[1] != width)) for rows, width in forms
+                not (self.differ(scales.shape[0], rows) or self.differ(scales.shape[1], width)) for rows, width in forms
             )
             if not fits:
                 self.fail(
@@ -312,13 +320,13 @@ class _Checker:
                 )
         elif spec.layout in layouts.SWIZZLED:
             shape, _ = layouts.scale_allocation(tokens, self.hidden, spec) or ((), None)
-            if known(math.prod(scales.shape) != math.prod(shape)):
+            if self.differ(math.prod(scales.shape), math.prod(shape)):
                 self.fail(
                     f"scale_out ({spec.layout.name}) must have {list(shape)} = {math.prod(shape)} elements, "
                     f"got {list(scales.shape)}"
                 )
         else:
-            per_token = spec.group == -1 and scales.dim() >= 1 and not known(math.prod(scales.shape) != tokens)
+            per_token = spec.group == -1 and scales.dim() >= 1 and not self.differ(math.prod(scales.shape), tokens)
             if not per_token:
                 self.rows("scale_out", scales, groups, f"[..., {groups}]")
 

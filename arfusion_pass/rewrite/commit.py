@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from arfusion_pass.graph import VIEWS, describe, is_pure, known_contiguous, mutated_arguments, tensor_of
+from arfusion_pass.ops.checks import FusedCall, check_call
 from arfusion_pass.ops.schema import OUTPUT_NAMES
 from arfusion_pass.patterns.chains import auto_functionalized
 from arfusion_pass.rewrite.buffers import Buffer, Insert, SizeSource, empty_like, plan_buffer
@@ -171,6 +172,9 @@ class Committer:
                     site.reason = buffer
                     return
                 buffers[role] = buffer
+        site.reason = _refused(call, buffers)
+        if site.reason is not None:
+            return
         self.position.update(dict.fromkeys(moved, anchor))
         self.plans[index] = Plan(site, call, self.order[anchor], anchor, moved, buffers)
 
@@ -286,6 +290,27 @@ class Committer:
             if not node._erased and not node.users and is_pure(node):
                 feeding += node.all_input_nodes
                 self.graph.erase_node(node)
+
+
+def _refused(call: fx.Node, buffers: dict[str, Buffer]) -> str | None:
+    """The reason for which the fused op would refuse a call, by its own check on the values that the graph promises."""
+    op: torch._ops.OpOverload = call.args[0]  # type: ignore[assignment]
+    arguments = {**{name: _fake(value) for name, value in call.kwargs.items()}, **dict.fromkeys(OUTPUT_NAMES)}
+    arguments.update((role, buffer.like) for role, buffer in buffers.items())
+    try:
+        check_call(FusedCall.bind(op._opname, arguments), eager=False, certain=True)
+    except ValueError as error:
+        return f"the fused op refuses the call: {error}"
+    return None
+
+
+def _fake(argument: Any) -> Any:
+    """The fake value of an input of a shadow graph's call; what is no node as it is."""
+    if not isinstance(argument, fx.Node):
+        return argument
+    if "origin" in argument.meta:
+        return argument.meta["origin"].meta["val"]
+    return argument.target(*fx.map_arg(argument.args, _fake))  # type: ignore[operator]
 
 
 def _restore(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -37,9 +37,11 @@ from arfusion_pass.graph import (
     path,
     row_views,
     same_shape,
+    statically_equal,
     tensor_of,
 )
 from arfusion_pass.groups import find_group
+from arfusion_pass.ops.layouts import token_count
 from arfusion_pass.rewrite.hindrances import Hindrance, sum_before, why_no_norm
 from arfusion_pass.rewrite.output_views import codes_layout, scale_layout
 
@@ -266,6 +268,9 @@ def _check_norm(reduced: Reduced, norm: Norm, config: FusionConfig) -> str | Non
         return f"{describe(norm.norm)} is {dtype_of(norm.norm)}; a norm of {dtype} may be {dtype} or float32"
     if norm.norm is not None and last_dim(norm.norm) != hidden:
         return f"{describe(norm.norm)} normalises rows of {last_dim(norm.norm)}, the all-reduce has rows of {hidden}"
+    for node in (norm.norm, norm.total):
+        if node is not None and not _same_rows(node, reduced.x):
+            return f"{describe(node)} is not known to have as many rows as {describe(reduced.x)}"
     for role, node in (("residual", norm.residual), ("weight", norm.weight)):
         if node is not None and dtype_of(node) not in (dtype, torch.float32):
             return f"the {role} {describe(node)} is {dtype_of(node)}; expected {dtype} or float32"
@@ -284,6 +289,12 @@ def _check_norm(reduced: Reduced, norm: Norm, config: FusionConfig) -> str | Non
     if norm.quant is not None:
         values |= {norm.quant.codes, norm.quant.scales}
     return _read_inside(norm.nodes, values, "RMSNorm")
+
+
+def _same_rows(a: fx.Node, b: fx.Node) -> bool:
+    """Whether two nodes' ``[..., H]`` tensors have the same number of rows for sure."""
+    counts = [None if (tensor := tensor_of(node)) is None else token_count(tensor.shape) for node in (a, b)]
+    return None not in counts and statically_equal(*counts)
 
 
 def _read_inside(nodes: tuple[fx.Node, ...], values: set[fx.Node | None], what: str) -> str | None:

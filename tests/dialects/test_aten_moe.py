@@ -139,6 +139,55 @@ def test_look_alikes(combine: moe_cases.Combine, dtype: torch.dtype) -> None:
     assert fused(in_front(combine), finalize_inputs(dtype)) == ["AllReduceFusedAddRMSNorm"]
 
 
+def one_weight_an_expert(x: Tensor, scales: Tensor) -> Tensor:
+    return (x * scales[:, :1].unsqueeze(-1)).sum(0)
+
+
+def one_weight_a_token(x: Tensor, scales: Tensor) -> Tensor:
+    return (x * scales[:1].unsqueeze(-1)).sum(0)
+
+
+def scales_of_another_order(x: Tensor, scales: Tensor) -> Tensor:
+    return (x * scales.t().reshape(*scales.shape, 1)).sum(0)
+
+
+def one_row_an_expert(x: Tensor, scales: Tensor) -> Tensor:
+    return (x[:, :1] * scales.unsqueeze(-1)).sum(0)
+
+
+def one_weight_a_slot(x: Tensor, scales: Tensor) -> Tensor:
+    index = scales.float().abs().mul(9).long() % x.shape[1]
+    total = x[0][index[0]] * scales[:1, 0].reshape(1, 1)
+    for k in range(1, scales.shape[0]):
+        total = total + x[0][index[k]] * scales[:1, k].reshape(1, 1)
+    return total
+
+
+BROADCAST = (
+    one_weight_an_expert,
+    one_weight_a_token,
+    scales_of_another_order,
+    one_row_an_expert,
+    one_weight_a_slot,
+)
+
+
+@pytest.mark.parametrize("dynamic", [None, TOKENS])
+@pytest.mark.parametrize("combine", BROADCAST, ids=lambda combine: combine.__name__)
+def test_broadcast(combine: Callable[[Tensor, Tensor], Tensor], dynamic: int | None) -> None:
+    """Scales or rows that broadcast are no operands of the fused op: the combination stays in front of it."""
+
+    def model(x: Tensor, scales: Tensor, w: Tensor) -> Any:
+        return llama(reduce(combine(x, scales)), w, EPS)
+
+    inputs = [torch.randn(SLOTS, TOKENS, HIDDEN), torch.rand(SLOTS, TOKENS), torch.ones(HIDDEN)]
+    if dynamic is None:
+        assert fused(model, inputs) == ["AllReduceRMSNorm"]
+    else:
+        _, report = fused_copy(captured(model, inputs, dynamic))
+        assert [site.pattern for site in report.sites] == ["AllReduceRMSNorm"]
+
+
 def test_read_by_others() -> None:
     """A combination that others read as well is not computed inside the call."""
 

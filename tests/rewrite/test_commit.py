@@ -9,6 +9,8 @@ import torch
 from torch import fx
 
 from arfusion_pass.graph import mutated_arguments
+from arfusion_pass.ops.checks import FusedCall
+from arfusion_pass.rewrite import commit
 from tests.models import Tensor, fp32_result, gemma, llama, reduce
 from tests.simulate import (
     aten,
@@ -376,3 +378,41 @@ def test_copied_graph_is_equal() -> None:
     """The suite's own copy of a graph means the same, so that the comparisons above compare what they should."""
     module = trace(lambda x, w: llama(reduce(x), w, EPS), *tensors(X, W))
     check_same(module, copied(module))
+
+
+# Calls that the fused op itself refuses ------------------------------------------------------------------------------
+
+
+def test_weight_that_enlarges_the_norm() -> None:
+    """A weight of more dimensions makes three norms of one: the norm is fused without it."""
+
+    def model(x: Tensor, w: Tensor) -> Tensor:
+        return llama(reduce(x), w.expand(3, 1, HIDDEN), EPS)
+
+    module = trace(model, *tensors(X, W))
+    fused, report = fused_copy(module)
+    assert report.matched_count == 1
+    check_same(module, fused)
+
+
+@pytest.mark.parametrize("number", [1e39, float("inf"), float("nan")])
+def test_scale_beyond_fp32(number: float) -> None:
+    """A static scale that fp32 does not hold stays in the graph, behind the fused norm."""
+
+    def model(x: Tensor, w: Tensor) -> Tensor:
+        return (llama(reduce(x), w, EPS) / number).to(torch.float8_e4m3fn)
+
+    report = check_fused(trace(model, *tensors(X, W)), 1)
+    assert report.fused[0].pattern == "AllReduceRMSNorm"
+
+
+def test_refused_by_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the op's own check raises, it raises while the site is planned: the site is missed for that reason."""
+
+    def refuse(call: FusedCall, eager: bool, certain: bool = False) -> None:
+        raise ValueError("rows of 32 are not liked today")
+
+    monkeypatch.setattr(commit, "check_call", refuse)
+    module = trace(lambda x, w: llama(reduce(x), w, EPS), *tensors(X, W))
+    report = check_unchanged(module)
+    assert report.missed[0].reason == "the fused op refuses the call: rows of 32 are not liked today"

@@ -16,6 +16,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from arfusion_pass.dialects.reading.quant_states import LOW, Codes, Given, Kind, PerUnit, Rows, Scaled, State, single
 from arfusion_pass.graph import (
+    FP32_MAX,
     VIEWS,
     argument,
     constant,
@@ -151,7 +152,7 @@ def _divide(node: fx.Node, states: States) -> State | None:
     number = constant(b) if not isinstance(b, fx.Node) else None
     if number is not None and number != 0.0 and _multiplies_instead(node, b):
         factor = single(1.0 / number)
-        if factor != single(1.0 / single(number)):
+        if factor != single(1.0 / single(number)) or abs(factor) > FP32_MAX:
             return None  # whether CUDA takes the reciprocal in fp32 or fp64 differs between dtypes and releases
         given: Given | None = Given(value=factor)
         return _apply_given(node, a, given, Apply.MULTIPLY, states)

@@ -271,8 +271,11 @@ def narrowed(value: float, dtype: torch.dtype) -> float:
 
 
 def single(value: float) -> float:
-    """``value`` rounded to fp32."""
-    return _unpacked("f", _packed("f", value))
+    """``value`` rounded to fp32; infinity beyond it."""
+    try:
+        return _unpacked("f", _packed("f", value))
+    except OverflowError:
+        return float("inf") if value > 0 else float("-inf")
 
 
 def _packed(code: str, value: float) -> bytes:
