@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed._functional_collectives
 from torch import fx
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -18,7 +21,6 @@ VIEWS: frozenset[Any] = frozenset(
         aten.view.default,
         aten.reshape.default,
         aten._unsafe_view.default,
-        aten._reshape_alias.default,
         aten.unsqueeze.default,
         aten.squeeze.dim,
         aten.squeeze.dims,
@@ -182,25 +184,109 @@ def is_pure(node: fx.Node) -> bool:
     """Whether ``node`` only computes a value: it may be moved, repeated or dropped."""
     if node.op == "get_attr":
         return True
-    if node.op != "call_function" or node.is_impure():
+    if node.op != "call_function" or node.is_impure() or mutated_arguments(node):
         return False
-    schema = getattr(node.target, "_schema", None)
-    return schema is None or not schema.is_mutable
+    return torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ())
+
+
+FUNCTIONAL: frozenset[Any] = frozenset(
+    {
+        torch.ops.higher_order.auto_functionalized,
+        torch.ops.higher_order.auto_functionalized_v2,
+        torch.ops.higher_order.triton_kernel_wrapper_functional,
+    }
+)
+"""Higher-order ops that copy what they would write to."""
 
 
 def mutated_arguments(node: fx.Node) -> list[fx.Node]:
-    """The nodes whose memory a call writes to. ``auto_functionalized`` calls write to none: they copy."""
-    schema = getattr(node.target, "_schema", None)
-    if node.op != "call_function" or schema is None or not schema.is_mutable:
+    """The nodes whose memory a call writes to, or may write to: of a call that does not say so, all of its inputs.
+
+    ``auto_functionalized`` calls write to none: they copy.
+    """
+    if node.op in ("call_method", "call_module"):
+        return list(node.all_input_nodes)
+    if node.op != "call_function" or node.target in FUNCTIONAL:
         return []
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        in_place = node.target in IN_PLACE_OPERATORS
+        return list(node.all_input_nodes) if in_place or isinstance(node.target, HigherOrderOperator) else []
+    if not schema.is_mutable:
+        # Such as inductor::resize_storage_bytes_, whose schema does not admit it.
+        acts = not schema.returns and not schema.name.startswith(READERS)
+        return list(node.all_input_nodes) if acts else []
     written: list[fx.Node] = []
     for index, parameter in enumerate(schema.arguments):
-        if parameter.alias_info is None or not parameter.alias_info.is_write:
-            continue
-        value = node.kwargs.get(parameter.name, node.args[index] if index < len(node.args) else None)
-        values = value if isinstance(value, (list, tuple)) else [value]
-        written.extend(v for v in values if isinstance(v, fx.Node))
+        if parameter.alias_info is not None and parameter.alias_info.is_write:
+            written += _nodes(node, parameter.name, index)
     return written
+
+
+READERS = ("aten::_assert", "aten::sym_constrain_range", "_c10d_functional::wait_tensor")
+"""Names of ops that return nothing and write nothing."""
+
+IN_PLACE_OPERATORS: frozenset[Any] = frozenset(
+    getattr(operator, name)
+    for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul",
+                 "ilshift", "irshift", "setitem", "delitem")
+)  # fmt: skip
+
+
+def _nodes(node: fx.Node, name: str, index: int) -> list[fx.Node]:
+    """The nodes in one argument of a call, which may be a list."""
+    value = node.kwargs.get(name, node.args[index] if index < len(node.args) else None)
+    return [v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, fx.Node)]
+
+
+def viewed(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose memory the result of ``node`` may be: what it is a view of; none for fresh memory."""
+    if node.op in ("call_method", "call_module"):
+        return list(node.all_input_nodes)
+    if node.op != "call_function" or node.target in FUNCTIONAL:
+        return []
+    if node.target in VIEWS or node.target in (operator.getitem, torch.ops._c10d_functional.wait_tensor.default):
+        return [node.args[0]] if isinstance(node.args[0], fx.Node) else []
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        unknown = node.target in IN_PLACE_OPERATORS or isinstance(node.target, HigherOrderOperator)
+        return list(node.all_input_nodes) if unknown else []
+    if all(result.alias_info is None for result in schema.returns):
+        return []
+    shared: list[fx.Node] = []
+    for index, parameter in enumerate(schema.arguments):
+        if parameter.alias_info is not None:
+            shared += _nodes(node, parameter.name, index)
+    return shared
+
+
+def owners(node: fx.Node) -> set[fx.Node]:
+    """The nodes that own the memory of ``node``: views are followed to what they view."""
+    found, seen, stack = set[fx.Node](), set[fx.Node](), [node]
+    while stack:
+        current = stack.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        sources = viewed(current)
+        stack += sources
+        if not sources:
+            found.add(current)
+    return found
+
+
+def is_written(node: fx.Node) -> bool:
+    """Whether anybody writes to the memory of ``node``, by itself or by a view of it."""
+    seen, stack = {node}, [node]
+    while stack:
+        current = stack.pop()
+        for user in current.users:
+            if current in mutated_arguments(user):
+                return True
+            if user not in seen and current in viewed(user):
+                seen.add(user)
+                stack.append(user)
+    return False
 
 
 def describe(node: fx.Node) -> str:
@@ -210,10 +296,10 @@ def describe(node: fx.Node) -> str:
     return f"{node.name} ({node.target})"
 
 
-def constant(node: Any) -> float | None:
+def constant(node: Any, finite: bool = True) -> float | None:
     """The number that an argument is: a Python number, or a node that holds a constant; else None.
 
-    None for what fp32 does not hold either (NaN, infinities and numbers beyond it): no kernel computes with those.
+    With ``finite``, None for NaN and for what is beyond fp32 as well: no kernel computes with those.
     """
     value = None
     if isinstance(node, (int, float)) and not isinstance(node, bool):
@@ -222,7 +308,9 @@ def constant(node: Any) -> float | None:
         value = _as_dtype(node.args[1], dtype_of(node))
     elif is_call(node, aten.scalar_tensor.default):
         value = _as_dtype(node.args[0], dtype_of(node))
-    return value if value is not None and abs(value) <= FP32_MAX else None
+    if isinstance(node, fx.Node) and (value is None or is_written(node)):
+        return None
+    return value if value is not None and (abs(value) <= FP32_MAX or not finite) else None
 
 
 def _as_dtype(value: Any, dtype: torch.dtype | None) -> float | None:

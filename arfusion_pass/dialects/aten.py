@@ -135,7 +135,7 @@ def _after_mean(
         other = other_operand(plus, mean)
         if argument(plus, "alpha", 1) != 1:
             continue
-        epsilon = constant(other)
+        epsilon = constant(other, finite=False)  # one that is out of range has a reason of its own
         if epsilon is None:
             if isinstance(other, fx.Node):
                 yield Refused(EPSILON_ADVICE.format(node=describe(other)), other)

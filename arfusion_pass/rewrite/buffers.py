@@ -182,10 +182,13 @@ def _codes(shape: Sequence[Any], site: RaisedSite) -> Layout:
     return Layout(codes_shape(shape, site.quant.spec), codes_dtype(site.quant.spec))
 
 
+STRIDED_READERS = (aten.as_strided.default, aten.as_strided_scatter.default, aten._reshape_alias.default)
+
+
 def _as_strided_reader(node: fx.Node) -> fx.Node | None:
     """A node that reads ``node``, or a view of it, at explicit strides."""
     for user in node.users:
-        if is_call(user, aten.as_strided.default, aten.as_strided_scatter.default):
+        if user.target in STRIDED_READERS:
             return user
         if is_call(user, *VIEWS) and (reader := _as_strided_reader(user)) is not None:
             return reader

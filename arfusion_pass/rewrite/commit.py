@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from arfusion_pass.graph import VIEWS, describe, is_pure, known_contiguous, mutated_arguments, tensor_of
+from arfusion_pass.graph import describe, is_pure, known_contiguous, mutated_arguments, owners, tensor_of
 from arfusion_pass.ops.checks import FusedCall, check_call
 from arfusion_pass.ops.schema import OUTPUT_NAMES
 from arfusion_pass.patterns.chains import auto_functionalized
@@ -160,7 +160,7 @@ class Committer:
             moved, anchor = moved_and_anchor
         if self.last_placeholder is not None:
             anchor = max(anchor, self.position[self.last_placeholder])
-        reason = self._mutation_between(site, [*inputs, *(n for node in moved for n in node.all_input_nodes)], anchor)
+        reason = self._mutation(site, inputs, moved, anchor)
         if reason is not None:
             site.reason = reason
             return
@@ -210,22 +210,32 @@ class Committer:
                 stack.extend(node.all_input_nodes)
         return (sorted(moved), anchor) if anchor < first else None
 
-    def _mutation_between(self, site: RaisedSite, inputs: list[fx.Node], anchor: int) -> str | None:
-        """A reason if memory that the site reads or writes is written between its first and its last node."""
+    def _mutation(self, site: RaisedSite, inputs: list[fx.Node], moved: list[fx.Node], anchor: int) -> str | None:
+        """A reason if memory that the site reads or writes is written between its first and its last node.
+
+        The call reads each input in its own place. The graph reads it where the site does, or earlier: in a cast, a
+        view or a ``weight + 1`` in front of it that was looked through, or later, in what is moved up.
+        """
         if not self.mutating:
             return None
         nodes = site.nodes
-        begin = min(self.position[nodes[0]], anchor)
+        since: dict[fx.Node, int] = {}
+        for node in (*nodes, *_looked_through(nodes, inputs), *moved):
+            begin = min(self.position[node], anchor)
+            for owner in owners(node).union(*map(owners, node.all_input_nodes)):
+                since[owner] = min(since.get(owner, begin), begin)
+        shared = {owner for held in site.holders.values() if len(held) > 1 for node in held for owner in owners(node)}
         end = max(self.position[nodes[-1]], anchor)
-        touched = {_base(node) for node in (*inputs, *nodes)}
         for node in self.mutating:
-            if begin <= self.position[node] <= end:
-                for written in mutated_arguments(node):
-                    if _base(written) in touched:
-                        return (
-                            f"{describe(node)} writes to {describe(written)} between the all-reduce and the end of "
-                            "what would be fused"
-                        )
+            at = self.position[node]
+            for written in mutated_arguments(node):
+                if any(since.get(owner, end + 1) <= at <= end for owner in owners(written)):
+                    return (
+                        f"{describe(node)} writes to {describe(written)} between the all-reduce and the end of "
+                        "what would be fused, or what is read for it in front"
+                    )
+                if not shared.isdisjoint(owners(written)):
+                    return f"{describe(node)} writes to {describe(written)}, which two quantisers would share"
         return None
 
     def _write(
@@ -326,16 +336,19 @@ def _origins(call: fx.Node) -> list[fx.Node]:
     ]
 
 
-def _base(node: fx.Node) -> fx.Node:
-    """The node that owns the memory of ``node``: views are followed to what they view."""
-    while node.op == "call_function":
-        if node.target in VIEWS or node.target is operator.getitem:
-            following = node.args[0]
-        else:
-            schema = getattr(node.target, "_schema", None)
-            returned = schema.returns[0].alias_info if schema is not None and schema.returns else None
-            following = node.args[0] if returned is not None and node.args else None
-        if not isinstance(following, fx.Node):
-            break
-        node = following
-    return node
+def _looked_through(nodes: Iterable[fx.Node], inputs: Iterable[fx.Node]) -> set[fx.Node]:
+    """The nodes between a fused call's inputs and the site's own ``nodes``."""
+    behind, own, given = set[fx.Node](), set(nodes), set(inputs)
+    stack = [node for each in own for node in each.all_input_nodes]
+    while stack:
+        node = stack.pop()
+        if node not in own and node not in given and node not in behind:
+            behind.add(node)
+            stack += node.all_input_nodes
+    found = set[fx.Node]()
+    stack = list(given)
+    while stack:
+        reached = [user for user in stack.pop().users if user in behind and user not in found]
+        found.update(reached)
+        stack += reached
+    return found

@@ -103,28 +103,41 @@ def _scales(step: fx.Node, operand: fx.Node) -> bool:
     return (product or quotient) and not step.kwargs and constant(other_operand(step, operand)) is not None
 
 
-def _norm_behind(node: fx.Node, reductions: Reductions | None) -> Norm | None:
-    """A norm that reads ``node``; with ``reductions`` also one behind further steps that will be moved."""
-    for view in row_views(node):
-        for dialect in DIALECTS:
-            for norm in dialect.norms(view):
-                if isinstance(norm, Norm):
-                    return norm
-    if reductions is None:
-        return None
+def factor_behind(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The product with a constant that is all that reads ``node``, over views, and the view of ``node`` in it."""
     operand = node
     while (reader := only_user(operand)) is not None and keeps_rows(reader):
         operand = reader
-    if reader is None:
+    if reader is None or dtype_of(reader) != dtype_of(operand) or not _scales(reader, operand):
         return None
-    other = _without_views(other_operand(reader, operand))
-    while isinstance(other, fx.Node):
-        factor = next((each for each in other.all_input_nodes if _scales(other, each)), None)
-        if factor is None:
-            break
-        other = _without_views(factor)
-    summed = is_call(reader, aten.add.Tensor) and other in reductions
-    return _norm_behind(reader, reductions) if summed or _scales(reader, operand) else None
+    return reader, operand
+
+
+def _norm_behind(node: fx.Node, reductions: Reductions | None) -> Norm | None:
+    """A norm that reads ``node``; with ``reductions`` also one behind further steps that will be moved."""
+    while True:
+        for view in row_views(node):
+            for dialect in DIALECTS:
+                for norm in dialect.norms(view):
+                    if isinstance(norm, Norm):
+                        return norm
+        if reductions is None:
+            return None
+        operand = node
+        while (reader := only_user(operand)) is not None and keeps_rows(reader):
+            operand = reader
+        if reader is None:
+            return None
+        other = _without_views(other_operand(reader, operand))
+        while isinstance(other, fx.Node):
+            factor = next((each for each in other.all_input_nodes if _scales(other, each)), None)
+            if factor is None:
+                break
+            other = _without_views(factor)
+        summed = is_call(reader, aten.add.Tensor) and other in reductions
+        if not summed and not _scales(reader, operand):
+            return None
+        node = reader
 
 
 def _without_views(node: Any) -> Any:

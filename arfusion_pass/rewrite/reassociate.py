@@ -20,7 +20,9 @@ from arfusion_pass.graph import (
     constant,
     known_contiguous,
     last_dim,
+    mutated_arguments,
     other_operand,
+    owners,
     path,
     same_shape,
     statically_equal,
@@ -29,7 +31,7 @@ from arfusion_pass.graph import (
 from arfusion_pass.ops.layouts import token_count
 from arfusion_pass.rewrite.buffers import SizeSource
 from arfusion_pass.rewrite.commit import META_KEYS
-from arfusion_pass.rewrite.hindrances import Hindrance
+from arfusion_pass.rewrite.hindrances import Hindrance, factor_behind
 from arfusion_pass.rewrite.raising import RaisedSite, find_sites
 
 
@@ -38,20 +40,48 @@ def reassociate(graph: fx.Graph, config: FusionConfig) -> None:
     can be moved, and then what stood behind it. A graph without such a step is not touched."""
     moved = True
     while moved:
-        moved = False
+        changed: set[fx.Node] = set()
         for site in find_sites(graph, config):
-            moved |= _move(graph, site)
+            # What was found of a site is stale where an earlier move of this sweep changed it: the next one sees it.
+            if changed.isdisjoint(named := _named(site)):
+                changed |= _move(graph, site, named)
+        moved = bool(changed)
 
 
-def _move(graph: fx.Graph, site: RaisedSite) -> bool:
-    """Move what hinders one site; whether anything was."""
+def _named(site: RaisedSite) -> set[fx.Node]:
+    """Every node that a move of what hinders a site would read, replace or erase."""
+    if site.hindrance is None or site.reduced is None:
+        return set()
+    named = {site.hindrance.step, site.hindrance.operand}
+    for reduced, operand in filter(None, ((site.reduced, site.hindrance.operand), site.hindrance.other)):
+        named |= {reduced.node, reduced.value, reduced.x, operand, *reduced.nodes, *path(reduced.value, operand)}
+    return named
+
+
+def _move(graph: fx.Graph, site: RaisedSite, named: set[fx.Node]) -> set[fx.Node]:
+    """Move what hinders one site; gives the nodes that this changed, none where it cannot be moved."""
     if site.hindrance is None or site.reduced is None or not _takes_another_input(site.reduced):
-        return False
+        return set()
     if site.hindrance.other is None:
-        _scale(graph, site.reduced, site.hindrance)
-        return True
+        return named | _scale(graph, site.reduced, site.hindrance)
     first = site.hindrance.other[0]  # the sum is seen from both: from the later one both inputs exist
-    return first.node < site.node and _merge(graph, site.reduced, site.hindrance, first)
+    merged = (
+        first.node < site.node
+        and not _written_between(graph, first, site.node)
+        and _merge(graph, site.reduced, site.hindrance, first)
+    )
+    return named if merged else set()
+
+
+def _written_between(graph: fx.Graph, first: Reduced, second: fx.Node) -> bool:
+    """Whether anybody writes, between two all-reduces, to what the first one reads."""
+    read = owners(first.x)
+    node = first.node
+    while node is not second:
+        if any(not read.isdisjoint(owners(written)) for written in mutated_arguments(node)):
+            return True
+        node = node.next
+    return False
 
 
 def _takes_another_input(reduced: Reduced) -> bool:
@@ -61,14 +91,19 @@ def _takes_another_input(reduced: Reduced) -> bool:
     return schema is not None and not schema.is_mutable and x is not None and known_contiguous(x)
 
 
-def _scale(graph: fx.Graph, reduced: Reduced, hindrance: Hindrance) -> None:
-    """``c * all_reduce(x)`` to ``all_reduce(c * x)``."""
-    step, operand = hindrance.step, hindrance.operand
-    factor = constant(other_operand(step, operand))
-    scaled = _insert(graph, reduced, step.target, (reduced.x, factor))
-    reduced.node.replace_input_with(reduced.x, scaled)
-    step.replace_all_uses_with(operand)
-    graph.erase_node(step)
+def _scale(graph: fx.Graph, reduced: Reduced, hindrance: Hindrance) -> set[fx.Node]:
+    """``c * all_reduce(x)`` to ``all_reduce(c * x)``, and so on with the factors behind it; gives the old products."""
+    step, operand, x, gone = hindrance.step, hindrance.operand, reduced.x, set[fx.Node]()
+    while True:
+        scaled = _insert(graph, reduced, step.target, (x, constant(other_operand(step, operand))))
+        reduced.node.replace_input_with(x, scaled)
+        step.replace_all_uses_with(operand)
+        graph.erase_node(step)
+        gone.add(step)
+        following = factor_behind(operand)
+        if following is None:
+            return gone
+        x, (step, operand) = scaled, following
 
 
 def _merge(graph: fx.Graph, reduced: Reduced, hindrance: Hindrance, first: Reduced) -> bool:

@@ -266,6 +266,68 @@ def test_mutation_in_between(what: str) -> None:
     assert "writes to" in check_unchanged(mutated(model, X, X, W)).missed[0].reason
 
 
+@pytest.mark.parametrize("what", ["residual", "weight", "Gemma's weight", "scale", "input of the experts"])
+def test_mutation_behind_what_is_looked_through(what: str) -> None:
+    """A cast, a view or ``weight + 1`` in front of the site reads what is written afterwards: the call would read the
+    new value in its own place."""
+
+    def model(x: Tensor, r: Tensor, w: Tensor, s: Tensor) -> tuple[Tensor, ...]:
+        wide, gamma, scale = r.float(), w.float(), s.float()
+        if what == "Gemma's weight":
+            gamma = gamma + 1.0
+        if what == "input of the experts":
+            experts = x.view(2, 4, HIDDEN).float() * s.float().reshape(2, 1, 1)
+            aten.mul_.Tensor(x, 2)
+            return (llama(reduce(experts.sum(0).to(x.dtype)), w, EPS),)
+        written = {"residual": r, "weight": w, "Gemma's weight": w, "scale": s}[what]
+        aten.mul_.Tensor(written, 2)
+        total = wide + reduce(x)
+        root = torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + EPS)
+        norm = (total * root * gamma).to(x.dtype)
+        return total, (norm.float() / scale).to(torch.float8_e4m3fn)
+
+    experts = what == "input of the experts"
+    module = mutated(model, (8, HIDDEN) if experts else X, X, W, (2,) if experts else (1,))
+    fused, report = fused_copy(module)
+    assert report.matched_count == 0 or what in ("scale", "input of the experts")
+    check_same(module, fused)
+
+
+def test_mutated_constant() -> None:
+    """A tensor that holds a number, until somebody adds to it, is no constant."""
+
+    def model(x: Tensor, w: Tensor) -> Tensor:
+        epsilon = aten.full.default([], 1e-6, dtype=torch.float32)
+        aten.add_.Tensor(epsilon.view(1), 1.0)
+        wide = reduce(x).float()
+        return w * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)).to(x.dtype)
+
+    check_unchanged(mutated(model, X, W))
+
+
+def test_write_that_no_schema_admits() -> None:
+    """``inductor::resize_storage_bytes_`` frees memory and says nowhere that it writes."""
+    module = trace(lambda x, r, w: llama(r.float() + reduce(x), w, EPS), *tensors(X, X, W), functional=False)
+    graph = module.graph
+    residual = list(graph.nodes)[1]
+    wait = graph.find_nodes(op="call_function", target=c10d.wait_tensor.default)[0]
+    with graph.inserting_after(wait):
+        graph.call_function(torch.ops.inductor.resize_storage_bytes_.default, (residual, 0))
+    assert "resize_storage_bytes_" in check_unchanged(module).missed[0].reason
+
+
+def test_call_that_may_write() -> None:
+    """A higher-order op that is not known to copy may write to whatever it is given."""
+    module = trace(lambda x, r, w: llama(r + reduce(x), w, EPS), *tensors(X, X, W))
+    graph = module.graph
+    residual = list(graph.nodes)[1]
+    wait = graph.find_nodes(op="call_function", target=c10d.wait_tensor.default)[0]
+    with graph.inserting_after(wait):
+        kwargs = {"kernel_idx": 0, "constant_args_idx": 0, "grid": [], "kwargs": {"out": residual}}
+        graph.call_function(torch.ops.higher_order.triton_kernel_wrapper_mutation, (), kwargs)
+    assert "triton_kernel_wrapper_mutation" in check_unchanged(module).missed[0].reason
+
+
 def test_mutation_afterwards() -> None:
     """What is written after the site's last node sees, and changes, the written values as it did the old ones."""
 

@@ -10,7 +10,19 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.simulate import STRICT, c10d, calls, check_same, check_unchanged, fused_copy, symbolic, tensors, trace
+from tests.simulate import (
+    STRICT,
+    c10d,
+    calls,
+    check_same,
+    check_unchanged,
+    fused_copy,
+    random_inputs,
+    run,
+    symbolic,
+    tensors,
+    trace,
+)
 
 Tensor = torch.Tensor
 MOVING = dataclasses.replace(STRICT, reassociate=True)
@@ -188,3 +200,73 @@ def test_off_by_default(model: Callable[..., Any]) -> None:
     """Without the setting nothing moves, and the reason names it."""
     report = check_unchanged(trace(model, *tensors(*[(4, HIDDEN)] * 3, (HIDDEN,))))
     assert all("; FusionConfig(reassociate=True) takes that before" in str(site.reason) for site in report.missed)
+
+
+# Graphs in which one move changes what was found of another site -----------------------------------------------------
+
+
+def reduced_again(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    total = reduce(x) + reduce(y)
+    norm_of_total = norm(total, w)
+    again = reduce(r) + reduce(total)
+    return norm(again, w), norm_of_total, again
+
+
+def reduced_again_first(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    total = reduce(x) + reduce(y)
+    norm_of_total = norm(total, w)
+    again = reduce(total) + reduce(r)
+    return norm(again, w), norm_of_total, again
+
+
+def scaled_and_reduced_again(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    first = reduce(x) * 0.5
+    return norm(y + reduce(first) * 0.25, w), norm(r + first, w)
+
+
+def scaled_inside(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    return (norm(r + reduce(reduce(x) * 0.5) * 0.25, w),)
+
+
+@pytest.mark.parametrize(
+    "model", [reduced_again, reduced_again_first, scaled_and_reduced_again, scaled_inside], ids=lambda f: f.__name__
+)
+def test_sites_that_change_each_other(model: Callable[..., Any]) -> None:
+    """What a move replaces or erases may be what was found of a later site: that is found anew."""
+    module = trace(model, *tensors(*((4, HIDDEN),) * 3, (HIDDEN,), dtype=torch.float32))
+    fused, report = fused_copy(module, MOVING)
+    assert report.note is None and report.matched_count > 0
+    for wanted, got in zip(run(module, inputs := random_inputs(module)), run(fused, inputs), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_write_between_two_merged() -> None:
+    """The first input is written between the two all-reduces: it is not summed in the second one's place."""
+
+    def model(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        first = reduce(x)
+        torch.ops.aten.mul_.Tensor(x, 0.5)
+        total = first + reduce(y)
+        return norm(total, w), total
+
+    module = trace(model, *tensors(*((4, HIDDEN),) * 3, (HIDDEN,), dtype=torch.float32), functional=False)
+    fused, _ = fused_copy(module, MOVING)
+    assert calls(fused, c10d.all_reduce.default) == 2
+    for wanted, got in zip(run(module, inputs := random_inputs(module)), run(fused, inputs), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("config", [STRICT, MOVING], ids=["left", "moved"])
+def test_chain_of_many_steps(config: Any) -> None:
+    """1,200 factors in a row are no recursion too deep."""
+
+    def model(x: Tensor, w: Tensor) -> Tensor:
+        y = reduce(x)
+        for _ in range(1200):
+            y = y * 1.0009765625
+        return norm(y, w)
+
+    module = trace(model, *tensors((4, HIDDEN), (HIDDEN,), dtype=torch.float32))
+    _, report = fused_copy(module, config)
+    assert report.note is None
+    assert report.matched_count == (config is MOVING)

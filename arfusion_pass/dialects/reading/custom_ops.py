@@ -90,7 +90,8 @@ class NormOp:
         reason = self.refuse(call) or self._misfit(call, start, value, residual)
         if reason is not None:
             return Refused(reason, call.node)
-        epsilon = self.default_epsilon if call[self.epsilon] is None else constant(call[self.epsilon])
+        given_epsilon = call[self.epsilon]
+        epsilon = self.default_epsilon if given_epsilon is None else constant(given_epsilon, finite=False)
         if epsilon is None:
             return Refused(EPSILON_ADVICE.format(node=call[self.epsilon]), call.node)
         dtype, x_dtype = dtype_of(value), dtype_of(start)
