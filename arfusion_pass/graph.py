@@ -15,6 +15,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 aten = torch.ops.aten
 prims = torch.ops.prims
+c10d = torch.ops._c10d_functional
 
 VIEWS: frozenset[Any] = frozenset(
     {
@@ -33,6 +34,19 @@ VIEWS: frozenset[Any] = frozenset(
 """Ops that give the same elements in the same order another shape."""
 
 FP32_MAX = torch.finfo(torch.float32).max
+
+_CLONES: frozenset[Any] = frozenset({aten.clone.default, aten.contiguous.default, aten.lift_fresh_copy.default})
+_PARTS: frozenset[Any] = frozenset(
+    {
+        aten.permute.default,
+        aten.transpose.int,
+        aten.t.default,
+        aten.select.int,
+        aten.slice.Tensor,
+        aten.expand.default,
+    }
+)
+"""Ops that may leave elements out, repeat them or move them, and often do not."""
 
 CASTS: frozenset[Any] = frozenset(
     {prims.convert_element_type.default, aten._to_copy.default, aten.to.dtype, aten.type_as.default}
@@ -76,6 +90,18 @@ def same_shape(a: Any, b: Any) -> bool:
     if ta is None or tb is None or ta.dim() != tb.dim():
         return False
     return all(map(statically_equal, ta.shape, tb.shape))
+
+
+def same_rows(a: Any, b: Any) -> bool:
+    """Whether two nodes' tensors have the same shape for sure, but for leading dimensions of size 1; adds no guard."""
+    ta, tb = tensor_of(a), tensor_of(b)
+    if ta is None or tb is None:
+        return False
+    sizes = [list(tensor.shape) for tensor in (ta, tb)]
+    for shape in sizes:
+        while shape and len(shape) > 1 and _is_one(shape[0]):
+            del shape[0]
+    return len(sizes[0]) == len(sizes[1]) and all(map(statically_equal, *sizes))
 
 
 def known_contiguous(tensor: torch.Tensor) -> bool:
@@ -135,31 +161,93 @@ def peel(node: Any) -> Any:
     return node
 
 
+def source_of(node: Any) -> fx.Node | None:
+    """What ``node`` gives the elements of: all of them, in the same order and dtype, in whatever shape. None if it
+    computes anything, leaves elements out or moves them. Such a node is a view, a ``permute`` that moves dimensions of
+    size 1 only, a wait for what was waited for already, a clone, or the functional ``copy`` that a tensor reduced in
+    place leaves."""
+    if not (isinstance(node, fx.Node) and node.op == "call_function" and node.args):
+        return None
+    target = node.target
+    source: Any = node.args[0]
+    if target is aten.copy.default and len(node.args) > 1:
+        source = node.args[1]
+        if not (isinstance(source, fx.Node) and dtype_of(source) == dtype_of(node) and same_shape(source, node)):
+            return None
+    elif target is c10d.wait_tensor.default:
+        if isinstance(source, fx.Node) and getattr(source.target, "namespace", "") == c10d.name:
+            return source if source.target is target else None
+    elif target in _PARTS:
+        if not _moves_nothing(node, source):
+            return None
+    elif target not in VIEWS and target not in _CLONES:
+        return None
+    return source if isinstance(source, fx.Node) and tensor_of(source) is not None else None
+
+
+def _moves_nothing(node: fx.Node, source: Any) -> bool:
+    """Whether a permute, select, slice or expand keeps all elements in order."""
+    before, after = tensor_of(source), tensor_of(node)
+    if before is None or after is None:
+        return False
+    arguments: Any = node.args
+    if node.target is aten.select.int:
+        return _is_one(before.shape[arguments[1]])
+    if node.target in (aten.slice.Tensor, aten.expand.default):
+        return same_rows(node, source)
+    dims = list(range(before.dim()))
+    if node.target is aten.permute.default:
+        dims = [dim % before.dim() for dim in arguments[1]]
+    elif before.dim() > 1:
+        first, second = arguments[1:3] if node.target is aten.transpose.int else (0, 1)
+        dims[first], dims[second] = dims[second], dims[first]
+    kept = [dim for dim in dims if not _is_one(before.shape[dim])]
+    return kept == sorted(kept)
+
+
+def _is_one(size: Any) -> bool:
+    return statically_known_true(size == 1)
+
+
 def keeps_rows(node: Any) -> bool:
-    """Whether ``node`` is a view of its first argument that keeps the last dimension."""
-    return (
-        is_call(node, *VIEWS)
-        and isinstance(node.args[0], fx.Node)
-        and last_dim(node) is not None
-        and last_dim(node) == last_dim(node.args[0])
-    )
+    """Whether ``node`` gives its source's elements (:func:`source_of`) with the same last dimension."""
+    source = source_of(node)
+    return source is not None and last_dim(node) is not None and last_dim(node) == last_dim(source)
 
 
-def row_views(node: fx.Node) -> Iterator[fx.Node]:
-    """``node`` and every view of it (of a view of it, ...) that keeps the last dimension, in no special order."""
+def views_of(node: fx.Node) -> Iterator[fx.Node]:
+    """``node`` and everything that gives its elements (:func:`source_of`) in whatever shape, in no special order."""
     stack = [node]
     while stack:
         current = stack.pop()
         yield current
-        stack.extend(user for user in current.users if keeps_rows(user) and user.args[0] is current)
+        stack.extend(user for user in current.users if source_of(user) is current)
+
+
+def row_views(node: fx.Node) -> Iterator[fx.Node]:
+    """Those of its :func:`views_of` that have its last dimension; views of another may lie between."""
+    hidden = last_dim(node)
+    for view in views_of(node):
+        if view is node or (hidden is not None and last_dim(view) == hidden):
+            yield view
+
+
+def without_views(node: Any) -> Any:
+    """What ``node`` gives the elements of, through any number of views; itself where it is no view."""
+    while (source := source_of(node)) is not None:
+        node = source
+    return node
 
 
 def path(start: fx.Node, end: fx.Node) -> tuple[fx.Node, ...]:
-    """The views between ``start`` and ``end`` (one of its :func:`row_views`), ``end`` included."""
+    """The views between ``start`` and ``end`` (one of its :func:`views_of`), ``end`` included."""
     views: list[fx.Node] = []
-    while end is not start:
-        views.append(end)
-        end = end.args[0]  # type: ignore[assignment]
+    node: fx.Node | None = end
+    while node is not start:
+        if node is None:
+            raise ValueError(f"{describe(end)} is no view of {describe(start)}")
+        views.append(node)
+        node = source_of(node)
     return tuple(reversed(views))
 
 

@@ -61,7 +61,8 @@ def all_reduce(x: torch.Tensor, group: Any) -> torch.Tensor:
     assert group is not None
     salt = sum(map(ord, group.group_name)) % 97 + 1
     flat = x.reshape(-1)
-    ranks = [flat] + [flat.flip(0) * (0.25 + rank + salt / 64) for rank in range(1, group.size())]
+    # By powers of two, so that 16-bit values widened before the sum give what they give as they are.
+    ranks = [flat] + [flat.flip(0).roll(salt) * 2.0 ** (rank % 3) for rank in range(1, group.size())]
     return reference.sum_in_rank_order(torch.stack(ranks)).view(x.shape)
 
 
@@ -80,6 +81,8 @@ class Interpreter(fx.Interpreter):
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is c10d.all_reduce.default:
             return all_reduce(args[0], args[2])
+        if target is c10d.all_reduce_.default:
+            return args[0].copy_(all_reduce(args[0], args[2]))
         if target is c10d.wait_tensor.default:
             return args[0]
         schema = getattr(target, "_schema", None)

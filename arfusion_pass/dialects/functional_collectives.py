@@ -3,17 +3,20 @@
     %all_reduce  = _c10d_functional.all_reduce.default(%x, "sum", "0")
     %wait_tensor = _c10d_functional.wait_tensor.default(%all_reduce)
 
-``dist.all_reduce`` under Dynamo gives the same two nodes.
+``dist.all_reduce`` under Dynamo gives the same two nodes. Who waits again for what was waited for (SGLang behind
+DTensor) gets the same tensor.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 import torch.distributed._functional_collectives
 from torch import fx
 
 from arfusion_pass.dialects.reading.base import Dialect, Reduced, Refused
-from arfusion_pass.graph import argument, describe, is_call, users_of
+from arfusion_pass.graph import argument, describe, is_call, users_of, viewed
 
 c10d = torch.ops._c10d_functional
 
@@ -24,31 +27,67 @@ class FunctionalCollectives(Dialect):
     name = "functional_collectives"
 
     def all_reduce(self, node: fx.Node) -> Reduced | Refused | None:
-        """The all-reduce with its one wait; other reduce ops and the in-place and coalesced forms are refused."""
-        if is_call(node, c10d.all_reduce_.default):
-            return Refused(
-                f"{node.name} reduces in place: the pass runs after Inductor's reinplacing here; install it as "
-                "post_grad_custom_post_pass",
-                node,
-            )
+        """The all-reduce with its waits; other reduce ops and the coalesced form are refused."""
         if is_call(node, c10d.all_reduce_coalesced.default, c10d.all_reduce_coalesced_.default):
             return Refused(f"{node.name} reduces several tensors at once (coalesced); reduce them one by one", node)
-        if not is_call(node, c10d.all_reduce.default):
+        if not is_call(node, c10d.all_reduce.default, c10d.all_reduce_.default):
             return None
         reduce_op = argument(node, "reduce_op")
         if reduce_op != "sum":
             return Refused(f"{node.name} reduces by {reduce_op!r}; only 'sum' is fused", node)
-        waits = users_of(node, c10d.wait_tensor.default)
-        others = [user for user in node.users if user not in waits]
-        if others:
-            return Refused(f"{node.name} is read by {describe(others[0])} before it is waited for", others[0])
-        if len(waits) != 1:
-            return Refused(f"{node.name} is waited for {len(waits)} times, expected once", node)
         group = argument(node, "group_name")
         x = argument(node, "input")
         if not isinstance(group, str) or not isinstance(x, fx.Node):
             return Refused(f"{node.name} names its group by {group!r}, not by a string", node)
-        return Reduced(node=node, value=waits[0], x=x, group=group, nodes=(node, waits[0]))
+        if is_call(node, c10d.all_reduce_.default):
+            return _in_place(node, x, group)
+        waits = users_of(node, c10d.wait_tensor.default)
+        others = [user for user in node.users if user not in waits]
+        if others:
+            return Refused(f"{node.name} is read by {describe(others[0])} before it is waited for", others[0])
+        if not waits:
+            return Refused(f"{node.name} is never waited for", node)
+        waits = [*waits, *(again for wait in waits for again in waited_again(wait))]
+        return Reduced(node, waits[0], x, group, nodes=(node, *waits), aliases=tuple(waits[1:]))
+
+
+def _in_place(node: fx.Node, x: fx.Node, group: str) -> Reduced | Refused:
+    """An all-reduce that writes its result over ``x``: after functionalisation's end, or where there was none. Like the
+    other one where nothing but ``x``, what it returns and their waits holds that memory afterwards."""
+    owner, chain = x, {x}
+    while len(sources := viewed(owner)) == 1:
+        (owner,) = sources
+        chain.add(owner)
+    if owner.op != "call_function" or sources:
+        return Refused(f"{node.name} reduces {describe(owner)} in place, which others hold as well", node)
+    values = [node]
+    for value in (node, x):
+        values += [again for wait in users_of(value, c10d.wait_tensor.default) for again in (wait, *waited_again(wait))]
+    early = late = False
+    aliases = [owner]
+    while aliases:
+        alias = aliases.pop()
+        for user in alias.users:
+            if user in values or user in chain:
+                aliases += [user] if user in chain else []
+            elif alias in viewed(user) and user < node:
+                aliases.append(user)
+            elif alias is x:
+                early, late = early or user < node, late or user > node
+            elif user > node:
+                return Refused(f"{node.name} reduces in place what {describe(user)} reads through another view", user)
+    if early and late:
+        return Refused(f"{node.name} reduces {describe(x)} in place, which is read before it and after it", node)
+    waits = sorted(value for value in values if value is not node)
+    held = [*waits, node, *([x] if late else [])]
+    return Reduced(node, held[0], x, group, nodes=(node, *waits), aliases=tuple(held[1:]))
+
+
+def waited_again(value: fx.Node) -> Iterator[fx.Node]:
+    """The waits for what was waited for already: each gives its tensor back."""
+    for wait in users_of(value, c10d.wait_tensor.default):
+        yield wait
+        yield from waited_again(wait)
 
 
 DIALECT = FunctionalCollectives()

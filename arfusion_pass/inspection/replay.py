@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -152,7 +152,7 @@ def _extract(plan: Plan) -> ReplaySite:
     norm = site.norm.norm  # None where the norm's own op quantises it: no node holds the norm
     if norm is not None:
         wanted.setdefault("norm_out", norm)
-    module, names, env, unknown = _subgraph(given, wanted)
+    module, names, env, unknown = _subgraph(given, wanted, site.reduced.aliases)
     module.meta.update(site=site.node.name, norm=None if norm is None else env[norm].name)
     prologue = None
     if site.prologue is not None:
@@ -164,10 +164,13 @@ def _extract(plan: Plan) -> ReplaySite:
 
 
 def _subgraph(
-    given: dict[str, fx.Node], wanted: dict[str, fx.Node]
+    given: dict[str, fx.Node], wanted: dict[str, fx.Node], reduced: Sequence[fx.Node] = ()
 ) -> tuple[fx.GraphModule, dict[str, str], dict[fx.Node, fx.Node], list[str]]:
-    """What computes ``wanted`` from ``given``: a module that returns a dict, its placeholders' names by role, the
-    copies of nodes, and the names of values that neither role nor symbolic size gives."""
+    """What computes ``wanted`` from ``given``, where ``reduced`` are other names of what is given as that.
+
+    A module that returns a dict, its placeholders' names by role, the copies of nodes, and the names of values that
+    neither role nor symbolic size gives.
+    """
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     names: dict[str, str] = {}
@@ -181,6 +184,7 @@ def _subgraph(
 
     for role, node in given.items():
         placeholder(node, role)
+    env.update({node: env[given["reduced"]] for node in reduced if node not in env})
 
     def copy(node: fx.Node) -> fx.Node:
         stack = [node]

@@ -144,6 +144,9 @@ def plan_buffer(
     if like is None:
         return f"{what} has no meta['val']"
     layout: Layout | None = Layout(tuple(like.shape), like.dtype)
+    if role == "allreduce_out" and site.norm is not None and like.shape[-1:] != (rows := _rows_of(site)).shape[-1:]:
+        step = Step("reshape", tuple(like.shape), tuple(like.stride()), like.dtype)
+        layout = Layout(tuple(rows.shape), like.dtype, (step,))
     if role in ("quant_out", "scale_out"):
         assert site.norm is not None
         assert site.quant is not None
@@ -174,6 +177,13 @@ def plan_buffer(
             return wanted
         steps.append((step, wanted))
     return Buffer(sizes, _empty(like, layout.shape, layout.dtype), tuple(steps))
+
+
+def _rows_of(site: RaisedSite) -> torch.Tensor:
+    """The reduced tensor as the rows that the norm reads."""
+    rows = tensor_of(site.norm.operand)  # type: ignore[union-attr]
+    assert rows is not None
+    return rows
 
 
 def _codes(shape: Sequence[Any], site: RaisedSite) -> Layout:

@@ -224,9 +224,12 @@ class Committer:
             begin = min(self.position[node], anchor)
             for owner in owners(node).union(*map(owners, node.all_input_nodes)):
                 since[owner] = min(since.get(owner, begin), begin)
+        own = set(nodes)
         shared = {owner for held in site.holders.values() if len(held) > 1 for node in held for owner in owners(node)}
         end = max(self.position[nodes[-1]], anchor)
         for node in self.mutating:
+            if node in own:
+                continue  # an all-reduce in place
             at = self.position[node]
             for written in mutated_arguments(node):
                 if any(since.get(owner, end + 1) <= at <= end for owner in owners(written)):

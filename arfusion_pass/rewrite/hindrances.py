@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import fx
@@ -24,8 +23,9 @@ from arfusion_pass.graph import (
     keeps_rows,
     only_user,
     other_operand,
-    path,
     row_views,
+    source_of,
+    without_views,
 )
 
 Reductions = Mapping[fx.Node, Reduced]
@@ -89,7 +89,7 @@ def _hindrance(reduced: Reduced, step: fx.Node, operand: fx.Node, reductions: Re
     other = other_operand(step, operand)
     if not is_call(step, aten.add.Tensor) or step.kwargs or not isinstance(other, fx.Node):
         return None
-    second = reductions.get(_without_views(other))
+    second = reductions.get(without_views(other))
     if second is None or not _only_read_by(step, other, second):
         return None
     alike = second.group == reduced.group and dtype_of(second.x) == dtype_of(reduced.x)
@@ -128,26 +128,25 @@ def _norm_behind(node: fx.Node, reductions: Reductions | None) -> Norm | None:
             operand = reader
         if reader is None:
             return None
-        other = _without_views(other_operand(reader, operand))
+        other = without_views(other_operand(reader, operand))
         while isinstance(other, fx.Node):
             factor = next((each for each in other.all_input_nodes if _scales(other, each)), None)
             if factor is None:
                 break
-            other = _without_views(factor)
+            other = without_views(factor)
         summed = is_call(reader, aten.add.Tensor) and other in reductions
         if not summed and not _scales(reader, operand):
             return None
         node = reader
 
 
-def _without_views(node: Any) -> Any:
-    """What ``node`` is a view of that keeps the last dimension; itself where it is none."""
-    while keeps_rows(node):
-        node = node.args[0]
-    return node
-
-
 def _only_read_by(step: fx.Node, operand: fx.Node, reduced: Reduced) -> bool:
     """Whether an all-reduce's value goes through views into ``step`` and nowhere else."""
-    chain = (reduced.value, *path(reduced.value, operand), step)
-    return all(only_user(node) is reader for node, reader in itertools.pairwise(chain))
+    chain, node = [step], operand
+    while node is not reduced.value:
+        chain.append(node)
+        source = source_of(node)
+        if source is None:
+            return False
+        node = source
+    return all(only_user(node) is reader for reader, node in itertools.pairwise([*chain, node]))

@@ -27,18 +27,19 @@ from arfusion_pass import ir
 from arfusion_pass.config import DTYPES, FusionConfig, canonical_epsilon
 from arfusion_pass.dialects import DIALECTS, Norm, Prologue, Quantised, Reduced, Refused
 from arfusion_pass.graph import (
-    VIEWS,
     describe,
     dtype_of,
-    is_call,
     is_cast,
-    keeps_rows,
     last_dim,
     path,
     row_views,
     same_shape,
+    source_of,
     statically_equal,
     tensor_of,
+    views_of,
+    widens,
+    without_views,
 )
 from arfusion_pass.groups import find_group
 from arfusion_pass.ops.layouts import token_count
@@ -83,7 +84,7 @@ class RaisedSite:
         """Role to every node of the user's graph that holds the value: several where quantisers are twins."""
         holders: dict[str, tuple[fx.Node | None, ...]] = {}
         if self.reduced is not None:
-            holders["allreduce_out"] = (self.reduced.value,)
+            holders["allreduce_out"] = self.reduced.values
         if self.norm is not None:
             holders["residual_out"] = (self.norm.total,)
             holders["norm_out"] = (self.norm.norm,)
@@ -125,7 +126,7 @@ class RaisedSite:
         nodes = self.nodes
         gone, values = set(nodes), {node for held in self.holders.values() for node in held}
         for node in reversed(nodes):
-            stays = node not in values and (is_cast(node) or keeps_rows(node))
+            stays = node not in values and (is_cast(node) or source_of(node) is not None)
             if stays and any(user not in gone for user in node.users):
                 gone.discard(node)
         return gone
@@ -160,7 +161,7 @@ def find_sites(graph: fx.Graph, config: FusionConfig) -> list[RaisedSite]:
         if site.reason is None:
             candidates[site.node] = _norms(site, config)
     open_sites = (site.reduced for site in sites if site.node in candidates)
-    reductions = {reduced.value: reduced for reduced in open_sites if reduced is not None}
+    reductions = {value: reduced for reduced in open_sites if reduced is not None for value in reduced.values}
     for site in sites:
         if site.reduced is None or site.reason is not None:
             continue
@@ -210,10 +211,41 @@ def _all_reduce(node: fx.Node) -> RaisedSite | None:
             continue
         if isinstance(found, Refused):
             return RaisedSite(node, reason=found.reason, dialects=(dialect.name,))
+        found = _in_its_own_dtype(found)
         site = RaisedSite(node, found.group, found, dialects=(dialect.name,))
         site.reason = _check_reduced(found)
         return site
     return None
+
+
+def _in_its_own_dtype(reduced: Reduced) -> Reduced:
+    """An fp32 all-reduce of widened 16-bit values whose sum is only read rounded to their dtype, as one in that dtype:
+    the fused op sums in fp32 as well, rounds once, and moves half the bytes::
+
+        %wide = convert_element_type(%x, f32); %sum = all_reduce(%wide); %value = convert_element_type(%sum, bf16)
+    """
+    wide: fx.Node = without_views(reduced.x)
+    if not widens(wide) or dtype_of(wide.args[0]) == torch.float32:
+        return reduced
+    casts: dict[fx.Node, tuple[fx.Node, ...]] = {}
+    for held in reduced.values:
+        for view in views_of(held):
+            for user in view.users:
+                if is_cast(user, dtype_of(wide.args[0])):
+                    casts[user] = path(held, view)
+                elif source_of(user) is not view and user not in reduced.nodes:
+                    return reduced
+    if not casts or not all(same_shape(min(casts), cast) for cast in casts):
+        return reduced
+    value, *others = sorted(casts)
+    nodes = dict.fromkeys(node for cast, views in casts.items() for node in (*views, cast))
+    return dataclasses.replace(
+        reduced,
+        value=value,
+        x=wide.args[0],  # type: ignore[arg-type]
+        nodes=(*reduced.nodes, *nodes),
+        aliases=tuple(others),
+    )
 
 
 def _check_reduced(reduced: Reduced) -> str | None:
@@ -230,12 +262,26 @@ def _check_reduced(reduced: Reduced) -> str | None:
         return f"{describe(reduced.x)} has no meta['val']; run fake-tensor propagation over the graph first"
     if x.dtype not in DTYPES:
         return f"{describe(reduced.node)} reduces {x.dtype}; bfloat16, float16 and float32 are fused"
-    hidden = last_dim(reduced.x)
-    if hidden is None:
-        return f"the last dimension of {describe(reduced.x)} is symbolic or absent; the hidden size must be static"
-    if hidden * x.dtype.itemsize % 16:
-        return f"a row of {describe(reduced.x)} has {hidden * x.dtype.itemsize} bytes, no multiple of 16"
     return None
+
+
+def _row_lengths(x: fx.Node) -> set[int] | None:
+    """The lengths that the rows of a reduced tensor may have: its last dimension, or that of what it is a view of.
+    None for a tensor of one dimension, which says nothing of rows."""
+    lengths: set[int] = set()
+    view: fx.Node | None = x
+    while view is not None:
+        tensor = tensor_of(view)
+        assert tensor is not None
+        sizes = list(tensor.shape)
+        while len(sizes) > 1 and statically_equal(sizes[-1], 1):
+            sizes.pop()
+        if len(sizes) < 2 and view is x:
+            return None
+        if sizes and isinstance(sizes[-1], int):
+            lengths.add(sizes[-1])
+        view = source_of(view)
+    return lengths
 
 
 def _norms(site: RaisedSite, config: FusionConfig) -> list[tuple[Norm, str]]:
@@ -244,24 +290,31 @@ def _norms(site: RaisedSite, config: FusionConfig) -> list[tuple[Norm, str]]:
     assert site.reduced is not None
     usable: list[tuple[Norm, str]] = []
     reasons: list[str] = []
-    for value in row_views(site.reduced.value):
-        for dialect in DIALECTS:
-            for norm in dialect.norms(value):
-                reason = norm.reason if isinstance(norm, Refused) else _check_norm(site.reduced, norm, config)
-                if reason is not None:
-                    reasons.append(reason)
-                else:
-                    assert isinstance(norm, Norm)
-                    views = path(site.reduced.value, value)
-                    norm = dataclasses.replace(norm, nodes=(*views, *norm.nodes))
-                    usable.append((norm, dialect.name))
+    lengths = _row_lengths(site.reduced.x)
+    for held in site.reduced.values:
+        for value in views_of(held):
+            if lengths is not None and isinstance(last_dim(value), int) and last_dim(value) not in lengths:
+                continue
+            for dialect in DIALECTS:
+                for norm in dialect.norms(value):
+                    reason = norm.reason if isinstance(norm, Refused) else _check_norm(site.reduced, norm, config)
+                    if reason is not None:
+                        reasons.append(reason)
+                    else:
+                        assert isinstance(norm, Norm)
+                        norm = dataclasses.replace(norm, nodes=(*path(held, value), *norm.nodes))
+                        usable.append((norm, dialect.name))
     if not usable and reasons:
         site.reason = reasons[0]
     return usable
 
 
 def _check_norm(reduced: Reduced, norm: Norm, config: FusionConfig) -> str | None:
-    dtype, hidden = dtype_of(reduced.x), last_dim(reduced.x)
+    dtype, hidden = dtype_of(reduced.x), last_dim(norm.operand)
+    if hidden is None:
+        return f"the last dimension of {describe(norm.operand)} is symbolic or absent; the hidden size must be static"
+    if hidden * dtype.itemsize % 16:  # type: ignore[union-attr]
+        return f"a row of {describe(norm.operand)} has {hidden * dtype.itemsize} bytes, no multiple of 16"  # type: ignore[union-attr]
     if norm.quant is not None and not config.quantisers:
         return f"{describe(norm.result)} is quantised by the norm's own op, and FusionConfig has quantisers=False"
     if norm.norm is not None and dtype_of(norm.norm) not in (dtype, torch.float32):
@@ -269,8 +322,8 @@ def _check_norm(reduced: Reduced, norm: Norm, config: FusionConfig) -> str | Non
     if norm.norm is not None and last_dim(norm.norm) != hidden:
         return f"{describe(norm.norm)} normalises rows of {last_dim(norm.norm)}, the all-reduce has rows of {hidden}"
     for node in (norm.norm, norm.total):
-        if node is not None and not _same_rows(node, reduced.x):
-            return f"{describe(node)} is not known to have as many rows as {describe(reduced.x)}"
+        if node is not None and not _same_rows(node, norm.operand):
+            return f"{describe(node)} is not known to have as many rows as {describe(norm.operand)}"
     for role, node in (("residual", norm.residual), ("weight", norm.weight)):
         if node is not None and dtype_of(node) not in (dtype, torch.float32):
             return f"the {role} {describe(node)} is {dtype_of(node)}; expected {dtype} or float32"
@@ -285,7 +338,7 @@ def _check_norm(reduced: Reduced, norm: Norm, config: FusionConfig) -> str | Non
         return f"epsilon {norm.epsilon} is no finite float32 >= 0"
     if config.epsilons is not None and canonical_epsilon(norm.epsilon) not in config.epsilons:
         return f"epsilon {norm.epsilon} is not among the epsilons of FusionConfig ({config.epsilons})"
-    values = {reduced.value, norm.norm, norm.total}
+    values = {*reduced.values, norm.norm, norm.total}
     if norm.quant is not None:
         values |= {norm.quant.codes, norm.quant.scales}
     return _read_inside(norm.nodes, values, "RMSNorm")
@@ -301,7 +354,7 @@ def _read_inside(nodes: tuple[fx.Node, ...], values: set[fx.Node | None], what: 
     """A reason if a value inside a match, which the fused kernel does not produce, is read outside of it."""
     inside = set(nodes)
     for node in nodes:
-        if node in values or is_cast(node) or keeps_rows(node):
+        if node in values or is_cast(node) or source_of(node) is not None:
             continue  # produced by the kernel, or computed from what it produces
         for user in node.users:
             if user not in inside:
@@ -417,7 +470,7 @@ def _fuse_quantisers(site: RaisedSite, quants: list[Quantised]) -> str | None:
         values |= {quant.codes, quant.scales}
         nodes.update(quant.nodes)
     for node in sorted(nodes, reverse=True):
-        if node not in values and (is_cast(node) or is_call(node, *VIEWS)) and not nodes.issuperset(node.users):
+        if node not in values and (is_cast(node) or source_of(node) is not None) and not nodes.issuperset(node.users):
             nodes.discard(node)  # others read it too: it stays, and reads what the kernel writes
     reason = _read_inside(tuple(sorted(nodes)), values, "quantiser")
     if reason is None:
@@ -455,6 +508,8 @@ def _raise_site(graph: fx.Graph, site: RaisedSite, index: int, origins: dict[fx.
         x = call(getattr(ir.op, site.prologue.op).default, *_prologue_arguments(graph, site.prologue, origins))
     else:
         x = origins[site.reduced.x]
+        if last_dim(site.reduced.x) != (hidden := last_dim(norm.operand)):
+            x = graph.call_function(torch.ops.aten.view.default, (x, [-1, hidden]))
     reduced = call(ir.op.all_reduce.default, x, site.reduced.group)
     values["allreduce_out"] = reduced
     if norm.residual is None:

@@ -26,6 +26,7 @@ class Reduced:
         x: what is reduced.
         group: the process group's name.
         nodes: every node that goes when the site is fused, the value included.
+        aliases: other nodes that hold the reduced tensor: further waits, or what was reduced in place.
     """
 
     node: fx.Node
@@ -33,6 +34,12 @@ class Reduced:
     x: fx.Node
     group: str
     nodes: tuple[fx.Node, ...]
+    aliases: tuple[fx.Node, ...] = ()
+
+    @property
+    def values(self) -> tuple[fx.Node, ...]:
+        """Every node that holds the reduced tensor, ``value`` first."""
+        return (self.value, *self.aliases)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,7 @@ from arfusion_pass.graph import (
     other_operand,
     peel,
     row_views,
-    same_shape,
+    same_rows,
     tensor_of,
     users_of,
     widens,
@@ -84,7 +84,7 @@ def sums(value: fx.Node) -> Iterator[Sum]:
             residual = peel(other)
             if dtype_of(residual) not in (dtype_of(value), torch.float32):
                 residual = other  # a bf16 residual widened for an fp32 tensor
-            if not same_shape(add, value) or not same_shape(residual, add):
+            if not same_rows(add, value) or not same_rows(residual, add):
                 continue
             casts = () if operand is value else (operand,)
             if dtype_of(residual) not in (dtype_of(value), torch.float32):
