@@ -11,10 +11,10 @@ from typing import Any, Literal
 import torch
 
 Backend = Literal["auto", "native", "reference", "flashinfer"]
-Strategy = Literal["auto", "oneshot", "twoshot"]
+Strategy = Literal["auto", "oneshot", "twoshot", "sharded"]
 
 BACKENDS: tuple[Backend, ...] = ("auto", "native", "reference", "flashinfer")
-STRATEGIES: tuple[Strategy, ...] = ("auto", "oneshot", "twoshot")
+STRATEGIES: tuple[Strategy, ...] = ("auto", "oneshot", "twoshot", "sharded")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -28,7 +28,9 @@ class FusionConfig:
         quantisers: also fuse the quantiser that follows a norm.
         backend: what runs a fused call: ``"auto"`` (our kernels on CUDA, the reference elsewhere), ``"native"``,
             ``"reference"`` or ``"flashinfer"``.
-        strategy: ``"auto"`` (by the measured table), ``"oneshot"`` or ``"twoshot"``. Never changes a result.
+        strategy: ``"auto"`` (by the measured tables), ``"oneshot"``, ``"twoshot"``, or ``"sharded"``: in chains of
+            sites whose residual nobody else reads, each token's residual lives on one rank (elsewhere as ``"auto"``).
+            Never changes a result.
         reassociate: take a constant factor, or the sum of two all-reduces, before the all-reduce where it stands
             between that and a norm (:mod:`arfusion_pass.rewrite.reassociate`). Not bit-exact: it rounds elsewhere.
         pdl: launch with programmatic dependent launch where the GPU has it.

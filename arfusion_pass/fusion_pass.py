@@ -17,6 +17,7 @@ from arfusion_pass.graph import dtype_of
 from arfusion_pass.reporting.reports import FusionReport, Reports
 from arfusion_pass.reporting.sites import Site
 from arfusion_pass.rewrite import recording
+from arfusion_pass.rewrite.chains import Chain, find_chains, mark_chains
 from arfusion_pass.rewrite.commit import Committer, Plan
 from arfusion_pass.rewrite.pass_manager import FusionPassManager
 from arfusion_pass.rewrite.raising import RaisedSite, build_shadow, find_sites
@@ -98,6 +99,7 @@ def run(graph: fx.Graph, config: FusionConfig) -> FusionReport:
     note = None
     sites: list[RaisedSite] = []
     written: list[tuple[Plan, fx.Node]] = []
+    chains: list[Chain] = []
     recorder = recording.active()
     before = after = None if recorder is None else recorder.print_graph(graph)
     described: list[Site] = []
@@ -118,6 +120,8 @@ def run(graph: fx.Graph, config: FusionConfig) -> FusionReport:
                 taken = [recorder.take(plan) for plan in plans]
             written = committer.apply()
             committer.erase()
+            chains = find_chains([call for _, call in written], config)
+            mark_chains(chains)
             if recorder is not None:
                 after = recorder.print_graph(graph)
                 recorder.mark(taken, [call for _, call in written])
@@ -128,9 +132,9 @@ def run(graph: fx.Graph, config: FusionConfig) -> FusionReport:
         outcome = "had written its fused calls" if written else kept
         note = f"the pass met something it did not expect and {outcome}: {type(error).__name__}: {error}"
         log.warning("arfusion: %s", note, exc_info=True)
-    fused = {id(plan.site): plan for plan, _ in written}
+    fused = {id(plan.site): (plan, call) for plan, call in written}
     final = tuple(
-        _finish(text, fused[id(site)]) if id(site) in fused else _missed(site, text, note)
+        _finish(text, *fused[id(site)], chains) if id(site) in fused else _missed(site, text, note)
         for site, text in zip(sites, described, strict=True)
     )
     report = FusionReport(
@@ -166,8 +170,12 @@ def _describe(site: RaisedSite) -> Site:
     )
 
 
-def _finish(text: Site, plan: Plan) -> Site:
-    return dataclasses.replace(text, fused=True, pattern=plan.call.meta["pattern"], outputs=tuple(plan.buffers))
+def _finish(text: Site, plan: Plan, call: fx.Node, chains: list[Chain]) -> Site:
+    text = dataclasses.replace(text, fused=True, pattern=plan.call.meta["pattern"], outputs=tuple(plan.buffers))
+    for number, chain in enumerate(chains, 1):
+        if call in chain:
+            text = dataclasses.replace(text, chain=number, chain_length=len(chain))
+    return text
 
 
 def _missed(site: RaisedSite, text: Site, note: str | None) -> Site:

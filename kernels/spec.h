@@ -15,11 +15,14 @@ enum Flags : uint32_t {
   kReference = 1u << 12,
   kFlashinfer = 1u << 13,
   kRecord = 1u << 14, /* never reaches a launch: the binding hands such a call to Python */
+  kSharded = 1u << 15,
   kMoeRoundProduct = 1u << 16,
   kMoeRoundPartial = 1u << 17,
   kMoeRoundSum = 1u << 18,
   kMoeRoundScaled = 1u << 19,
-  kAllFlags = 0x000f3f03u,
+  kResidualInSharded = 1u << 20,
+  kResidualOutSharded = 1u << 21,
+  kAllFlags = 0x003fbf03u,
 };
 
 enum class Format : uint32_t { kNone = 0, kFp8 = 1, kInt8 = 2, kNvfp4 = 3, kMxfp8 = 4 };

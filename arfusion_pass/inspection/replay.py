@@ -20,12 +20,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import fx
 
 from arfusion_pass.groups import resolve_group
 from arfusion_pass.inspection.graph_diff import print_graph
 from arfusion_pass.ops import record
-from arfusion_pass.ops.reference import ordered_all_reduce
+from arfusion_pass.ops.reference import ordered_all_reduce, rows_of_owners
 from arfusion_pass.ops.schema import OUTPUT_NAMES
 from arfusion_pass.ops.spec import Flags, QuantSpec
 from arfusion_pass.reporting.reports import FusionReport
@@ -226,14 +227,16 @@ class _WithNorm(fx.Interpreter):
 
 def _check(replay: ReplaySite, call: Call) -> SiteCheck:
     assert replay.site is not None
+    group = resolve_group(replay.group) if replay.group else None
+    call = _whole(call, group)
     arguments, produced = call.arguments, call.outputs
     x = arguments["x"] if replay.prologue is None else _prologue(replay.prologue, arguments)
-    reduced = ordered_all_reduce(x, resolve_group(replay.group) if replay.group else None)
+    reduced = ordered_all_reduce(x, group)
     wanted = _interpret(replay, arguments, reduced, None)
     checks: dict[str, OutputCheck] = {}
     problems: list[str] = []
     if "quant_out" in produced and "norm_out" in wanted:
-        norm, changed = _norm_of(call, wanted["norm_out"])
+        norm, changed = _norm_of(call, wanted["norm_out"], group)
         again = _interpret(replay, arguments, reduced, norm.view(wanted["norm_out"].shape))
         wanted = {**wanted, **{role: again[role] for role in ("quant_out", "scale_out") if role in again}}
         problems += [f"{role}: another result when run again" for role in changed]
@@ -251,7 +254,17 @@ def _check(replay: ReplaySite, call: Call) -> SiteCheck:
     return SiteCheck(replay.site, not problems, "; ".join(problems) or "within the contract", checks)
 
 
-def _norm_of(call: Call, like: torch.Tensor) -> tuple[torch.Tensor, list[str]]:
+def _whole(call: Call, group: dist.ProcessGroup | None) -> Call:
+    """A call inside a chain with the rows of its residuals that are defined: each token's from its owner."""
+    arguments, outputs = dict(call.arguments), dict(call.outputs)
+    if arguments["flags"] & Flags.RESIDUAL_IN_SHARDED:
+        arguments["residual"] = rows_of_owners(arguments["residual"], group)
+    if arguments["flags"] & Flags.RESIDUAL_OUT_SHARDED:
+        outputs["residual_out"] = rows_of_owners(outputs["residual_out"], group)
+    return dataclasses.replace(call, arguments=arguments, outputs=outputs)
+
+
+def _norm_of(call: Call, like: torch.Tensor, group: dist.ProcessGroup | None) -> tuple[torch.Tensor, list[str]]:
     """The norm that a call quantised, and the outputs that differ where the call is run once more to see it.
 
     A call that does not write its norm is run again with ``norm_out``: the fused ops are deterministic.
@@ -261,6 +274,7 @@ def _norm_of(call: Call, like: torch.Tensor) -> tuple[torch.Tensor, list[str]]:
     outputs = {name: torch.empty_like(value) for name, value in call.outputs.items()}
     outputs["norm_out"] = torch.empty(like.shape, dtype=like.dtype, device=like.device)
     call.run({**call.arguments, **outputs})
+    outputs = _whole(dataclasses.replace(call, outputs=outputs), group).outputs
     changed = [name for name, value in call.outputs.items() if compare(outputs[name], value).mismatched]
     return outputs["norm_out"], changed
 

@@ -16,7 +16,17 @@ import torch
 from arfusion_pass.ops import layouts
 from arfusion_pass.ops.layouts import Size
 from arfusion_pass.ops.schema import OUTPUT_NAMES
-from arfusion_pass.ops.spec import Apply, Bound, Flags, QuantFormat, QuantSpec, ScaleLayout, ScaleRound, ScaleRule
+from arfusion_pass.ops.spec import (
+    SHARDED_FLAGS,
+    Apply,
+    Bound,
+    Flags,
+    QuantFormat,
+    QuantSpec,
+    ScaleLayout,
+    ScaleRound,
+    ScaleRule,
+)
 
 INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MOE_FLAGS = Flags.MOE_ROUND_PRODUCT | Flags.MOE_ROUND_PARTIAL | Flags.MOE_ROUND_SUM | Flags.MOE_ROUND_SCALED
@@ -241,7 +251,8 @@ class _Checker:
         call = self.call
         flags = call.flags
         self.need(flags >= 0 and not flags & ~int(ALL_FLAGS), f"flags={flags:#x} has bits that mean nothing")
-        for one, other in ((Flags.ONESHOT, Flags.TWOSHOT), (Flags.REFERENCE, Flags.FLASHINFER)):
+        exclusive = ((Flags.ONESHOT, Flags.TWOSHOT), (Flags.ONESHOT, Flags.SHARDED), (Flags.TWOSHOT, Flags.SHARDED))
+        for one, other in (*exclusive, (Flags.REFERENCE, Flags.FLASHINFER)):
             self.need(not (flags & one and flags & other), f"flags {one.name} and {other.name} exclude each other")
         if not call.op.startswith("moe_"):
             self.need(not flags & MOE_FLAGS, f"flags={flags:#x}: MOE_ROUND_* belong to the MoE ops")
@@ -275,6 +286,9 @@ class _Checker:
     def outputs(self) -> None:
         call, outputs = self.call, self.call.outputs
         self.need(bool(outputs), "at least one output must be given: " + ", ".join(OUTPUT_NAMES))
+        if call.flags & SHARDED_FLAGS:
+            alone = "allreduce_out" not in outputs and ("norm_out" in outputs or "quant_out" in outputs)
+            self.need(alone, "a residual may be sharded beside norm_out or quant_out, and without allreduce_out")
         for name in ("allreduce_out", "residual_out", "norm_out"):
             if (tensor := outputs.get(name)) is not None:
                 allowed = (self.dtype,) if name == "allreduce_out" else (self.dtype, torch.float32)

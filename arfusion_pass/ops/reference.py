@@ -24,6 +24,7 @@ __all__ = [
     "ordered_all_reduce",
     "quantise",
     "rms_norm",
+    "rows_of_owners",
     "sum_in_rank_order",
 ]
 
@@ -63,6 +64,18 @@ def ordered_all_reduce(x: torch.Tensor, group: dist.ProcessGroup | None) -> torc
     if group is None or dist.get_world_size(group) == 1:
         return x.clone()
     return sum_in_rank_order(gather_ranks(x, group))
+
+
+def rows_of_owners(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """``[..., H]`` with each token's row from the rank that owns it, ``token mod world``: made whole.
+
+    Collective. ``None``, or a world of one rank, gives ``x``.
+    """
+    if group is None or dist.get_world_size(group) == 1:
+        return x
+    everyone = gather_ranks(x, group).flatten(1, -2)
+    token = torch.arange(everyone.shape[1], device=x.device)
+    return everyone[token % everyone.shape[0], token].view(x.shape)
 
 
 def fused_add(reduced: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:

@@ -26,10 +26,15 @@ class Flags(enum.IntFlag):
     How a fused op runs (never changes a result's bits):
 
     * ``ONESHOT`` / ``TWOSHOT``: force a strategy; neither: by the measured table.
+    * ``SHARDED``: keep the residual sharded wherever the two flags below allow it, whatever the table says.
     * ``NO_PDL``: launch without programmatic dependent launch.
     * ``TRIGGER_EARLY``: let the next kernel start before this one's epilogue; only safe before a kernel that
       synchronises on its grid dependency itself.
     * ``REFERENCE`` / ``FLASHINFER``: run on that backend instead of the native kernels.
+    * ``RESIDUAL_IN_SHARDED`` / ``RESIDUAL_OUT_SHARDED``: of ``residual``, of ``residual_out``, only the rows of this
+      rank's tokens (``token % world == rank``) need be defined. Set for all members of a chain
+      (:mod:`arfusion_pass.rewrite.chains`), which decide alike whether they make use of it; not with
+      ``allreduce_out``, and with the norm or its codes among the outputs.
     * ``RECORD``: hand inputs and outputs to the recorder whose site number stands in bits 32 and up
       (:mod:`arfusion_pass.inspection.replay`), and run as without it.
 
@@ -51,14 +56,20 @@ class Flags(enum.IntFlag):
     REFERENCE = 1 << 12
     FLASHINFER = 1 << 13
     RECORD = 1 << 14
+    SHARDED = 1 << 15
     MOE_ROUND_PRODUCT = 1 << 16
     MOE_ROUND_PARTIAL = 1 << 17
     MOE_ROUND_SUM = 1 << 18
     MOE_ROUND_SCALED = 1 << 19
+    RESIDUAL_IN_SHARDED = 1 << 20
+    RESIDUAL_OUT_SHARDED = 1 << 21
 
 
 ROUNDING_FLAGS = Flags.UNROUNDED_SUM | Flags.ROUND_BEFORE_WEIGHT
 """The flags that say what is computed, apart from the MoE prologues; the others say how."""
+
+SHARDED_FLAGS = Flags.RESIDUAL_IN_SHARDED | Flags.RESIDUAL_OUT_SHARDED
+"""The marks of a chain's members."""
 
 
 class QuantFormat(enum.IntEnum):

@@ -23,6 +23,9 @@ class Site:
         dialect: which dialects spelled the stages, such as ``"functional_collectives+aten"``.
         note: what stood in the way of the quantiser behind a fused norm, one sentence; None where there is nothing
             to say.
+        chain: the number, from 1 in each graph, of the chain of sites that the site belongs to: nobody but the next of
+            them reads their residual, which may be sharded inside; None where it belongs to none.
+        chain_length: how many sites that chain has, or None.
     """
 
     name: str
@@ -37,3 +40,5 @@ class Site:
     quantiser: str | None = None
     dialect: str = ""
     note: str | None = None
+    chain: int | None = None
+    chain_length: int | None = None

@@ -74,6 +74,7 @@ _FUSED: _Columns = {
     "quantiser": lambda site: site.quantiser or "",
     "quantiser left alone": lambda site: "" if site.note is None else _NODE.sub(r"\1", site.note),
     "outputs": lambda site: ", ".join(name.removesuffix("_out") for name in site.outputs),
+    "chain of": lambda site: "" if site.chain_length is None else str(site.chain_length),
     "group": lambda site: site.group,
 }
 _MISSED: _Columns = {

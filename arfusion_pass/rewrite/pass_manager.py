@@ -68,7 +68,7 @@ def launch_flags(config: FusionConfig) -> int:
     """The flags by which a config says how a fused call runs; 0 for the defaults."""
     flags = Flags.NONE
     if config.strategy != "auto":
-        flags |= Flags.ONESHOT if config.strategy == "oneshot" else Flags.TWOSHOT
+        flags |= {"oneshot": Flags.ONESHOT, "twoshot": Flags.TWOSHOT, "sharded": Flags.SHARDED}[config.strategy]
     if config.backend in ("reference", "flashinfer"):
         flags |= Flags.REFERENCE if config.backend == "reference" else Flags.FLASHINFER
     if not config.pdl:
