@@ -215,12 +215,14 @@ def make_contenders(arguments, timer, cpu_group, device, hidden: int, tokens: in
                 flashinfer.fused("FlashInfer auto", None),
             ]
     made += [c.ours(label, flags) for label, flags in c.OUR_STRATEGIES.items()]
+    made.append(c.ours("ours sharded", c.MIDDLE))
     for name in quantised:
         if not arguments.only_ours and name in ("static FP8", "group-128 FP8"):
             made.append(c.nccl(name))
         if flashinfer is not None and name == "static FP8":
             made.append(flashinfer.fused("FlashInfer static FP8", None, name))
         made.append(c.ours(f"ours {name}", 0, name))
+        made.append(c.ours(f"ours sharded {name}", c.MIDDLE, name))
     return [contender for contender in made if contender is not None]
 
 
@@ -281,9 +283,9 @@ def markdown(results: dict[str, Any]) -> str:
         f"{info['date']}; one operation in a CUDA graph of back-to-back operations, median over replays, maximum over "
         "ranks, all columns in one run.",
         "",
-        f"| H x T | MiB | {' | '.join(peers)} | prototype | ours one-shot | ours two-shot | **ours** "
+        f"| H x T | MiB | {' | '.join(peers)} | prototype | ours one-shot | ours two-shot | ours sharded | **ours** "
         "| best peer / ours | floor | over floor |",
-        "| --- " * (len(peers) + 9) + "|",
+        "| --- " * (len(peers) + 10) + "|",
     ]
     ratios, small = [], []
     for key, row in results["us"].items():
@@ -294,7 +296,7 @@ def markdown(results: dict[str, Any]) -> str:
         ratios.append(best / mine)
         small.append(mine - floor)
         cells = [_figure(row.get(name)) for name in peers] + [_figure(results.get("prototype", {}).get(key), 2)]
-        cells += [_figure(row.get(name), 2) for name in ("ours one-shot", "ours two-shot")]
+        cells += [_figure(row.get(name), 2) for name in ("ours one-shot", "ours two-shot", "ours sharded")]
         cells += [f"**{_figure(mine, 2)}**", _figure(best / mine, 2), _figure(floor), _figure(mine - floor, 2)]
         lines.append(f"| {hidden} x {tokens} | {hidden * tokens * 2 / 2**20:.3g} | " + " | ".join(cells) + " |")
     known = [ratio for ratio in ratios if ratio == ratio and ratio > 0]

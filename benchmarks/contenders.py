@@ -262,4 +262,7 @@ def _forbid_multicast() -> None:
     driver.cuMulticastCreate = refuse
 
 
+MIDDLE = int(Flags.SHARDED | Flags.RESIDUAL_IN_SHARDED | Flags.RESIDUAL_OUT_SHARDED)
+"""A middle site of a chain, its residual sharded."""
+
 OUR_STRATEGIES = {"ours one-shot": int(Flags.ONESHOT), "ours two-shot": int(Flags.TWOSHOT), "ours": 0}

@@ -56,13 +56,13 @@ typedef struct arf_error_record {
   uint32_t peer;       /* for whom */
   uint32_t op;         /* ARF_OP_* below */
   uint32_t generation; /* launch count of this workspace, modulo 2^32 */
-  uint32_t strategy;   /* ARF_ONESHOT / ARF_TWOSHOT; ARF_TWOSHOT_GATHER while waiting for an owner's sum */
+  uint32_t strategy;   /* ARF_ONESHOT / ARF_TWOSHOT; ARF_TWOSHOT_GATHER, ARF_SHARDED: for an owner's sum, its finished row */
   uint32_t token;      /* which row of the launch's piece */
   uint32_t reserved[9];
 } arf_error_record; /* 64 bytes */
 
 enum { ARF_OP_ALLREDUCE = 0, ARF_OP_MOE_REDUCE = 1, ARF_OP_MOE_FINALIZE = 2 };
-enum { ARF_AUTO = 0, ARF_ONESHOT = 1, ARF_TWOSHOT = 2, ARF_TWOSHOT_GATHER = 3 };
+enum { ARF_AUTO = 0, ARF_ONESHOT = 1, ARF_TWOSHOT = 2, ARF_TWOSHOT_GATHER = 3, ARF_SHARDED = 4 };
 
 /* A rank's workspace is
  *  - `bytes` of symmetric memory at peers[rank], mapped at peers[r] for every rank r (same size on all ranks, 256-byte
@@ -129,6 +129,12 @@ ARF_API int arf_set_thresholds(const arf_threshold* rows, int count);
 /* Up to `capacity` rows of the table in force; returns how many there are. */
 ARF_API int arf_get_thresholds(arf_threshold* rows, int capacity);
 
+/* Calls that a chain's marks allow it (spec.py: RESIDUAL_*_SHARDED) keep their residual sharded from `oneshot_max_bytes` of
+ * message on, by the same rule for the row; INT64_MAX: never. What a call writes plays no part, so a chain's calls decide
+ * alike. All ranks have to set the same, between chains. */
+ARF_API int arf_set_sharded_thresholds(const arf_threshold* rows, int count);
+ARF_API int arf_get_sharded_thresholds(arf_threshold* rows, int capacity);
+
 /* Whether the running torch's float32 -> float8_e4m3fn cast on CUDA saturates beyond 448 (1) or gives NaN (0); an
  * unclamped quantiser does as it does. The binding sets it from torch's version when it is loaded (saturates from 2.13
  * on, as its headers say); a caller that measures the cast may overrule it. */
@@ -191,7 +197,7 @@ ARF_API int arf_launch_simulated(int world, const arf_call* calls, void* const* 
 /* What a call would do: for tests, reports and the benchmark. Depends on nothing but these arguments, the device's
  * architecture and the threshold table. */
 typedef struct arf_plan_info {
-  int32_t strategy;   /* ARF_ONESHOT, ARF_TWOSHOT; ARF_AUTO where world is 1 */
+  int32_t strategy;   /* ARF_ONESHOT, ARF_TWOSHOT, ARF_SHARDED; ARF_AUTO where world is 1 */
   int32_t threads;    /* of a CTA */
   int32_t ctas;
   int32_t vectors;    /* 16-byte vectors a thread */

@@ -327,7 +327,12 @@ struct Epilogue {
       if (k && k >= p.per_thread) break;
       if (at.vector(k) < p.vectors) normalise(p, given.weight, t, at.vector(k), at.slot(k), rstd, row[k]);
     }
-    if constexpr (kFamily == kPlain) return;
+    if constexpr (kFamily != kPlain) quantise(p, scratch, at, given, t, row, scale_at);
+  }
+
+  /* The quantiser alone, of a row as it reads it; all threads call. */
+  ARF_DEVICE static void quantise(const Params& p, Shared scratch, const Place& at, const Given& given, uint32_t t, Row& row,
+                                  void* scale_at) {
     typename Q::Factor factor = given.factor;
     const bool by_token = (kFamily == kDynamic || kFamily == kUsual) && p.group < 0;
     float token_scale = 0.0f;

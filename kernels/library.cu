@@ -240,7 +240,7 @@ int expired(const Workspace* w) {
               "ExchangeTimeout: rank %u of group '%s' waited longer than %.3g s for rank %u in arfusion::%s (launch %u, %s, "
               "row %u); the outputs of that launch are NaN and the group's workspace refuses work until it is made anew",
               r.rank, w->group.c_str(), static_cast<double>(w->timeout_ns.load()) * 1e-9, r.peer, op_name(r.op), r.generation,
-              r.strategy == ARF_ONESHOT ? "contribution" : "sum", r.token);
+              r.strategy == ARF_ONESHOT ? "contribution" : r.strategy == ARF_SHARDED ? "row" : "sum", r.token);
 }
 
 /* The workspace, made by the callback if need be. */
@@ -286,14 +286,15 @@ int launch_pieces(Workspace* w, int device, const arf_call& call, cudaStream_t s
   const bool pdl = facts->major >= 9 && !(call.flags & kNoPdl);
   for (int64_t first = 0; first < call.tokens; first += plan.piece_tokens) {
     const int64_t tokens = call.tokens - first < plan.piece_tokens ? call.tokens - first : plan.piece_tokens;
-    Params params;
-    fill_params(call, plan, w ? w->rank : 0, world, w ? w->peers : nullptr, w ? w->bytes : 0, first, tokens, &params);
+    ShardedParams all; /* a kernel takes as much of it as its own parameter is */
+    Params& params = all.base;
+    fill_params(call, plan, w ? w->rank : 0, world, w ? w->peers : nullptr, w ? w->bytes : 0, first, tokens, &all);
     if (w) {
       params.control = w->control;
       params.error = w->error;
       params.timeout_us = timeout_us(w->timeout_ns.load(std::memory_order_relaxed));
     }
-    void* args[] = {&params};
+    void* args[] = {&all};
     e = launch_kernel(kernel, plan, grid_size(plan, world, tokens, resident), pdl, stream, args);
     if (e != cudaSuccess) return cuda_failed(e, "the kernel's launch");
   }
@@ -423,6 +424,8 @@ void arf_prepare_failed(const char* text, int is_value_error) {
 
 int arf_set_thresholds(const arf_threshold* rows, int count) { return set_thresholds(rows, count); }
 int arf_get_thresholds(arf_threshold* rows, int capacity) { return get_thresholds(rows, capacity); }
+int arf_set_sharded_thresholds(const arf_threshold* rows, int count) { return set_sharded_thresholds(rows, count); }
+int arf_get_sharded_thresholds(arf_threshold* rows, int capacity) { return get_sharded_thresholds(rows, capacity); }
 void arf_set_cast_saturates(int saturates) { set_cast_saturates(saturates != 0); }
 void arf_set_launch_override(int threads, int ctas) { set_launch_override(threads, ctas); }
 
@@ -449,6 +452,7 @@ int arf_launch_simulated(int world, const arf_call* calls, void* const* buffers,
                          arf_error_record* const* errors, int64_t timeout_ns, void* stream) {
   if (world < 2 || world > kMaxWorld) return fail(ARF_INVALID, "world must be 2 to %d, got %d", kMaxWorld, world);
   static thread_local SimulatedParams all;
+  static thread_local SimulatedShardedParams sharded;
   Plan plan;
   int device = 0;
   cudaError_t e = cudaGetDevice(&device);
@@ -460,10 +464,12 @@ int arf_launch_simulated(int world, const arf_call* calls, void* const* buffers,
     if (problem.empty() && r == 0) problem = make_plan(world, bytes, calls[0], true, facts->major, &plan);
     if (problem.empty() && r == 0 && plan.pieces > 1) problem = "the call does not fit in one piece";
     if (!problem.empty()) return fail(ARF_INVALID, "%s", problem.c_str());
-    fill_params(calls[r], plan, r, world, buffers, bytes, 0, calls[r].tokens, &all.rank[r]);
-    all.rank[r].control = static_cast<Control*>(controls[r]);
-    all.rank[r].error = errors[r];
-    all.rank[r].timeout_us = timeout_us(timeout_ns > 0 ? timeout_ns : kDefaultTimeout);
+    fill_params(calls[r], plan, r, world, buffers, bytes, 0, calls[r].tokens, &sharded.rank[r]);
+    Params& params = sharded.rank[r].base;
+    params.control = static_cast<Control*>(controls[r]);
+    params.error = errors[r];
+    params.timeout_us = timeout_us(timeout_ns > 0 ? timeout_ns : kDefaultTimeout);
+    all.rank[r] = params;
   }
   if (calls[0].tokens == 0) return ARF_OK;
   const void* kernel = find_kernel(calls[0].dtype, plan);
@@ -472,7 +478,8 @@ int arf_launch_simulated(int world, const arf_call* calls, void* const* buffers,
   if (e != cudaSuccess) return cuda_failed(e, "querying the device");
   if (resident < world * plan.cluster) return fail(ARF_INVALID, "%d ranks do not fit on the device at once", world);
   int ctas = grid_size(plan, world, calls[0].tokens, resident / world);
-  void* args[] = {&all, &world};
+  void* const ranks = plan.strategy == ARF_SHARDED ? static_cast<void*>(&sharded) : &all;
+  void* args[] = {ranks, &world};
   const bool pdl = facts->major >= 9 && !(calls[0].flags & kNoPdl);
   e = launch_kernel(kernel, plan, ctas * world, pdl, static_cast<cudaStream_t>(stream), args);
   return e == cudaSuccess ? ARF_OK : cuda_failed(e, "the kernel's launch");

@@ -105,16 +105,39 @@ struct SimulatedParams {
   Params rank[kMaxWorld];
 };
 
+/* What the owner of a token sends of its row (sharded.cuh); places in bytes from the row's start, where the norm lies. */
+struct Payload {
+  uint32_t first; /* of a slot's rows of payload, behind its rows of x */
+  uint32_t bytes; /* of a row, a multiple of 16 */
+  uint32_t total_at, codes_at, scales_at, marks_at;
+  bool norm, total, codes, marks; /* which of them there are; scales beside codes that have some */
+};
+
+/* A sharded launch's; other kernels are given the front of it. */
+struct ShardedParams {
+  Params base;
+  Payload payload;
+};
+
+struct SimulatedShardedParams {
+  ShardedParams rank[kMaxWorld];
+};
+static_assert(sizeof(SimulatedShardedParams) + sizeof(int) <= 4096, "a kernel's parameters");
+
 /* Quantiser families: one template parameter, so that a norm alone carries no quantiser's registers. kUsual: of
  * kDynamic the specs that most models use (plan.cu: is_usual), in kernels for common calls only. */
 enum Family { kPlain = 0, kStatic = 1, kDynamic = 2, kFp4 = 3, kUsual = 4, kFamilies = 5 };
 
 /* Which set of kernels. Two, four and eight ranks have their own for rows of at most 1024 vectors; any other world, and
  * wider rows, take kAny. */
-enum World { kLocal = 0, kTwo = 1, kFour = 2, kEight = 3, kAny = 4, kSimulated = 5, kWorlds = 6 };
+enum World { kLocal = 0, kTwo = 1, kFour = 2, kEight = 3, kAny = 4, kSimulated = 5, kShardedAll = 6, kWorlds = 7 };
+
+/* Rows of the kernels for a sharded residual: two ranks, common calls and others; more ranks and wider rows; simulated. */
+enum ShardedRow { kShardedCommon = 0, kShardedTwo = 1, kShardedAny = 2, kShardedSimulated = 3, kShardedSimulatedCommon = 4,
+                  kShardedRows = 5 };
 
 /* Row 0 one-shot, 1 two-shot, 2 and 3 the same for common calls (not kAny); local: 0 rows of more than 1024
- * vectors, 1 narrower, 2 common calls. Each .cu has one. */
+ * vectors, 1 narrower, 2 common calls; sharded: ShardedRow. Each .cu has one. */
 using KernelGetter = const void* (*)(int row, int family);
 
 }  // namespace arf

@@ -16,12 +16,14 @@ namespace arf {
   const void* kernels_##D##_four(int, int);                                                               \
   const void* kernels_##D##_eight(int, int);                                                              \
   const void* kernels_##D##_any(int, int);                                                                \
-  const void* kernels_##D##_simulated(int, int);
+  const void* kernels_##D##_simulated(int, int);                                                          \
+  const void* kernels_##D##_sharded(int, int);
 ARF_DECLARE(bf16)
 ARF_DECLARE(fp16)
 ARF_DECLARE(fp32)
 #define ARF_GETTERS(D) \
-  {kernels_##D##_local, kernels_##D##_two, kernels_##D##_four, kernels_##D##_eight, kernels_##D##_any, kernels_##D##_simulated}
+  {kernels_##D##_local, kernels_##D##_two, kernels_##D##_four, kernels_##D##_eight, kernels_##D##_any, kernels_##D##_simulated, \
+   kernels_##D##_sharded}
 static const KernelGetter kGetters[3][kWorlds] = {ARF_GETTERS(bf16), ARF_GETTERS(fp16), ARF_GETTERS(fp32)};
 
 const void* find_kernel(int dtype, const Plan& plan) { return kGetters[dtype][plan.kernels](plan.kernel_row, plan.family); }
@@ -42,7 +44,9 @@ std::mutex table_mutex;
 /* Replaced whole and never freed, so that a launch reads it without a lock. */
 std::atomic<const std::vector<arf_threshold>*> table{nullptr};
 
-int64_t search(const arf_threshold* rows, size_t count, int world, int64_t hidden) {
+}  // namespace
+
+int64_t search_thresholds(const arf_threshold* rows, size_t count, int world, int64_t hidden) {
   const arf_threshold *below = nullptr, *smallest = nullptr;
   for (size_t i = 0; i < count; ++i) {
     const arf_threshold& row = rows[i];
@@ -54,12 +58,14 @@ int64_t search(const arf_threshold* rows, size_t count, int world, int64_t hidde
   return smallest ? smallest->oneshot_max_bytes : -1;
 }
 
+namespace {
+
 int64_t oneshot_limit(int world, int64_t hidden) {
   if (const auto* rows = table.load(std::memory_order_acquire)) {
-    const int64_t found = search(rows->data(), rows->size(), world, hidden);
+    const int64_t found = search_thresholds(rows->data(), rows->size(), world, hidden);
     if (found >= 0) return found;
   }
-  return search(kBuiltIn, sizeof kBuiltIn / sizeof *kBuiltIn, world, hidden);
+  return search_thresholds(kBuiltIn, sizeof kBuiltIn / sizeof *kBuiltIn, world, hidden);
 }
 
 std::string number(int64_t n) { return std::to_string(n); }
@@ -154,6 +160,7 @@ std::string check_call(const arf_call& c) {
   if (!c.weight && c.weight_bias != 0.0f) return "weight_bias needs a weight";
   if (!std::isfinite(c.epsilon) || c.epsilon < 0) return "epsilon must be finite and not negative";
   if ((c.flags & kOneshot) && (c.flags & kTwoshot)) return "flags ONESHOT and TWOSHOT exclude each other";
+  if (const std::string problem = check_marks(c); !problem.empty()) return problem;
   if (c.quant) {
     const std::string problem = check_quant(c);
     if (!problem.empty()) return problem;
@@ -293,6 +300,7 @@ std::string make_plan(int world, int64_t workspace_bytes, const arf_call& c, boo
     return "";
   }
   int strategy = c.flags & kOneshot ? ARF_ONESHOT : c.flags & kTwoshot ? ARF_TWOSHOT : ARF_AUTO;
+  if (keeps_sharded(c, world, workspace_bytes)) strategy = ARF_SHARDED;
   if (strategy == ARF_AUTO) {
     const int64_t message = c.tokens * row_bytes;
     strategy = message <= oneshot_limit(world, c.hidden) ? ARF_ONESHOT : ARF_TWOSHOT;
@@ -301,7 +309,8 @@ std::string make_plan(int world, int64_t workspace_bytes, const arf_call& c, boo
     const int64_t two = piece_capacity(world, workspace_bytes, row_bytes, ARF_TWOSHOT);
     if (strategy == ARF_ONESHOT && one < c.tokens && two > one) strategy = ARF_TWOSHOT;
   }
-  const int64_t capacity = piece_capacity(world, workspace_bytes, row_bytes, strategy);
+  const int64_t capacity = strategy == ARF_SHARDED ? sharded_capacity(c, world, workspace_bytes)
+                                                   : piece_capacity(world, workspace_bytes, row_bytes, strategy);
   if (capacity < 1) {
     return "the workspace of " + number(workspace_bytes) + " bytes is too small for one token of " + number(row_bytes) +
            " bytes among " + number(world) + " ranks";
@@ -309,12 +318,19 @@ std::string make_plan(int world, int64_t workspace_bytes, const arf_call& c, boo
   plan->strategy = strategy;
   plan->pieces = (c.tokens + capacity - 1) / capacity;
   plan->piece_tokens = plan->pieces ? (c.tokens + plan->pieces - 1) / plan->pieces : 0;
-  if (strategy == ARF_TWOSHOT) plan->piece_tokens = std::min(capacity, (plan->piece_tokens + world - 1) / world * world);
+  if (strategy != ARF_ONESHOT) plan->piece_tokens = std::min(capacity, (plan->piece_tokens + world - 1) / world * world);
   plan->kernel_row = strategy == ARF_TWOSHOT;
   plan->kernels = simulated ? kSimulated : wide ? kAny : world == 2 ? kTwo : world == 4 ? kFour : world == 8 ? kEight : kAny;
   if (!wide && plan->kernels != kAny) set_common(c, plan);
   if (plan->common) plan->kernel_row += 2;
-  if (strategy == ARF_TWOSHOT) {
+  if (strategy == ARF_SHARDED) {
+    if (world > 2 && !simulated) plan->common = false, plan->family = family_of(c);
+    plan->kernels = kShardedAll;
+    plan->kernel_row = simulated           ? plan->common ? kShardedSimulatedCommon : kShardedSimulated
+                       : world > 2 || wide ? kShardedAny
+                       : plan->common      ? kShardedCommon
+                                           : kShardedTwo;
+  } else if (strategy == ARF_TWOSHOT) {
     /* A CTA a token while one wave holds them, then fewer: below that the multiprocessors would stand idle. */
     const int64_t rows = (plan->piece_tokens + world - 1) / world;
     if (rows * world <= kSplitCtas) {
@@ -330,7 +346,7 @@ std::string make_plan(int world, int64_t workspace_bytes, const arf_call& c, boo
   plan->quiet = plan->piece_tokens > kLoudTokens;
   /* Where a multiprocessor holds one row, its CTA's pushes hold up everything behind them, and rows arrive all at the end. */
   if (c.op == ARF_OP_ALLREDUCE && plan->cluster == 1 && plan->threads > kMaxThreads / 2) {
-    if (strategy == ARF_TWOSHOT && plan->piece_tokens >= kTwoshotPushTokens) plan->pushers = kTwoshotPushers;
+    if (strategy != ARF_ONESHOT && plan->piece_tokens >= kTwoshotPushTokens) plan->pushers = kTwoshotPushers;
     if (strategy == ARF_ONESHOT && plan->piece_tokens > kOneshotPushTokens && plan->piece_tokens <= kOneshotPushMost &&
         !writes_x(c)) {
       plan->pushers = kOneshotPushers;
@@ -340,7 +356,8 @@ std::string make_plan(int world, int64_t workspace_bytes, const arf_call& c, boo
 }
 
 int grid_size(const Plan& plan, int world, int64_t tokens, int resident) {
-  const int64_t rows = plan.strategy == ARF_TWOSHOT ? (tokens + world - 1) / world * plan.split : tokens;
+  const int64_t rows = plan.strategy == ARF_TWOSHOT || plan.strategy == ARF_SHARDED ? (tokens + world - 1) / world * plan.split
+                                                                                    : tokens;
   const int forced = override_ctas.load(std::memory_order_relaxed);
   /* A CTA a row even where not all fit at once: 84.7 us against 93.7 for 4096 x 2048 among four in two-shot, 51.8 against
    * 53.9 among two in one-shot. The local kernel has its next row's loads in flight instead. */
@@ -397,15 +414,21 @@ void fill_quant(const arf_call& c, int64_t first, int64_t tokens, Params* p) {
 }  // namespace
 
 void fill_params(const arf_call& c, const Plan& plan, int rank, int world, void* const* buffers, int64_t workspace_bytes,
-                 int64_t first, int64_t tokens, Params* p) {
-  *p = {};
+                 int64_t first, int64_t tokens, ShardedParams* params) {
+  *params = {};
+  Params* const p = &params->base;
   const int item = item_bytes(c.dtype);
   const int64_t row = c.hidden * item;
   p->rank = rank;
   p->world = world;
   if (world > 1) {
-    const int64_t rows = plan.strategy == ARF_TWOSHOT ? (tokens + world - 1) / world : tokens;
-    p->slot_bytes = static_cast<uint32_t>(rows * row);
+    const bool owned = plan.strategy == ARF_TWOSHOT || plan.strategy == ARF_SHARDED;
+    const int64_t rows = owned ? (tokens + world - 1) / world : tokens;
+    if (plan.strategy == ARF_SHARDED) {
+      params->payload = payload_of(c);
+      params->payload.first = static_cast<uint32_t>(rows * row);
+    }
+    p->slot_bytes = static_cast<uint32_t>(rows * (row + params->payload.bytes));
     p->generation_bytes = workspace_bytes / 2 / 256 * 256;
     p->own = static_cast<char*>(buffers[rank]);
     for (int i = 0; i < world - 1; ++i) {
@@ -465,6 +488,7 @@ void fill_params(const arf_call& c, const Plan& plan, int rank, int world, void*
 }
 
 void set_cast_saturates(bool saturates) { cast_saturates = saturates; }
+bool cast_saturates_now() { return cast_saturates.load(std::memory_order_relaxed); }
 
 void set_launch_override(int threads, int ctas) {
   override_threads = threads;

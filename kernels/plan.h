@@ -9,7 +9,7 @@
 namespace arf {
 
 struct Plan {
-  int strategy;         /* ARF_ONESHOT, ARF_TWOSHOT, ARF_AUTO for a world of one */
+  int strategy;         /* ARF_ONESHOT, ARF_TWOSHOT, ARF_SHARDED, ARF_AUTO for a world of one */
   World kernels;
   int family;
   int kernel_row;       /* of the kernel table */
@@ -36,14 +36,27 @@ std::string make_plan(int world, int64_t workspace_bytes, const arf_call& call, 
 int grid_size(const Plan& plan, int world, int64_t tokens, int resident);
 /* Everything of `params` but control words, error record and timeout, for the piece [first, first + tokens). */
 void fill_params(const arf_call& call, const Plan& plan, int rank, int world, void* const* buffers, int64_t workspace_bytes,
-                 int64_t first, int64_t tokens, Params* params);
+                 int64_t first, int64_t tokens, ShardedParams* params);
 const void* find_kernel(int dtype, const Plan& plan);
 
 int64_t piece_capacity(int world, int64_t workspace_bytes, int64_t row_bytes, int strategy); /* tokens */
 
+/* A sharded residual (payload.cu). Whether the calls of a chain keep it so: the same for all of them, on all ranks. */
+bool keeps_sharded(const arf_call& call, int world, int64_t workspace_bytes);
+/* Empty, or what speaks against the call's marks. */
+std::string check_marks(const arf_call& call);
+/* What an owner sends of a row; without `first`, which depends on the piece. */
+Payload payload_of(const arf_call& call);
+int64_t sharded_capacity(const arf_call& call, int world, int64_t workspace_bytes); /* tokens of a piece */
+
 void set_cast_saturates(bool saturates);
+bool cast_saturates_now();
 void set_launch_override(int threads, int ctas);
 int set_thresholds(const arf_threshold* rows, int count);
 int get_thresholds(arf_threshold* rows, int capacity);
+int set_sharded_thresholds(const arf_threshold* rows, int count);
+int get_sharded_thresholds(arf_threshold* rows, int capacity);
+/* The row's value for (world, hidden) by the rule of arf_set_thresholds; -1: none. */
+int64_t search_thresholds(const arf_threshold* rows, size_t count, int world, int64_t hidden);
 
 }  // namespace arf

@@ -44,6 +44,7 @@ class Strategy(enum.IntEnum):
     ONESHOT = 1
     TWOSHOT = 2
     TWOSHOT_GATHER = 3
+    SHARDED = 4
 
 
 class ErrorRecord(ctypes.Structure):
@@ -158,6 +159,8 @@ _PROTOTYPES: dict[str, tuple[object, tuple[object, ...]]] = {
     "arf_prepare_group": (c_int, (c_char_p, c_int, c_longlong, c_longlong, c_int, c_void_p)),
     "arf_set_thresholds": (c_int, (POINTER(Threshold), c_int)),
     "arf_get_thresholds": (c_int, (POINTER(Threshold), c_int)),
+    "arf_set_sharded_thresholds": (c_int, (POINTER(Threshold), c_int)),
+    "arf_get_sharded_thresholds": (c_int, (POINTER(Threshold), c_int)),
     "arf_set_cast_saturates": (None, (c_int,)),
     "arf_launch": (c_int, (c_char_p, c_int, POINTER(Call), c_void_p)),
     "arf_launch_simulated": (

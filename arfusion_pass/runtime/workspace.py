@@ -53,7 +53,7 @@ class ExchangeTimeout(RuntimeError):
         self.rank, self.peer = int(record.rank), int(record.peer)
         self.op = _OPS[record.op] if record.op < len(_OPS) else f"op {record.op}"
         self.generation, self.token = int(record.generation), int(record.token)
-        self.strategy = c_api.Strategy(record.strategy).name.lower() if record.strategy <= 3 else str(record.strategy)
+        self.strategy = c_api.Strategy(record.strategy).name.lower() if record.strategy <= 4 else str(record.strategy)
         super().__init__(
             f"arfusion::{self.op}: rank {self.rank} of group {group!r} waited in vain for rank {self.peer} (launch "
             f"{self.generation}, {self.strategy}, token {self.token}); the outputs of that call are NaN. The workspace "

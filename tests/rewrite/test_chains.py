@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,10 +17,12 @@ import arfusion_pass as arf
 from arfusion_pass.ops.spec import SHARDED_FLAGS, Flags
 from tests import quant_cases as q
 from tests.models import fp32_result, gemma, llama, reduce, torch_norm
+from tests.printed_graphs import PrintedGraph
 from tests.sharded import check_sharded
 from tests.simulate import STRICT, fake_world, fused_copy, random_inputs, run, symbolic, tensors, trace
 
 Tensor = torch.Tensor
+GRAPHS = pathlib.Path(__file__).parents[1] / "graphs"
 HIDDEN = q.HIDDEN
 IN, OUT = Flags.RESIDUAL_IN_SHARDED, Flags.RESIDUAL_OUT_SHARDED
 
@@ -214,6 +217,19 @@ def test_two_groups_are_no_chain() -> None:
         return llama(r + reduce(h, "other"), w, 1e-6)
 
     assert fused_marks(fn) == [0, 0]
+
+
+@pytest.mark.parametrize("name", ["f_dtensor_llama_dynamic", "f_dtensor_nnrms_static", "f_hf_tpplan_llama"])
+def test_real_models(name: str) -> None:
+    """Two layers of DTensor's and of transformers' Llama: all sites with a residual are one chain."""
+    module = PrintedGraph((GRAPHS / f"{name}.txt").read_text()).module()
+    fused, report = fused_copy(module)
+    assert [site.chain_length for site in report.sites if "FusedAdd" in str(site.pattern)] == [4] * 4
+    for node in module.graph.find_nodes(op="placeholder"):
+        node.meta["val"] = 0 if node.meta["val"] is None else node.meta["val"]  # a device mesh, which nobody reads
+    drawn = random_inputs(module, tokens=7)
+    inputs = [v.abs() if isinstance(v, torch.Tensor) and not v.dtype.is_floating_point else v for v in drawn]
+    check_sharded(fused, run(module, inputs), inputs)
 
 
 # Random chains --------------------------------------------------------------------------------------------------------

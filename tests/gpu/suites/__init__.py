@@ -2,7 +2,7 @@
 
 import importlib
 
-NAMES = ("epilogues", "shapes", "determinism", "graphs", "robustness", "moe", "workspaces", "eager", "soak")
+NAMES = ("epilogues", "shapes", "determinism", "graphs", "robustness", "moe", "workspaces", "eager", "sharded", "soak")
 
 
 def load() -> None:
