@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
 from typing import Any
@@ -11,9 +10,8 @@ from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import arfusion_pass.ops  # noqa: F401  (a compiled artefact imports nothing: the ops must exist before it runs)
-from arfusion_pass import cache_key
-from arfusion_pass.config import FusionConfig, canonical_epsilon
-from arfusion_pass.graph import dtype_of
+from arfusion_pass import cache_key, provenance
+from arfusion_pass.config import FusionConfig
 from arfusion_pass.reporting.reports import FusionReport, Reports
 from arfusion_pass.reporting.sites import Site
 from arfusion_pass.rewrite import recording
@@ -108,7 +106,9 @@ def run(graph: fx.Graph, config: FusionConfig) -> FusionReport:
         if config.reassociate:
             reassociate(graph, config)
         found = find_sites(graph, config)
-        described = [_describe(site) for site in found]  # while its nodes stand; from here on only reasons change
+        described = [
+            provenance.describe(site) for site in found
+        ]  # while its nodes stand; from here on only reasons change
         sites = found
         if any(site.reason is None for site in sites):
             shadow = build_shadow(sites)
@@ -134,13 +134,16 @@ def run(graph: fx.Graph, config: FusionConfig) -> FusionReport:
         log.warning("arfusion: %s", note, exc_info=True)
     fused = {id(plan.site): (plan, call) for plan, call in written}
     final = tuple(
-        _finish(text, *fused[id(site)], chains) if id(site) in fused else _missed(site, text, note)
+        provenance.finish(text, *fused[id(site)], chains) if id(site) in fused else provenance.missed(site, text, note)
         for site, text in zip(sites, described, strict=True)
     )
     report = FusionReport(
         sites=final,
         seconds=time.perf_counter() - begin,
         note=note,
+        graph=len(_all_reports),
+        compile_id=provenance.compile_id(),
+        rank=provenance.rank(),
         before=before,
         after=after,
     )
@@ -153,30 +156,3 @@ def _reject_unmatched(sites: list[RaisedSite], matched: set[int]) -> None:
     for index, site in enumerate(sites):
         if site.reason is None and index not in matched:
             site.reason = "no registered pattern matches what was recognised behind it"
-
-
-def _describe(site: RaisedSite) -> Site:
-    """What a report says of a site, taken before its nodes may be erased."""
-    return Site(
-        name=site.node.name,
-        group=site.group,
-        fused=False,
-        nodes=tuple(node.name for node in site.nodes) or (site.node.name,),
-        epsilon=None if site.norm is None else canonical_epsilon(site.norm.epsilon),
-        dtype=None if site.reduced is None else str(dtype_of(site.reduced.x)).removeprefix("torch."),
-        quantiser=None if site.quant is None else site.quant.op,
-        dialect="+".join(dict.fromkeys(site.dialects)),
-        note=site.note,
-    )
-
-
-def _finish(text: Site, plan: Plan, call: fx.Node, chains: list[Chain]) -> Site:
-    text = dataclasses.replace(text, fused=True, pattern=plan.call.meta["pattern"], outputs=tuple(plan.buffers))
-    for number, chain in enumerate(chains, 1):
-        if call in chain:
-            text = dataclasses.replace(text, chain=number, chain_length=len(chain))
-    return text
-
-
-def _missed(site: RaisedSite, text: Site, note: str | None) -> Site:
-    return dataclasses.replace(text, reason=site.reason or note)

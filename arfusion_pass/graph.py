@@ -13,6 +13,8 @@ from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from arfusion_pass.source import source_of
+
 aten = torch.ops.aten
 prims = torch.ops.prims
 c10d = torch.ops._c10d_functional
@@ -378,10 +380,12 @@ def is_written(node: fx.Node) -> bool:
 
 
 def describe(node: fx.Node) -> str:
-    """``name (target)`` for a reason's sentence."""
+    """A node for a reason's sentence: ``model.py:10 "return y + self.bias" (aten.add.Tensor)``, or ``name (target)``
+    where nobody recorded its line."""
     if node.op == "output":
         return "the graph's output"
-    return f"{node.name} ({node.target})"
+    source = source_of(node)
+    return f"{node.name if source is None else source} ({node.target})"
 
 
 def constant(node: Any, finite: bool = True) -> float | None:

@@ -13,7 +13,7 @@ import torch
 
 from arfusion_pass.dialects.reading.custom_ops import CustomOpDialect, NormOp
 from arfusion_pass.dialects.reading.op_calls import OpCall
-from arfusion_pass.graph import last_dim
+from arfusion_pass.graph import describe, last_dim
 from arfusion_pass.ops.spec import Flags
 
 
@@ -24,7 +24,7 @@ def _flags(call: OpCall, x: torch.dtype, weight: torch.dtype | None, add: bool) 
 def _over_rows(call: OpCall) -> str | None:
     shape, x = call["normalized_shape"], call["input"]
     if not isinstance(shape, (list, tuple)) or list(shape) != [last_dim(x)]:
-        return f"{call.node.name} normalises over {shape}; only a norm over the whole last dimension is fused"
+        return f"{describe(call.node)} normalises over {shape}; only a norm over the whole last dimension is fused"
     return None
 
 

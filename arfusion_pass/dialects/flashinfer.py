@@ -20,6 +20,7 @@ from torch import fx
 from arfusion_pass.dialects.reading.custom_ops import CustomOpDialect, NormOp, QuantOp
 from arfusion_pass.dialects.reading.custom_quantisers import mxfp8_spec, nvfp4_spec
 from arfusion_pass.dialects.reading.op_calls import OpCall, Output
+from arfusion_pass.graph import describe
 from arfusion_pass.ops.spec import Apply, Flags, QuantFormat, QuantSpec, ScaleLayout
 
 LAYOUT_CODES = {0: ScaleLayout.SWIZZLED_128X4, 1: ScaleLayout.SWIZZLED_8X4, 2: ScaleLayout.LINEAR}
@@ -63,24 +64,24 @@ def _swizzle(call: OpCall, eight: bool, argument: str = "is_sf_swizzled_layout")
 def fp4(call: OpCall, x: fx.Node, vector: str, ue8m0: str, swizzled: str, eight: bool = False) -> Any:
     """NVFP4 by ``fp4_quantize``; its MXFP4 (groups of 32, or UE8M0 scales) is not fused. The strings name arguments."""
     if call[vector] != 16 or call[ue8m0]:
-        return f"{call.node.name} quantises to MXFP4; NVFP4 (groups of 16 with e4m3 scales) is fused"
+        return f"{describe(call.node)} quantises to MXFP4; NVFP4 (groups of 16 with e4m3 scales) is fused"
     return nvfp4_spec(call, x, _swizzle(call, eight, swizzled))
 
 
 def _fp4(call: OpCall, x: fx.Node) -> Any:
     if call["is_global_scale_inversed"]:
-        return f"{call.node.name} takes the inverse of the global scale"
+        return f"{describe(call.node)} takes the inverse of the global scale"
     return fp4(call, x, "sf_vec_size", "sf_use_ue8m0", "is_sf_swizzled_layout", bool(call["is_sf_8x4_layout"]))
 
 
 def _mxfp8(call: OpCall, x: fx.Node) -> Any:
     """``sf_swizzle_layout`` (0: 128x4, 1: 8x4, 2: linear) in newer versions, ``is_sf_swizzled_layout`` before."""
     if call["alignment"] not in (None, 32):
-        return f"{call.node.name} pads rows to {call['alignment']}; only 32 is fused"
+        return f"{describe(call.node)} pads rows to {call['alignment']}; only 32 is fused"
     if not call.has_argument("sf_swizzle_layout"):
         return mxfp8_spec(call, x, _swizzle(call, False))
     layout = LAYOUT_CODES.get(call["sf_swizzle_layout"])
-    return mxfp8_spec(call, x, layout) if layout is not None else f"{call.node.name} has an unknown scale layout"
+    return mxfp8_spec(call, x, layout) if layout is not None else f"{describe(call.node)} has an unknown scale layout"
 
 
 _STATIC = QuantOp("input", "out", _static, scale="scale")

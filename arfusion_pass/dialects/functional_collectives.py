@@ -29,24 +29,26 @@ class FunctionalCollectives(Dialect):
     def all_reduce(self, node: fx.Node) -> Reduced | Refused | None:
         """The all-reduce with its waits; other reduce ops and the coalesced form are refused."""
         if is_call(node, c10d.all_reduce_coalesced.default, c10d.all_reduce_coalesced_.default):
-            return Refused(f"{node.name} reduces several tensors at once (coalesced); reduce them one by one", node)
+            return Refused(
+                f"{describe(node)} reduces several tensors at once (coalesced); reduce them one by one", node
+            )
         if not is_call(node, c10d.all_reduce.default, c10d.all_reduce_.default):
             return None
         reduce_op = argument(node, "reduce_op")
         if reduce_op != "sum":
-            return Refused(f"{node.name} reduces by {reduce_op!r}; only 'sum' is fused", node)
+            return Refused(f"{describe(node)} reduces by {reduce_op!r}; only 'sum' is fused", node)
         group = argument(node, "group_name")
         x = argument(node, "input")
         if not isinstance(group, str) or not isinstance(x, fx.Node):
-            return Refused(f"{node.name} names its group by {group!r}, not by a string", node)
+            return Refused(f"{describe(node)} names its group by {group!r}, not by a string", node)
         if is_call(node, c10d.all_reduce_.default):
             return _in_place(node, x, group)
         waits = users_of(node, c10d.wait_tensor.default)
         others = [user for user in node.users if user not in waits]
         if others:
-            return Refused(f"{node.name} is read by {describe(others[0])} before it is waited for", others[0])
+            return Refused(f"{describe(node)} is read by {describe(others[0])} before it is waited for", others[0])
         if not waits:
-            return Refused(f"{node.name} is never waited for", node)
+            return Refused(f"{describe(node)} is never waited for", node)
         waits = [*waits, *(again for wait in waits for again in waited_again(wait))]
         return Reduced(node, waits[0], x, group, nodes=(node, *waits), aliases=tuple(waits[1:]))
 
@@ -59,7 +61,7 @@ def _in_place(node: fx.Node, x: fx.Node, group: str) -> Reduced | Refused:
         (owner,) = sources
         chain.add(owner)
     if owner.op != "call_function" or sources:
-        return Refused(f"{node.name} reduces {describe(owner)} in place, which others hold as well", node)
+        return Refused(f"{describe(node)} reduces {describe(owner)} in place, which others hold as well", node)
     values = [node]
     for value in (node, x):
         values += [again for wait in users_of(value, c10d.wait_tensor.default) for again in (wait, *waited_again(wait))]
@@ -75,9 +77,11 @@ def _in_place(node: fx.Node, x: fx.Node, group: str) -> Reduced | Refused:
             elif alias is x:
                 early, late = early or user < node, late or user > node
             elif user > node:
-                return Refused(f"{node.name} reduces in place what {describe(user)} reads through another view", user)
+                return Refused(
+                    f"{describe(node)} reduces in place what {describe(user)} reads through another view", user
+                )
     if early and late:
-        return Refused(f"{node.name} reduces {describe(x)} in place, which is read before it and after it", node)
+        return Refused(f"{describe(node)} reduces {describe(x)} in place, which is read before it and after it", node)
     waits = sorted(value for value in values if value is not node)
     held = [*waits, node, *([x] if late else [])]
     return Reduced(node, held[0], x, group, nodes=(node, *waits), aliases=tuple(held[1:]))

@@ -31,7 +31,7 @@ from arfusion_pass.dialects.flashinfer import FP4, MXFP8, add_norm_op, norm_op
 from arfusion_pass.dialects.reading.custom_ops import CustomOpDialect, QuantOp, functional_all_reduce, refused
 from arfusion_pass.dialects.reading.custom_quantisers import STATIC_FP8, fp8_range, group_fp8, nvfp4_spec
 from arfusion_pass.dialects.reading.op_calls import OpCall
-from arfusion_pass.graph import constant, dtype_of
+from arfusion_pass.graph import constant, describe, dtype_of
 from arfusion_pass.ops.spec import Apply, Bound, QuantFormat, QuantSpec, ScaleLayout, ScaleRound, ScaleRule
 
 TOKEN_FP8 = QuantSpec(QuantFormat.FP8, group=-1, apply=Apply.RECIPROCAL)
@@ -41,7 +41,7 @@ AMAX_BOUND = 1e-10
 
 def _tensor(call: OpCall, x: fx.Node) -> Any:
     if call["is_static"] is not True:
-        return f"{call.node.name} makes one scale for the whole tensor: all tokens would have to be there first"
+        return f"{describe(call.node)} makes one scale for the whole tensor: all tokens would have to be there first"
     return "quant_fp8_static", STATIC_FP8
 
 
@@ -52,7 +52,7 @@ def _rounding(call: OpCall) -> ScaleRound:
 def _unpacked_power(call: OpCall) -> str | None:
     scales = call.operand("output_s")
     if call["scale_ue8m0"] and (scales is None or scales.dtype != torch.int32):
-        return f"{call.node.name} writes power-of-two scales that are not packed into int32"
+        return f"{describe(call.node)} writes power-of-two scales that are not packed into int32"
     return None
 
 
@@ -72,16 +72,16 @@ def _group_v2(low: str, high: str) -> Callable[[OpCall, fx.Node], Any]:
 
 def _group_v3(call: OpCall, x: fx.Node) -> Any:
     if call["scale_ue8m0"] and dtype_of(x) == torch.float16:
-        return f"{call.node.name} rounds its multiplier to float16, which has no room for that of a small row"
+        return f"{describe(call.node)} rounds its multiplier to float16, which has no room for that of a small row"
     return _unpacked_power(call) or _by_encode_scale(call, x)
 
 
 def _by_encode_scale(call: OpCall, x: fx.Node) -> Any:
     """``x * (448 / amax)`` beside ``scale = amax * (1 / 448)``, with the bound of ``amax`` that is in the kernel."""
     if call["fuse_silu_and_mul"] or call["masked_m"] is not None or call["sorted_token_ids"] is not None:
-        return f"{call.node.name} has an activation in front, or quantises a selection of its rows"
+        return f"{describe(call.node)} has an activation in front, or quantises a selection of its rows"
     if call["eps"] is not None and constant(call["eps"]) != AMAX_BOUND:
-        return f"{call.node.name} asks for a lower bound of {call['eps']}; its kernel has {AMAX_BOUND}"
+        return f"{describe(call.node)} asks for a lower bound of {call['eps']}; its kernel has {AMAX_BOUND}"
     power_of_two = bool(call["scale_ue8m0"])
     rounding = ScaleRound.POW2 if power_of_two else ScaleRound.FP32
     scales = call.operand("output_s")

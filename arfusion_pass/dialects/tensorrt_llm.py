@@ -76,12 +76,12 @@ def _default_group(argument: str) -> Callable[[OpCall], Reduced | Refused]:
 
 
 def _refuse(reason: str) -> Callable[[OpCall, fx.Node], Any]:
-    return lambda call, x: f"{call.node.name} {reason}"
+    return lambda call, x: f"{describe(call.node)} {reason}"
 
 
 def _mxfp8(call: OpCall, x: fx.Node) -> Any:
     if call["alignment"] not in (None, 32):
-        return f"{call.node.name} pads rows to {call['alignment']}; only 32 is fused"
+        return f"{describe(call.node)} pads rows to {call['alignment']}; only 32 is fused"
     return mxfp8_spec(call, x, ScaleLayout.SWIZZLED_128X4 if call["swizzedLayout"] else ScaleLayout.LINEAR)
 
 

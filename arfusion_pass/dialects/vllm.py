@@ -49,7 +49,7 @@ from arfusion_pass.dialects.reading.custom_quantisers import (
     token_fp8,
 )
 from arfusion_pass.dialects.reading.op_calls import OpCall
-from arfusion_pass.graph import last_dim
+from arfusion_pass.graph import describe, last_dim
 from arfusion_pass.ops.spec import Apply, Bound, Flags, QuantFormat, QuantSpec, ScaleLayout, ScaleRound
 
 
@@ -83,11 +83,15 @@ def _weight_in_fp32() -> bool:
 
 def _whole_variance(call: OpCall) -> str | None:
     size = call["variance_size"]
-    return None if size is None else f"{call.node.name} takes its variance over {size} columns, not over the whole row"
+    return (
+        None
+        if size is None
+        else f"{describe(call.node)} takes its variance over {size} columns, not over the whole row"
+    )
 
 
 def _no_upper_bound(call: OpCall) -> str | None:
-    return None if call["scale_ub"] is None else f"{call.node.name} bounds its scales from above (scale_ub)"
+    return None if call["scale_ub"] is None else f"{describe(call.node)} bounds its scales from above (scale_ub)"
 
 
 def _token(call: OpCall, x: fx.Node) -> Any:
@@ -106,10 +110,10 @@ def _norm_token(call: OpCall, x: fx.Node) -> Any:
 def _norm_block(call: OpCall, x: fx.Node) -> Any:
     group, hidden, scales = call["group_size"], last_dim(x), call.operand("scale")
     if not isinstance(group, int) or hidden is None or scales is None or group <= 0 or hidden % group:
-        return f"{call.node.name} quantises groups of {group!r} in rows of {hidden}"
+        return f"{describe(call.node)} quantises groups of {group!r} in rows of {hidden}"
     layout = group_layout(x, scales, hidden // group)
     if layout is None or (layout != ScaleLayout.ROW) != bool(call["is_scale_transposed"]):
-        return f"the scales of {call.node.name} have sizes {scales.size} and strides {scales.stride}"
+        return f"the scales of {describe(call.node)} have sizes {scales.size} and strides {scales.stride}"
     spec = QuantSpec(QuantFormat.FP8, group=group, layout=layout, bound_on=Bound.SCALE, bound=FP8_MIN_SCALE)
     return "quant_fp8_group", spec
 

@@ -17,6 +17,10 @@ class FusionReport:
         sites: one entry for every all-reduce.
         seconds: what the pass took.
         note: why the whole graph was left alone (one rank, an unexpected error), or None.
+        graph: number of the graph among those that the pass has seen in this process, from 0.
+        compile_id: torch's own name of the compilation (``"0/0"``), as in its logs and in tlparse; None outside of one.
+        rank: of the process in the default group; None where there is no group.
+        cached: whether the graph came from a compile cache and this is the report that was stored with it.
         before, after: the graph as printed before and after; filled only where recording is on
             (:func:`arfusion_pass.inspection.recording`).
     """
@@ -24,6 +28,10 @@ class FusionReport:
     sites: tuple[Site, ...] = ()
     seconds: float = 0.0
     note: str | None = None
+    graph: int = 0
+    compile_id: str | None = None
+    rank: int | None = None
+    cached: bool = False
     before: str | None = dataclasses.field(default=None, repr=False)
     after: str | None = dataclasses.field(default=None, repr=False)
 
@@ -45,11 +53,22 @@ class FusionReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
         return {
-            "sites": [dataclasses.asdict(site) for site in self.sites],
+            "graph": self.graph,
+            "compile_id": self.compile_id,
+            "rank": self.rank,
+            "cached": self.cached,
             "matched_count": self.matched_count,
             "seconds": self.seconds,
             "note": self.note,
+            "sites": [dataclasses.asdict(site) for site in self.sites],
         }
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> FusionReport:
+        """The report that :meth:`to_dict` wrote. Keys of another version are ignored."""
+        known = {field.name for field in dataclasses.fields(FusionReport)}
+        values: dict[str, Any] = {name: value for name, value in data.items() if name in known}
+        return FusionReport(**{**values, "sites": tuple(Site.from_dict(site) for site in data.get("sites", ()))})
 
     def to_json(self) -> str:
         """:meth:`to_dict` as JSON text."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
+
+from arfusion_pass.source import Source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +29,15 @@ class Site:
         chain: the number, from 1 in each graph, of the chain of sites that the site belongs to: nobody but the next of
             them reads their residual, which may be sharded inside; None where it belongs to none.
         chain_length: how many sites that chain has, or None.
+        module: path of the module that the all-reduce was traced in (``"layers.0.mlp.down_proj"``), or None.
+        source: the user's line that the all-reduce comes from, or None where nobody recorded it.
+        obstacle: if missed, the user's line of what stands in the way, or None.
+        advice: what the user can change to have it fused, one sentence, or None.
+        shape: of the reduced tensor; a symbolic size is its name. Empty where it is unknown.
+        tokens: how many rows it had when it was traced; None where that is unknown.
+        strategy: ``"oneshot"`` or ``"twoshot"``, what the kernels take at ``tokens``; None without a GPU.
+        bytes_unfused, bytes_fused: memory traffic of one rank at ``tokens``, before and after
+            (:mod:`arfusion_pass.reporting.traffic` has the formula); None where it is unknown.
     """
 
     name: str
@@ -42,3 +54,24 @@ class Site:
     note: str | None = None
     chain: int | None = None
     chain_length: int | None = None
+    module: str | None = None
+    source: Source | None = None
+    obstacle: Source | None = None
+    advice: str | None = None
+    shape: tuple[int | str, ...] = ()
+    tokens: int | None = None
+    strategy: str | None = None
+    bytes_unfused: int | None = None
+    bytes_fused: int | None = None
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Site:
+        """The site whose ``dataclasses.asdict`` went through JSON; keys of another version are ignored."""
+        known = {field.name for field in dataclasses.fields(Site)}
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in data.items() if name in known
+        }
+        for name in ("source", "obstacle"):
+            if isinstance(values.get(name), dict):
+                values[name] = Source(**values[name])
+        return Site(**values)

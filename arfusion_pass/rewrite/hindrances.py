@@ -47,8 +47,9 @@ class Hindrance:
     other: tuple[Reduced, fx.Node] | None = None
 
 
-def why_no_norm(reduced: Reduced, reductions: Reductions) -> tuple[Hindrance | None, str]:
-    """One sentence on what reads an all-reduce that no norm reads, and what hinders it where that could be moved.
+def why_no_norm(reduced: Reduced, reductions: Reductions) -> tuple[Hindrance | None, str, fx.Node | None]:
+    """What hinders an all-reduce that no norm reads, where that could be moved; one sentence on what reads it; and the
+    node that the sentence speaks of.
 
     Args:
         reduced: the all-reduce.
@@ -62,14 +63,16 @@ def why_no_norm(reduced: Reduced, reductions: Reductions) -> tuple[Hindrance | N
         norm = _norm_behind(reader, reductions if hindrance is not None else None)
         if norm is not None:
             advice = "" if hindrance is None else "; FusionConfig(reassociate=True) takes that before the all-reduce"
-            return hindrance, f"{describe(reader)} stands between it and the norm {describe(norm.result)}{advice}"
+            reason = f"{describe(reader)} stands between it and the norm {describe(norm.result)}{advice}"
+            return hindrance, reason, reader
     if not readers:
-        return None, "nobody reads its result"
+        return None, "nobody reads its result", None
     described = list(dict.fromkeys(map(describe, readers)))
     listed = ", ".join(described[:3]) + (", ..." if len(described) > 3 else "")
-    return None, (
+    reason = (
         f"its result is read by {listed}: no RMSNorm over its last dimension follows, with or without a residual add"
     )
+    return None, reason, next(iter(readers))
 
 
 def sum_before(norm: Norm, reduced: Reduced, reductions: Reductions) -> Hindrance | None:

@@ -58,6 +58,7 @@ class RaisedSite:
         twins: quantisers of the same norm that compute what ``quant`` does: its outputs serve their readers too.
         note: why a quantiser behind the norm is left alone, or None.
         reason: why nothing can be fused, or None so far.
+        culprit: the node that the reason speaks of, whose line of code the report shows; None where there is none.
         hindrance: the step that could be taken before the all-reduce (:mod:`arfusion_pass.rewrite.reassociate`), or
             None. A sum of two all-reduces that a norm reads hinders one of them alone.
         dialects: the names of the dialects that spelled the stages.
@@ -76,6 +77,7 @@ class RaisedSite:
     twins: tuple[Quantised, ...] = ()
     note: str | None = None
     reason: str | None = None
+    culprit: fx.Node | None = None
     hindrance: Hindrance | None = None
     dialects: tuple[str, ...] = ()
 
@@ -166,7 +168,7 @@ def find_sites(graph: fx.Graph, config: FusionConfig) -> list[RaisedSite]:
         if site.reduced is None or site.reason is not None:
             continue
         if not candidates[site.node]:
-            site.hindrance, site.reason = why_no_norm(site.reduced, reductions)
+            site.hindrance, site.reason, site.culprit = why_no_norm(site.reduced, reductions)
         else:
             norms = (norm for norm, _ in candidates[site.node])
             site.hindrance = next(filter(None, (sum_before(norm, site.reduced, reductions) for norm in norms)), None)
@@ -210,7 +212,7 @@ def _all_reduce(node: fx.Node) -> RaisedSite | None:
         if found is None:
             continue
         if isinstance(found, Refused):
-            return RaisedSite(node, reason=found.reason, dialects=(dialect.name,))
+            return RaisedSite(node, reason=found.reason, culprit=found.node, dialects=(dialect.name,))
         found = _in_its_own_dtype(found)
         site = RaisedSite(node, found.group, found, dialects=(dialect.name,))
         site.reason = _check_reduced(found)
@@ -289,7 +291,7 @@ def _norms(site: RaisedSite, config: FusionConfig) -> list[tuple[Norm, str]]:
     has; a site that has none at all keeps None."""
     assert site.reduced is not None
     usable: list[tuple[Norm, str]] = []
-    reasons: list[str] = []
+    reasons: list[tuple[str, fx.Node | None]] = []
     lengths = _row_lengths(site.reduced.x)
     for held in site.reduced.values:
         for value in views_of(held):
@@ -299,13 +301,13 @@ def _norms(site: RaisedSite, config: FusionConfig) -> list[tuple[Norm, str]]:
                 for norm in dialect.norms(value):
                     reason = norm.reason if isinstance(norm, Refused) else _check_norm(site.reduced, norm, config)
                     if reason is not None:
-                        reasons.append(reason)
+                        reasons.append((reason, norm.node if isinstance(norm, Refused) else norm.result))
                     else:
                         assert isinstance(norm, Norm)
                         norm = dataclasses.replace(norm, nodes=(*path(held, value), *norm.nodes))
                         usable.append((norm, dialect.name))
     if not usable and reasons:
-        site.reason = reasons[0]
+        site.reason, site.culprit = reasons[0]
     return usable
 
 
@@ -379,7 +381,8 @@ def _assign(sites: list[RaisedSite], candidates: dict[fx.Node, list[tuple[Norm, 
         else:
             owner = next(taken[node] for node in choices[0][0].nodes if node in taken)
             advice = "" if site.hindrance is None else "; FusionConfig(reassociate=True) all-reduces their sum at once"
-            site.reason = f"the norm behind it, {describe(choices[0][0].result)}, is fused with {owner.name}{advice}"
+            site.culprit = choices[0][0].result
+            site.reason = f"the norm behind it, {describe(site.culprit)}, is fused with {describe(owner)}{advice}"
 
 
 def _find_prologue(site: RaisedSite) -> None:

@@ -271,12 +271,12 @@ def test_unexpected_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_unexpected_error_while_describing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Contract: never crash the compile. A site that cannot even be described leaves the graph and a note."""
-    from arfusion_pass import fusion_pass
+    from arfusion_pass import provenance
 
     def fail(*args: Any) -> None:
         raise RuntimeError("boom")
 
-    monkeypatch.setattr(fusion_pass, "_describe", fail)
+    monkeypatch.setattr(provenance, "describe", fail)
     module = trace(lambda x, w: llama(reduce(x), w, EPS), *tensors(X, W))
     report = check_unchanged(module, arf.FusionConfig())
     assert "boom" in str(report.note)

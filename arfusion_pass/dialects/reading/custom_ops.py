@@ -98,7 +98,7 @@ class NormOp:
         given = None if self.weight is None else call[self.weight]
         weight = None if given is None else weight_of(given, last_dim(start), dtype)
         if given is not None and weight is None:
-            return Refused(f"the weight {describe(given)} of {call.node.name} is no [hidden] vector", call.node)
+            return Refused(f"the weight {describe(given)} of {describe(call.node)} is no [hidden] vector", call.node)
         assert dtype is not None and x_dtype is not None
         nodes = (*candidate.nodes, *path(candidate.start, start), *call.nodes)
         norm = call.output(self.norm)
@@ -130,7 +130,7 @@ class NormOp:
         )
 
     def _misfit(self, call: OpCall, start: fx.Node, value: fx.Node, residual: Operand | None) -> str | None:
-        dtype, x_dtype, name = dtype_of(value), dtype_of(start), call.node.name
+        dtype, x_dtype, name = dtype_of(value), dtype_of(start), describe(call.node)
         if x_dtype != dtype and not (self.mixed or self.fp32):
             return (
                 f"{describe(call.node)} normalises {describe(start)}, which is {x_dtype}; the op takes only 16-bit "
@@ -268,10 +268,10 @@ def functional_all_reduce(x: str, group: str, reduce_op: str | None = None) -> C
         if call.in_place or call.functionalized:
             return Refused(f"{describe(call.node)} reduces in place; an out-of-place all-reduce is fused", call.node)
         if reduce_op is not None and call[reduce_op] != "sum":
-            return Refused(f"{call.node.name} reduces by {call[reduce_op]!r}; only 'sum' is fused", call.node)
+            return Refused(f"{describe(call.node)} reduces by {call[reduce_op]!r}; only 'sum' is fused", call.node)
         tensor, name = call[x], call[group]
         if not isinstance(name, str) or not isinstance(tensor, fx.Node):
-            return Refused(f"{call.node.name} names its group by {name!r}, not by a string", call.node)
+            return Refused(f"{describe(call.node)} names its group by {name!r}, not by a string", call.node)
         return Reduced(node=call.node, value=call.node, x=tensor, group=name, nodes=(call.node,))
 
     return recognise

@@ -64,9 +64,9 @@ def group_fp8(
     """Groups along a row; the layout is read off the scales' buffer."""
     hidden, eps = last_dim(x), constant(eps)
     if not isinstance(group, int) or group <= 0 or hidden is None or hidden % group:
-        return f"{call.node.name} quantises groups of {group!r} in rows of {hidden}"
+        return f"{describe(call.node)} quantises groups of {group!r} in rows of {hidden}"
     if eps is None or scales is None:
-        return f"{call.node.name} has no constant lower bound, or no buffer for its scales"
+        return f"{describe(call.node)} has no constant lower bound, or no buffer for its scales"
     layout = group_layout(x, scales, hidden // group)
     if layout is None:
         return (
@@ -121,10 +121,10 @@ def token_fp8(call: OpCall, x: fx.Node) -> Any:
 def nvfp4_spec(call: OpCall, x: fx.Node, layout: ScaleLayout) -> Any:
     """NVFP4; only 16-bit tensors, as the kernels take."""
     if dtype_of(x) not in (torch.bfloat16, torch.float16):
-        return f"{call.node.name} quantises {dtype_of(x)} to NVFP4; bfloat16 and float16 are fused"
+        return f"{describe(call.node)} quantises {dtype_of(x)} to NVFP4; bfloat16 and float16 are fused"
     hidden = last_dim(x)
     if hidden is None or hidden % 16:
-        return f"{call.node.name} quantises rows of {hidden}, no multiple of 16"
+        return f"{describe(call.node)} quantises rows of {hidden}, no multiple of 16"
     return "quant_nvfp4", QuantSpec(QuantFormat.NVFP4, group=16, layout=layout)
 
 
@@ -132,7 +132,7 @@ def mxfp8_spec(call: OpCall, x: fx.Node, layout: ScaleLayout) -> Any:
     """MXFP8; rows must be whole groups of 32 (the kernels pad others)."""
     hidden = last_dim(x)
     if hidden is None or hidden % 32:
-        return f"{call.node.name} quantises rows of {hidden}, no multiple of 32"
+        return f"{describe(call.node)} quantises rows of {hidden}, no multiple of 32"
     return "quant_mxfp8", QuantSpec(QuantFormat.MXFP8, group=32, layout=layout)
 
 
@@ -141,4 +141,4 @@ def fp8_range(call: OpCall, low: str, high: str) -> str | None:
     bounds = constant(call[low]), constant(call[high])
     if bounds == (-FP8_MAX, FP8_MAX):
         return None
-    return f"{call.node.name} clamps to {bounds}; only float8_e4m3fn's range of 448 is fused"
+    return f"{describe(call.node)} clamps to {bounds}; only float8_e4m3fn's range of 448 is fused"

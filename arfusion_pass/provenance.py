@@ -1,0 +1,91 @@
+"""What a report says of a site: taken from the graph's nodes before the rewrite, completed by what became of it.
+
+Nothing here may stop a fusion: what cannot be found out is None.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch.distributed as dist
+from torch import fx
+from torch._guards import CompileContext
+
+from arfusion_pass.config import canonical_epsilon
+from arfusion_pass.graph import dtype_of, tensor_of
+from arfusion_pass.ops.layouts import token_count
+from arfusion_pass.reporting import traffic
+from arfusion_pass.reporting.sites import Site
+from arfusion_pass.rewrite.chains import Chain
+from arfusion_pass.rewrite.commit import Plan
+from arfusion_pass.rewrite.raising import RaisedSite
+from arfusion_pass.source import Source, module_of, source_of
+
+log = logging.getLogger("arfusion_pass")
+T = TypeVar("T")
+
+
+def describe(site: RaisedSite) -> Site:
+    """A site before the rewrite, while its nodes stand."""
+    x = None if site.reduced is None else tensor_of(site.reduced.x)
+    return Site(
+        name=site.node.name,
+        group=site.group,
+        fused=False,
+        nodes=tuple(node.name for node in site.nodes) or (site.node.name,),
+        epsilon=None if site.norm is None else canonical_epsilon(site.norm.epsilon),
+        dtype=None if site.reduced is None else str(dtype_of(site.reduced.x)).removeprefix("torch."),
+        quantiser=None if site.quant is None else site.quant.op,
+        dialect="+".join(dict.fromkeys(site.dialects)),
+        note=site.note,
+        module=_known(lambda: module_of(site.node)),
+        source=_source(site.node),
+        shape=() if x is None else tuple(size if isinstance(size, int) else str(size) for size in x.shape),
+        tokens=None if x is None or x.dim() == 0 else traffic.hint(token_count(x.shape)),
+        bytes_unfused=None if site.reason is not None else _known(lambda: traffic.unfused(site.nodes)),
+    )
+
+
+def finish(text: Site, plan: Plan, call: fx.Node, chains: list[Chain]) -> Site:
+    """A site that was fused: ``call`` is what was written for it, ``chains`` are those of its graph."""
+    number, chain = next(((i, chain) for i, chain in enumerate(chains, 1) if call in chain), (None, None))
+    return dataclasses.replace(
+        text,
+        fused=True,
+        pattern=plan.call.meta["pattern"],
+        outputs=tuple(plan.buffers),
+        chain=number,
+        chain_length=None if chain is None else len(chain),
+        bytes_fused=_known(lambda: traffic.fused(call, plan.buffers)),
+    )
+
+
+def missed(site: RaisedSite, text: Site, note: str | None) -> Site:
+    """A site that was left alone; ``note`` says why where the site itself does not."""
+    return dataclasses.replace(text, reason=site.reason or note, obstacle=_source(site.culprit), bytes_unfused=None)
+
+
+def compile_id() -> str | None:
+    """The compilation that torch is in, as its logs call it."""
+    current = _known(CompileContext.current_compile_id)
+    return None if current is None else str(current)
+
+
+def rank() -> int | None:
+    """This process's rank in the default group; None where there is none."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else None
+
+
+def _source(node: fx.Node | None) -> Source | None:
+    return _known(lambda: source_of(node))
+
+
+def _known(find: Callable[[], T | None]) -> T | None:
+    try:
+        return find()
+    except Exception:
+        log.debug("arfusion: a site is described in part", exc_info=True)
+        return None
