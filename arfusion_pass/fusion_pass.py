@@ -11,6 +11,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import arfusion_pass.ops  # noqa: F401  (a compiled artefact imports nothing: the ops must exist before it runs)
 from arfusion_pass import cache_key, provenance
+from arfusion_pass.compilation import compile_id, graph_break
 from arfusion_pass.config import FusionConfig
 from arfusion_pass.reporting.reports import FusionReport, Reports
 from arfusion_pass.reporting.sites import Site
@@ -94,7 +95,7 @@ def reports() -> Reports:
 def run(graph: fx.Graph, config: FusionConfig) -> FusionReport:
     """Raise, fuse and commit one graph."""
     begin = time.perf_counter()
-    note = None
+    note, broken = None, graph_break()
     sites: list[RaisedSite] = []
     written: list[tuple[Plan, fx.Node]] = []
     chains: list[Chain] = []
@@ -134,15 +135,18 @@ def run(graph: fx.Graph, config: FusionConfig) -> FusionReport:
         log.warning("arfusion: %s", note, exc_info=True)
     fused = {id(plan.site): (plan, call) for plan, call in written}
     final = tuple(
-        provenance.finish(text, *fused[id(site)], chains) if id(site) in fused else provenance.missed(site, text, note)
+        provenance.finish(text, *fused[id(site)], chains)
+        if id(site) in fused
+        else provenance.missed(site, text, note, broken)
         for site, text in zip(sites, described, strict=True)
     )
     report = FusionReport(
         sites=final,
+        graph_break=None if broken is None else str(broken),
         seconds=time.perf_counter() - begin,
         note=note,
         graph=len(_all_reports),
-        compile_id=provenance.compile_id(),
+        compile_id=compile_id(),
         rank=provenance.rank(),
         before=before,
         after=after,

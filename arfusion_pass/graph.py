@@ -13,7 +13,7 @@ from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from arfusion_pass.source import source_of
+from arfusion_pass.source import line_of
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -381,10 +381,13 @@ def is_written(node: fx.Node) -> bool:
 
 def describe(node: fx.Node) -> str:
     """A node for a reason's sentence: ``model.py:10 "return y + self.bias" (aten.add.Tensor)``, or ``name (target)``
-    where nobody recorded its line."""
+    where nobody recorded its line. An input of the graph is known by the line that reads it."""
     if node.op == "output":
         return "the graph's output"
-    source = source_of(node)
+    source = line_of(node)
+    if source is None and node.op == "placeholder":
+        reader = next(filter(None, map(line_of, node.users)), None)
+        return f"{node.name} ({node.target})" if reader is None else f"the input read by {reader}"
     return f"{node.name if source is None else source} ({node.target})"
 
 

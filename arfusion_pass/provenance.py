@@ -6,26 +6,21 @@ Nothing here may stop a fusion: what cannot be found out is None.
 from __future__ import annotations
 
 import dataclasses
-import logging
-from collections.abc import Callable
-from typing import TypeVar
 
 import torch.distributed as dist
 from torch import fx
-from torch._guards import CompileContext
 
+from arfusion_pass.compilation import GraphBreak, known
 from arfusion_pass.config import canonical_epsilon
 from arfusion_pass.graph import dtype_of, tensor_of
 from arfusion_pass.ops.layouts import token_count
 from arfusion_pass.reporting import traffic
+from arfusion_pass.reporting.advice import advise
 from arfusion_pass.reporting.sites import Site
 from arfusion_pass.rewrite.chains import Chain
 from arfusion_pass.rewrite.commit import Plan
 from arfusion_pass.rewrite.raising import RaisedSite
-from arfusion_pass.source import Source, module_of, source_of
-
-log = logging.getLogger("arfusion_pass")
-T = TypeVar("T")
+from arfusion_pass.source import Source, line_of, module_of
 
 
 def describe(site: RaisedSite) -> Site:
@@ -41,11 +36,11 @@ def describe(site: RaisedSite) -> Site:
         quantiser=None if site.quant is None else site.quant.op,
         dialect="+".join(dict.fromkeys(site.dialects)),
         note=site.note,
-        module=_known(lambda: module_of(site.node)),
+        module=known(lambda: module_of(site.node)),
         source=_source(site.node),
         shape=() if x is None else tuple(size if isinstance(size, int) else str(size) for size in x.shape),
         tokens=None if x is None or x.dim() == 0 else traffic.hint(token_count(x.shape)),
-        bytes_unfused=None if site.reason is not None else _known(lambda: traffic.unfused(site.nodes)),
+        bytes_unfused=None if site.reason is not None else known(lambda: traffic.unfused(site.nodes)),
     )
 
 
@@ -59,19 +54,20 @@ def finish(text: Site, plan: Plan, call: fx.Node, chains: list[Chain]) -> Site:
         outputs=tuple(plan.buffers),
         chain=number,
         chain_length=None if chain is None else len(chain),
-        bytes_fused=_known(lambda: traffic.fused(call, plan.buffers)),
+        bytes_fused=known(lambda: traffic.fused(call, plan.buffers)),
     )
 
 
-def missed(site: RaisedSite, text: Site, note: str | None) -> Site:
-    """A site that was left alone; ``note`` says why where the site itself does not."""
-    return dataclasses.replace(text, reason=site.reason or note, obstacle=_source(site.culprit), bytes_unfused=None)
-
-
-def compile_id() -> str | None:
-    """The compilation that torch is in, as its logs call it."""
-    current = _known(CompileContext.current_compile_id)
-    return None if current is None else str(current)
+def missed(site: RaisedSite, text: Site, note: str | None, broken: GraphBreak | None) -> Site:
+    """A site that was left alone; ``note`` says why where the site itself does not, ``broken`` where its graph ends."""
+    reason, culprit = site.reason or note, site.culprit
+    return dataclasses.replace(
+        text,
+        reason=reason,
+        obstacle=_source(culprit),
+        advice=known(lambda: advise(site.node, culprit, reason or "", broken)),
+        bytes_unfused=None,
+    )
 
 
 def rank() -> int | None:
@@ -80,12 +76,4 @@ def rank() -> int | None:
 
 
 def _source(node: fx.Node | None) -> Source | None:
-    return _known(lambda: source_of(node))
-
-
-def _known(find: Callable[[], T | None]) -> T | None:
-    try:
-        return find()
-    except Exception:
-        log.debug("arfusion: a site is described in part", exc_info=True)
-        return None
+    return known(lambda: line_of(node))

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import fx
 
-CODE_WIDTH = 60
+CODE_WIDTH = 80
 """A line of code is cut to so many characters where it is quoted in a sentence."""
 
 _FRAME = re.compile(r'^\s*File "(?P<file>[^"]+)", line (?P<line>\d+)(?:, in (?P<function>.*))?$')
@@ -84,7 +84,7 @@ def users_frame(stack: list[Source]) -> Source | None:
     return found[-1] if found else None
 
 
-def source_of(node: Any) -> Source | None:
+def line_of(node: Any) -> Source | None:
     """The user's line that a node was traced from, or None."""
     return users_frame(frames(node.meta.get("stack_trace"))) if isinstance(node, fx.Node) else None
 

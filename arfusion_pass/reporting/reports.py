@@ -19,6 +19,7 @@ class FusionReport:
         note: why the whole graph was left alone (one rank, an unexpected error), or None.
         graph: number of the graph among those that the pass has seen in this process, from 0.
         compile_id: torch's own name of the compilation (``"0/0"``), as in its logs and in tlparse; None outside of one.
+        graph_break: the line at which Dynamo ended the graph before its function ended, and why; None where it did not.
         rank: of the process in the default group; None where there is no group.
         cached: whether the graph came from a compile cache and this is the report that was stored with it.
         before, after: the graph as printed before and after; filled only where recording is on
@@ -32,6 +33,7 @@ class FusionReport:
     compile_id: str | None = None
     rank: int | None = None
     cached: bool = False
+    graph_break: str | None = None
     before: str | None = dataclasses.field(default=None, repr=False)
     after: str | None = dataclasses.field(default=None, repr=False)
 
@@ -57,6 +59,7 @@ class FusionReport:
             "compile_id": self.compile_id,
             "rank": self.rank,
             "cached": self.cached,
+            "graph_break": self.graph_break,
             "matched_count": self.matched_count,
             "seconds": self.seconds,
             "note": self.note,

@@ -1,7 +1,7 @@
 """The report as text: which all-reduces were fused, which were missed, and why.
 
-Sites that differ only in their names share a row, so that eighty layers are a handful of lines. The same text is
-printed on a terminal and into a pipe: no colour, no control codes.
+Sites that differ only in their names, their graph or a layer's number share a row, so that eighty layers are a handful
+of lines. The same text is printed on a terminal and into a pipe: no colour, no control codes.
 """
 
 from __future__ import annotations
@@ -31,6 +31,10 @@ class GraphReport(Protocol):
     def seconds(self) -> float: ...
     @property
     def note(self) -> str | None: ...
+    @property
+    def cached(self) -> bool: ...
+    @property
+    def graph_break(self) -> str | None: ...
 
 
 NO_GRAPH = (
@@ -56,30 +60,44 @@ def report_table(reports: Sequence[GraphReport], width: int | None = None) -> st
     for number, report in enumerate(reports):
         if report.note:
             console.print(Text(f"graph {number}: {report.note}"))
+    for where in _breaks(reports):
+        console.print(Text(f"graph break: {where}"))
 
     for title, wanted, columns_of in (("fused", True, _FUSED), ("missed", False, _MISSED)):
         rows = _rows(reports, wanted, columns_of)
         if rows:
-            console.print(_table(title, [*columns_of], rows))
+            console.print(_table(title, ["graph", "where", *columns_of], rows))
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()).rstrip()
 
 
 _NODE = re.compile(r"\w+ \(([\w.]+)\)")
 """``name (target)``: the target alone is the same in every layer."""
 _Columns = dict[str, Callable[[Site], str]]
+
+
+def _tensor(site: Site) -> str:
+    return f"{site.dtype or ''}[{', '.join(map(str, site.shape))}]" if site.shape else site.dtype or ""
+
+
+def _why(site: Site) -> str:
+    reason = site.reason or "no reason given"
+    return f"{reason}\nTo do: {site.advice}" if site.advice else reason
+
+
 _FUSED: _Columns = {
     "pattern": lambda site: site.pattern or "",
-    "dtype": lambda site: site.dtype or "",
+    "tensor": _tensor,
     "epsilon": lambda site: "" if site.epsilon is None else f"{site.epsilon:.6g}",
     "quantiser": lambda site: site.quantiser or "",
     "quantiser left alone": lambda site: "" if site.note is None else _NODE.sub(r"\1", site.note),
     "outputs": lambda site: ", ".join(name.removesuffix("_out") for name in site.outputs),
     "chain of": lambda site: "" if site.chain_length is None else str(site.chain_length),
+    "bytes": lambda site: _bytes(site),
     "group": lambda site: site.group,
 }
 _MISSED: _Columns = {
-    "why": lambda site: site.reason or "no reason given",
-    "dtype": lambda site: site.dtype or "",
+    "why": _why,
+    "tensor": _tensor,
     "group": lambda site: site.group,
 }
 
@@ -87,36 +105,90 @@ _MISSED: _Columns = {
 def _summary(reports: Sequence[GraphReport]) -> str:
     total = sum(len(report.sites) for report in reports)
     matched = sum(report.matched_count for report in reports)
-    seconds = sum(report.seconds for report in reports)
+    seconds = sum(report.seconds for report in reports if not report.cached)
+    cached = sum(report.cached for report in reports)
     graphs = "1 graph" if len(reports) == 1 else f"{len(reports)} graphs"
+    took = "cached" if cached == len(reports) else f"{seconds:.2f} s{f', {cached} cached' if cached else ''}"
     if not total:
-        return f"AllReduce fusion: no all-reduce in {graphs} ({seconds:.2f} s)"
+        return f"AllReduce fusion: no all-reduce in {graphs} ({took})"
     missed = f"{total - matched} missed" if total > matched else "none missed"
-    return f"AllReduce fusion: {matched} of {total} sites fused, {missed}, in {graphs} ({seconds:.2f} s)"
+    return f"AllReduce fusion: {matched} of {total} sites fused, {missed}, in {graphs} ({took})"
 
 
-def _rows(reports: Sequence[GraphReport], fused: bool, columns: _Columns) -> dict[tuple[str, ...], list[str]]:
-    """(graph number, *cells) -> names of the all-reduces that share them, in graph order."""
-    rows: dict[tuple[str, ...], list[str]] = {}
+def _breaks(reports: Sequence[GraphReport]) -> list[str]:
+    """The graph breaks that a reader looks for: where something was missed, or there is no all-reduce at all."""
+    total = sum(len(report.sites) for report in reports)
+    wanted = not total or any(len(report.sites) > report.matched_count for report in reports)
+    return [*dict.fromkeys(report.graph_break for report in reports if report.graph_break)] if wanted else []
+
+
+def _bytes(site: Site) -> str:
+    """What a call moves, and by how much that is less than the unfused ops move."""
+    if not site.bytes_fused or not site.bytes_unfused:
+        return ""
+    return f"{_short_bytes(site.bytes_fused)} ({site.bytes_fused / site.bytes_unfused - 1:+.0%})"
+
+
+def _short_bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
+
+
+def layers(module: str) -> str:
+    """A module's path without the numbers in it: ``layers.*.mlp``."""
+    return ".".join("*" if part.isdigit() else part for part in module.split("."))
+
+
+def place(sites: Sequence[Site]) -> str:
+    """Where sites of one row stand: their module and line; their all-reduces' names where neither is known."""
+    modules = [*dict.fromkeys(site.module for site in sites)]
+    module = (modules[0] if len(modules) == 1 else layers(modules[0] or "")) or ""
+    source = sites[0].source
+    if source is None:
+        return f"{module} {_short([site.name for site in sites])}".strip()
+    return f"{module} {source.place}".strip()
+
+
+def _rows(reports: Sequence[GraphReport], fused: bool, columns: _Columns) -> dict[tuple[str, ...], list[Site]]:
+    """Cells of a row -> the sites that share them, in graph order; graphs and places are put in front of the cells."""
+    grouped: dict[tuple[str, ...], tuple[list[Site], list[int]]] = {}
     for number, report in enumerate(reports):
         for site in report.sites:
             if site.fused == fused:
-                cells = (str(number) if len(reports) > 1 else "", *(cell(site) for cell in columns.values()))
-                rows.setdefault(cells, []).append(site.name)
-    return rows
+                where = (layers(site.module or ""), "" if site.source is None else site.source.place)
+                cells = (*where, *(cell(site) for cell in columns.values()))
+                sites, numbers = grouped.setdefault(cells, ([], []))
+                sites.append(site)
+                numbers.append(number)
+    return {
+        (_numbers(numbers) if len(reports) > 1 else "", place(sites), *cells[2:], str(index)): sites
+        for index, (cells, (sites, numbers)) in enumerate(grouped.items())
+    }
 
 
-def _table(title: str, headers: list[str], rows: dict[tuple[str, ...], list[str]]) -> Table:
+def _numbers(numbers: list[int]) -> str:
+    """``0-3, 7`` for graphs 0, 1, 2, 3 and 7."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _table(title: str, headers: list[str], rows: dict[tuple[str, ...], list[Site]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="", pad_edge=False)
     table.add_column("sites", justify="right", no_wrap=True)
-    table.add_column("all-reduce", overflow="fold")
-    shown = [index for index in range(len(headers) + 1) if any(cells[index] for cells in rows)]
+    shown = [index for index in range(len(headers)) if any(cells[index] for cells in rows)]
     for index in shown:
-        header = "graph" if index == 0 else headers[index - 1]
-        table.add_column(header, overflow="fold", no_wrap=header in ("pattern", "dtype", "epsilon"))
-    for cells, names in rows.items():
+        table.add_column(headers[index], overflow="fold", no_wrap=headers[index] in ("pattern", "epsilon"))
+    for cells, sites in rows.items():
         # Text, not str: a "[...]" in a reason is no markup
-        table.add_row(Text(str(len(names))), Text(_short(names)), *(Text(cells[index]) for index in shown))
+        table.add_row(Text(str(len(sites))), *(Text(cells[index]) for index in shown))
     return table
 
 

@@ -67,7 +67,7 @@ def _column(text: str, header: str) -> list[str]:
     lines = text.splitlines()
     (top,) = (number for number, line in enumerate(lines) if f" {header} " in line)
     start = lines[top].index(header)
-    end = lines[top].index("dtype", start)
+    end = lines[top].index("tensor", start)
     return [line[start:end] for line in lines[top + 2 :]]
 
 

@@ -37,8 +37,8 @@ from arfusion_pass.ops.spec import Flags
 aten = torch.ops.aten
 
 EPSILON_ADVICE = (
-    "epsilon is a graph input ({node}), as torch.compile(dynamic=True) makes it; mark the token dimension dynamic "
-    "with torch._dynamo.mark_dynamic instead, so that epsilon stays a number"
+    "epsilon is a graph input ({node}), not a number; where torch.compile(dynamic=True) made it one, mark the token "
+    "dimension dynamic with torch._dynamo.mark_dynamic instead"
 )
 
 

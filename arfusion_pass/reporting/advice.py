@@ -1,0 +1,78 @@
+"""What the user can change so that a missed site fuses: one sentence, from what stands in its way.
+
+Whether a reason is true is decided where it is found; here is only what to do about it.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from arfusion_pass.compilation import GraphBreak
+from arfusion_pass.graph import aten, is_call, last_dim, other_operand, peel, tensor_of
+
+NO_GRAD = (
+    "this is a training graph: call the model under torch.no_grad() or torch.inference_mode(), or freeze it with "
+    "model.requires_grad_(False)"
+)
+EPSILON = "make the epsilon a Python number: what a tensor or a buffer holds is not known while the graph is compiled"
+BIAS = (
+    "add the bias before the all-reduce, on one rank alone (as a row-parallel linear with its bias on rank 0 does), or "
+    "leave it out where it is zero"
+)
+AVERAGE = "reduce by 'sum' and divide by the group's size before the all-reduce"
+WHOLE = "compile the module that holds the norm in the same graph as the all-reduce"
+BREAK = (
+    "the graph ends there, at a graph break: {where}; take that out of the compiled region, or put it behind the norm"
+)
+
+
+def advise(all_reduce: fx.Node, culprit: fx.Node | None, reason: str, broken: GraphBreak | None) -> str | None:
+    """Advice on a missed site, or None.
+
+    Args:
+        all_reduce: the site.
+        culprit: the node that its reason speaks of, or None.
+        reason: the sentence itself.
+        broken: the graph break at which the graph ends, or None.
+    """
+    if trains(all_reduce.graph) and (culprit is None or _reaches_output(culprit) or "output" in reason):
+        return NO_GRAD
+    if "epsilon is a graph input" in reason:
+        return EPSILON if culprit is None or not _is_symbolic_number(culprit) else None
+    if "reduces by 'avg'" in reason:
+        return AVERAGE
+    if culprit is None:
+        return None
+    if culprit.op == "output" or is_call(culprit, aten.copy_.default):
+        return WHOLE if broken is None else BREAK.format(where=broken)
+    if adds_bias(culprit):
+        return BIAS
+    return None
+
+
+def trains(graph: fx.Graph) -> bool:
+    """Whether a graph is half of a training step: AOT autograd names its inputs so."""
+    return any(node.name.startswith(("primals_", "tangents_")) for node in graph.find_nodes(op="placeholder"))
+
+
+def adds_bias(node: fx.Node) -> bool:
+    """Whether ``node`` adds a vector to every row: one operand has one dimension, of the rows' size."""
+    if not is_call(node, aten.add.Tensor):
+        return False
+    for operand in node.all_input_nodes:
+        vector, rows = tensor_of(peel(operand)), other_operand(node, operand)
+        if vector is not None and vector.dim() == 1 and tensor_of(rows) is not None:
+            return tensor_of(rows).dim() > 1 and last_dim(rows) == last_dim(operand)  # type: ignore[union-attr]
+    return False
+
+
+def _reaches_output(node: fx.Node) -> bool:
+    return node.op == "output" or any(user.op == "output" for user in node.users)
+
+
+def _is_symbolic_number(node: fx.Node) -> bool:
+    """Whether an epsilon was a number before ``dynamic=True`` made an input of it."""
+    while node.op == "call_function" and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    value = tensor_of(node)
+    return value is None or str(value.dtype) == "torch.float64"
