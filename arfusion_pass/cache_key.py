@@ -30,7 +30,7 @@ def source_hash() -> str:
 
 
 def group_sizes() -> dict[str, int]:
-    """World size of every process group by name: c10d's own and those of ``register_group``."""
+    """World size of every process group by name: c10d's own and those of :func:`registered_groups`."""
     sizes = {name: group.size() for name, group in registered_groups().items()}
     if dist.is_available() and dist.is_initialized():
         from torch.distributed import distributed_c10d
@@ -42,5 +42,17 @@ def group_sizes() -> dict[str, int]:
 
 def pass_key(config: FusionConfig) -> str:
     """The ``uuid`` of a pass: any change in the sources, the config or a group's size gives another."""
-    parts: list[Any] = ["arfusion_pass", source_hash(), repr(config), sorted(group_sizes().items())]
+    return _digest(config, group_sizes())
+
+
+def engine_key(config: FusionConfig) -> str:
+    """The same for an engine's own cache, which asks at several moments of a start.
+
+    Of the groups it holds only those with an engine's name: they are the ones in its graphs, and c10d's list grows.
+    """
+    return _digest(config, {name: group.size() for name, group in registered_groups().items()})
+
+
+def _digest(config: FusionConfig, sizes: dict[str, int]) -> str:
+    parts: list[Any] = ["arfusion_pass", source_hash(), repr(config), sorted(sizes.items())]
     return hashlib.sha256(repr(parts).encode()).hexdigest()

@@ -1,14 +1,20 @@
 """Process groups by name: the strings that functional collectives, engines and the fused ops carry.
 
-``register_group``'s table comes first (an engine's own names, such as vLLM's ``"tp:0"``), then c10d's own.
+``register_group``'s table comes first, then what the sources know (an engine's own names, such as vLLM's ``"tp:0"``),
+then c10d's own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch.distributed as dist
+
+Source = Callable[[], Mapping[str, dist.ProcessGroup]]
 
 _registered: dict[str, dist.ProcessGroup] = {}
 _private: dict[str, dist.ProcessGroup] = {}
+_sources: list[Source] = []
 
 
 def register_group(name: str, group: dist.ProcessGroup) -> None:
@@ -24,9 +30,22 @@ def register_group(name: str, group: dist.ProcessGroup) -> None:
     _registered[name] = group
 
 
+def add_source(source: Source) -> None:
+    """Ask ``source`` for its groups whenever a name is looked up; adding it again changes nothing.
+
+    For names whose groups come and go: an artefact from an engine's cache may be the first to need a group, long before
+    anything of ours is called, and an engine may be made again in a process. ``source`` must be cheap and never raise.
+    """
+    if source not in _sources:
+        _sources.append(source)
+
+
 def registered_groups() -> dict[str, dist.ProcessGroup]:
-    """A copy of ``register_group``'s table."""
-    return dict(_registered)
+    """Every group under an engine's own name: what the sources know now, then ``register_group``'s table."""
+    known: dict[str, dist.ProcessGroup] = {}
+    for source in reversed(_sources):
+        known.update(source())
+    return {**known, **_registered}
 
 
 def register_private(name: str, group: dist.ProcessGroup) -> None:
@@ -44,10 +63,8 @@ def forget_private(name: str) -> None:
 
 def find_group(name: str) -> dist.ProcessGroup | None:
     """The process group called ``name``, or None."""
-    if name in _registered:
-        return _registered[name]
-    if name in _private:
-        return _private[name]
+    if (group := registered_groups().get(name) or _private.get(name)) is not None:
+        return group
     if not dist.is_available():
         return None
     from torch.distributed.distributed_c10d import _resolve_process_group
@@ -66,7 +83,7 @@ def resolve_group(name: str) -> dist.ProcessGroup:
     """
     group = find_group(name)
     if group is None:
-        known = ", ".join(sorted(_registered)) or "none registered"
+        known = ", ".join(sorted(registered_groups())) or "none registered"
         state = "initialised" if dist.is_available() and dist.is_initialized() else "not initialised"
         raise ValueError(
             f"no process group is called {name!r} (torch.distributed is {state}; registered names: {known}). "

@@ -13,10 +13,11 @@ from typing import Any
 import grimp
 import pytest
 import torch
+import torch.distributed as dist
 
 import arfusion_pass as arf
-from arfusion_pass import cache_key
-from arfusion_pass.cache_key import pass_key
+from arfusion_pass import cache_key, groups
+from arfusion_pass.cache_key import engine_key, pass_key
 from tests.simulate import fake_world
 
 SCRIPT = pathlib.Path(__file__).parent / "cache_script.py"
@@ -89,6 +90,24 @@ def test_world_is_part_of_the_key() -> None:
         with fake_world(world):
             keys.append(pass_key(arf.FusionConfig()))
     assert len({*keys, pass_key(arf.FusionConfig())}) == 3
+
+
+def test_engine_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The key for an engine's cache follows the sources, the config and the sizes of the engine's own groups, and stays
+    when something makes a group of c10d's."""
+    monkeypatch.setattr(groups, "_registered", {})
+    config = arf.FusionConfig()
+    with fake_world(4):
+        engine = {"tp:0": dist.new_group([0, 1])}
+        monkeypatch.setattr(groups, "_sources", [lambda: engine])
+        before = engine_key(config)
+        engine["tp:0"] = dist.new_group([0, 2, 3])
+        assert engine_key(config) != before
+        engine["tp:0"] = dist.new_group([0, 3])
+        assert engine_key(config) == before
+        assert engine_key(arf.FusionConfig(strategy="oneshot")) != before
+        monkeypatch.setattr(cache_key, "source_hash", lambda: "other sources")
+        assert engine_key(config) != before
 
 
 def test_every_rewriting_source_counts(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,9 @@ EPS = 1e-6
 
 @pytest.fixture
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``register_group``'s table is put back afterwards."""
+    """``register_group``'s table and the sources are put back afterwards."""
     monkeypatch.setattr(groups, "_registered", {})
+    monkeypatch.setattr(groups, "_sources", [])
 
 
 def chain(*names: str) -> fx.GraphModule:
@@ -97,6 +98,30 @@ def test_one_rank() -> None:
     """World size 1: nothing to reduce, nothing is changed."""
     with fake_world(1):
         assert "one rank" in check_unchanged(chain("0")).missed[0].reason
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_source_is_asked_when_a_name_is_needed() -> None:
+    """A name that only a source knows resolves from the moment the source knows it until it forgets it, without
+    anything of the pass being called in between; a registered group of that name comes first."""
+    engine: dict[str, dist.ProcessGroup] = {}
+    source = engine.copy
+    groups.add_source(source)
+    groups.add_source(source)
+    assert groups._sources == [source]
+    with fake_world(4):
+        with pytest.raises(ValueError, match="no process group is called 'tp:0'"):
+            groups.resolve_group("tp:0")
+        engine["tp:0"] = pair = dist.new_group([0, 1])
+        assert groups.resolve_group("tp:0") is pair
+        assert groups.registered_groups() == {"tp:0": pair}
+        assert check_fused(chain("tp:0"), 1).fused[0].group == "tp:0"
+        trio = dist.new_group([0, 2, 3])
+        arf.register_group("tp:0", trio)
+        assert groups.resolve_group("tp:0") is groups.registered_groups()["tp:0"] is trio
+        groups._registered.clear()
+        engine.clear()
+        assert groups.find_group("tp:0") is None
 
 
 @pytest.mark.parametrize(("name", "group"), [("", None), (3, None), ("tp:0", None), ("tp:0", "0")])

@@ -6,20 +6,20 @@ and ``device_group``.
 
 from __future__ import annotations
 
-from typing import Any
+import sys
 
-from arfusion_pass.groups import register_group, registered_groups
+import torch.distributed as dist
 
 
-def register_coordinators(parallel_state: Any) -> list[str]:
-    """Register every group of more than one rank; gives their names. Groups that are gone are left out."""
-    names = []
-    for name, reference in list(getattr(parallel_state, "_groups", {}).items()):
+def coordinators(module: str) -> dict[str, dist.ProcessGroup]:
+    """Every group of more than one rank in the table of ``module``, an engine's ``parallel_state``.
+
+    Groups that are gone are left out; of a module that was not imported yet there are none.
+    """
+    groups = {}
+    for name, reference in list(getattr(sys.modules.get(module), "_groups", {}).items()):
         coordinator = reference()
         group = getattr(coordinator, "device_group", None)
-        if group is None or getattr(coordinator, "world_size", 1) < 2:
-            continue
-        if registered_groups().get(name) is not group:
-            register_group(name, group)
-        names.append(name)
-    return names
+        if group is not None and getattr(coordinator, "world_size", 1) > 1:
+            groups[name] = group
+    return groups

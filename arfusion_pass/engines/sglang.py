@@ -5,8 +5,11 @@ Entry point ``arfusion`` of the group ``sglang.srt.plugins``, called in every pr
 * into Inductor's global config, behind a pass that is there already: ``--enable-torch-compile``;
 * into every ``PostGradPassManager`` that SGLang makes: its piecewise graphs, with the compiler ``inductor``.
 
-SGLang registers its process groups later, so the pass looks them up whenever Inductor asks for its key or hands it a
-graph. Off: ``ARFUSION_SGLANG=0``, or an ``SGLANG_PLUGINS`` that does not name ``arfusion``.
+SGLang makes its process groups later: :mod:`arfusion_pass.groups` asks its table whenever a name is looked up. Off:
+``ARFUSION_SGLANG=0``, or an ``SGLANG_PLUGINS`` that does not name ``arfusion``.
+
+Both ways SGLang loads compiled graphs from Inductor's cache alone, whose key holds our ``uuid`` (it writes a table of
+its own too, ``sglang_compile_cache.py``, and never loads by it): a run with the plug-in and one without share nothing.
 
 Without torch.compile SGLang calls FlashInfer's fused kernel from its norms (``--enable-flashinfer-allreduce-fusion``).
 :func:`replace_flashinfer`, or ``ARFUSION_SGLANG_COMM=1``, makes those calls run on our kernels.
@@ -22,25 +25,15 @@ import importlib
 import os
 from typing import Any
 
+import torch.distributed as dist
 from torch import fx
 from torch._inductor import config as inductor_config
 
+from arfusion_pass import groups
 from arfusion_pass.config import FusionConfig
-from arfusion_pass.engines.groups import register_coordinators
+from arfusion_pass.engines.groups import coordinators
 from arfusion_pass.fusion_pass import AllReduceFusionPass
 from arfusion_pass.install import HOOK, chained
-
-
-class SGLangFusionPass(AllReduceFusionPass):
-    """Our pass on SGLang's groups."""
-
-    def __call__(self, graph: fx.Graph) -> None:
-        register_groups()
-        super().__call__(graph)
-
-    def uuid(self) -> Any:
-        register_groups()  # their sizes are part of the key, and a cached graph finds them by name
-        return super().uuid()
 
 
 def register() -> None:
@@ -54,7 +47,8 @@ def register() -> None:
 
 def enable(config: FusionConfig | None = None) -> AllReduceFusionPass:
     """Install the pass for everything that this process compiles from now on; a second call replaces the first's."""
-    fusion = SGLangFusionPass(config)
+    groups.add_source(sglang_groups)
+    fusion = AllReduceFusionPass(config)
     setattr(inductor_config, HOOK, chained(getattr(inductor_config, HOOK), fusion))
     try:
         manager = importlib.import_module("sglang.srt.compilation.pass_manager").PostGradPassManager
@@ -112,6 +106,6 @@ def replace_flashinfer() -> None:
         setattr(theirs, name, value)
 
 
-def register_groups() -> list[str]:
-    """Register SGLang's groups under SGLang's names; gives the names of those that exist."""
-    return register_coordinators(importlib.import_module("sglang.srt.distributed.parallel_state"))
+def sglang_groups() -> dict[str, dist.ProcessGroup]:
+    """SGLang's groups under SGLang's names, those that exist now."""
+    return coordinators("sglang.srt.distributed.parallel_state")

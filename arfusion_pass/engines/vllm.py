@@ -1,33 +1,45 @@
 """vLLM plug-in: with this package installed, vLLM fuses with our pass; nothing else to do.
 
 Entry point ``arfusion`` of the group ``vllm.general_plugins``, called in every process. :func:`register` wraps
-``PostGradPassManager.configure``, so that each pass manager gets our pass in front of vLLM's own fusions: behind the
-passes that only canonicalise, before ``AllReduceFusionPass`` and ``RMSNormQuantFusionPass``, and so before vLLM lowers
-its IR. vLLM builds a pass manager in every process, cached compilation or not: that is also where the groups are
-registered, by which a cached graph finds them.
 
-Off: ``ARFUSION_VLLM=0``, or a ``VLLM_PLUGINS`` that does not name ``arfusion``. vLLM's own all-reduce fusion finds
-nothing left to fuse, but allocates its workspace; ``--compilation-config '{"pass_config": {"fuse_allreduce_rms":
-false}}'`` saves that.
+* ``PostGradPassManager.configure``, so that each pass manager gets our pass in front of vLLM's own fusions: behind the
+  passes that only canonicalise, before ``AllReduceFusionPass`` and ``RMSNormQuantFusionPass``, and so before vLLM
+  lowers its IR;
+* ``VllmConfig.compute_hash``, the one key of all of vLLM's caches: compiled graphs, AOT and "mega" artefacts, memory
+  plans. vLLM loads them by that key and a graph's index, without asking its passes. With our key in it a run with the
+  plug-in, one without it and one of another version never see each other's.
 
-Tested with vLLM 0.32 on CPU: the plug-in, the pass manager, its IR ops and its all-reduce on gloo. Not tested: a whole
-engine, and any GPU.
+and tells :mod:`arfusion_pass.groups` where vLLM keeps its groups: a graph from a cache may be the first to need one.
+
+Off: ``ARFUSION_VLLM=0``, or a ``VLLM_PLUGINS`` that does not name ``arfusion``; vLLM's key is then its own. vLLM's own
+all-reduce fusion finds nothing left to fuse, but allocates its workspace; ``--compilation-config '{"pass_config":
+{"fuse_allreduce_rms": false}}'`` saves that.
+
+Nothing here depends on vLLM's version from 0.26 to 0.33; what differs between its ops is in
+:mod:`arfusion_pass.dialects.vllm`. Tested: 0.26.0 on two H100s, 0.33.0 on CPU
+(``benchmarks/results/engines.md``, ``tests/engines``).
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 from typing import Any
 
+import torch.distributed as dist
 from torch import fx
 
+from arfusion_pass import cache_key, groups
 from arfusion_pass.config import FusionConfig
-from arfusion_pass.engines.groups import register_coordinators
+from arfusion_pass.engines.groups import coordinators
 from arfusion_pass.fusion_pass import AllReduceFusionPass
 
 CANONICALISING = ("NoOpEliminationPass", "AddRMSNormFusionPass")
 """vLLM's passes that run before ours: they make graphs easier to read and fuse no collective."""
+
+CONFIG = FusionConfig()
+"""The plug-in's settings: the pass's, and so part of vLLM's key."""
 
 
 def register() -> None:
@@ -35,8 +47,10 @@ def register() -> None:
     if os.environ.get("ARFUSION_VLLM", "1") == "0":
         return
     from vllm.compilation.passes.pass_manager import PostGradPassManager
+    from vllm.config import VllmConfig
 
-    configure = PostGradPassManager.configure
+    groups.add_source(vllm_groups)
+    configure, compute_hash = PostGradPassManager.configure, VllmConfig.compute_hash
     if getattr(configure, "arfusion", False):
         return
 
@@ -44,14 +58,19 @@ def register() -> None:
     def configure_with_arfusion(self: Any, config: Any) -> None:
         configure(self, config)
         install(self)
+        _own_folder(config.compilation_config)
+
+    @functools.wraps(compute_hash)
+    def compute_hash_with_arfusion(self: Any, *args: Any, **kwargs: Any) -> str:
+        return keyed(compute_hash(self, *args, **kwargs))
 
     configure_with_arfusion.arfusion = True  # type: ignore[attr-defined]
     PostGradPassManager.configure = configure_with_arfusion
+    VllmConfig.compute_hash = compute_hash_with_arfusion
 
 
-def install(manager: Any, config: FusionConfig | None = None) -> AllReduceFusionPass:
-    """Put our pass into one ``PostGradPassManager``, and register vLLM's groups; gives the pass, for its reports."""
-    register_groups()
+def install(manager: Any, config: FusionConfig = CONFIG) -> AllReduceFusionPass:
+    """Put our pass into one ``PostGradPassManager``; gives the pass, for its reports."""
     adapter = _adapter(config)
     passes = manager.passes
     passes[:] = [
@@ -62,14 +81,25 @@ def install(manager: Any, config: FusionConfig | None = None) -> AllReduceFusion
     return adapter.fusion
 
 
-def register_groups() -> list[str]:
-    """Register vLLM's groups under vLLM's names; gives the names."""
-    from vllm.distributed import parallel_state
+def keyed(theirs: str) -> str:
+    """vLLM's key with ours in it, as long as theirs: sources, settings and the sizes of vLLM's groups."""
+    both = f"{theirs} {cache_key.engine_key(CONFIG)}"
+    return hashlib.sha256(both.encode()).hexdigest()[: len(theirs)]
 
-    return register_coordinators(parallel_state)
+
+def vllm_groups() -> dict[str, dist.ProcessGroup]:
+    """vLLM's groups under vLLM's names, those that exist now."""
+    return coordinators("vllm.distributed.parallel_state")
 
 
-def _adapter(config: FusionConfig | None) -> Any:
+def _own_folder(compilation: Any) -> None:
+    """A cache folder that the user names has no key in its path: give our graphs a folder of their own in it."""
+    folder = f"arfusion-{cache_key.engine_key(CONFIG)[:10]}"
+    if compilation.cache_dir and os.path.basename(compilation.cache_dir) != folder:
+        compilation.cache_dir = os.path.join(compilation.cache_dir, folder)
+
+
+def _adapter(config: FusionConfig) -> Any:
     """Our pass as one of vLLM's ``InductorPass``: it runs for every compile range."""
     from vllm.compilation.passes.inductor_pass import InductorPass
 
@@ -77,11 +107,9 @@ def _adapter(config: FusionConfig | None) -> Any:
         fusion = AllReduceFusionPass(config)
 
         def __call__(self, graph: fx.Graph) -> None:
-            register_groups()
             self.fusion(graph)
 
         def uuid(self) -> Any:
-            register_groups()  # their sizes are part of the key
             return self.fusion.uuid()
 
         def is_applicable_for_range(self, compile_range: Any) -> bool:

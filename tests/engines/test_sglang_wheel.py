@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from arfusion_pass.dialects import sglang as dialect
+from arfusion_pass.fusion_pass import AllReduceFusionPass
 from tests.dialects.cases import COLLECTIVE, standard
 from tests.helpers import run_ranks
 
@@ -69,7 +70,7 @@ def test_every_pass_manager_has_the_pass_once() -> None:
         before = manager.uuid()
         patch.setattr(cache_key, "source_hash", lambda: "other sources")
         assert manager.uuid() != before
-        assert isinstance(getattr(inductor_config, plugin.HOOK), plugin.SGLangFusionPass)
+        assert isinstance(getattr(inductor_config, plugin.HOOK), AllReduceFusionPass)
 
 
 def test_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:

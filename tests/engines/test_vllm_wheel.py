@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import inspect
 import pathlib
 import re
 from typing import Any
@@ -96,6 +97,40 @@ def test_pass_manager_key_follows_ours(monkeypatch: pytest.MonkeyPatch) -> None:
         assert manager.uuid() == before
         monkeypatch.setattr(cache_key, "source_hash", lambda: "other sources")
         assert manager.uuid() != before
+
+
+def test_the_key_of_every_cache_follows_ours(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    """``VllmConfig.compute_hash``, which names all of vLLM's cache folders: its own while the plug-in is off, another
+    with it, another again with other sources; and a folder that the user names is divided likewise."""
+    from vllm.compilation.passes.pass_manager import PostGradPassManager
+    from vllm.config import VllmConfig
+
+    from arfusion_pass import cache_key
+    from arfusion_pass.engines import vllm as plugin
+
+    monkeypatch.setattr(VllmConfig, "compute_hash", inspect.unwrap(VllmConfig.compute_hash))
+    monkeypatch.setattr(PostGradPassManager, "configure", inspect.unwrap(PostGradPassManager.configure))
+    config = cpu_config()
+    theirs = config.compute_hash()
+    monkeypatch.setenv("ARFUSION_VLLM", "0")
+    plugin.register()
+    assert config.compute_hash() == theirs
+    monkeypatch.setenv("ARFUSION_VLLM", "1")
+    plugin.register()
+    plugin.register()
+    keys = [theirs, config.compute_hash()]
+    assert keys[-1] == config.compute_hash() == plugin.keyed(theirs)
+    assert len(keys[-1]) == len(theirs)
+    monkeypatch.setattr(cache_key, "source_hash", lambda: "other sources")
+    keys.append(config.compute_hash())
+    assert len(set(keys)) == 3, keys
+
+    config.compilation_config.cache_dir = str(tmp_path)
+    for _ in range(2):
+        PostGradPassManager().configure(config)
+        folder = pathlib.Path(config.compilation_config.cache_dir)
+        assert folder.parent == tmp_path
+        assert folder.name.startswith("arfusion-")
 
 
 def _layer(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> Any:
