@@ -43,9 +43,13 @@ ARF_API const char* arf_spec_constants(void);
 /* __CUDA_ARCH_LIST__ of the build: "900", or "900,1000". */
 ARF_API const char* arf_architectures(void);
 
-/* What the CUDA ops hand to Python, both with the op's own schema and arguments, defined by Python:
+/* What the CUDA ops hand to Python, all with the op's own schema and arguments, defined by Python:
  *   arfusion::_fallback_<op>  the group is marked as fallback (below);
- *   arfusion::_python_<op>    flags has REFERENCE, FLASHINFER or RECORD. It must not call arfusion::<op> with that flag again. */
+ *   arfusion::_python_<op>    flags has REFERENCE, FLASHINFER or RECORD. It must not call arfusion::<op> with that flag again;
+ *   arfusion::_first_<op>     runs nothing: raises what is wrong with the call. Asked once a thread for each kind of call
+ *                             (all arguments but shapes, strides, addresses and factors), and where the library refuses one.
+ * torch keeps no exception across that boundary: before one leaves them they say it here, in the same thread. */
+ARF_API void arf_call_failed(const char* message, int is_value_error);
 
 /* ---- Workspaces ------------------------------------------------------------------------------------------------- */
 

@@ -174,7 +174,7 @@ def finalize(
 
     Args:
         permuted: ``T`` ``[rows, hidden]``, the experts' outputs; ``rows`` may exceed ``tokens * top_k``, or be 0.
-        index: int32 ``[tokens, top_k]``, the row of each token's k-th expert; negative: none, skipped.
+        index: int32 ``[tokens, top_k]``, the row of each token's k-th expert; outside ``[0, rows)``: none, skipped.
         expert_scale: router weights ``[tokens, top_k]``, ``T`` or fp32, each read as what it is; None: all 1.
         shared: ``T`` ``[tokens, hidden]``, added at the end, or None.
         routed_scaling_factor: multiplies the sum over experts once; None: 1.

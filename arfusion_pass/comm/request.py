@@ -87,8 +87,7 @@ class Request:
             self.fail(f"{name} must be on {self.device} as the input is, got {value.device}")
         if dtypes is not None and value.dtype not in dtypes:
             self.fail(f"{name} must be {' or '.join(map(_name, dtypes))}, got {_name(value.dtype)}")
-        if not value.is_contiguous():
-            self.fail(f"{name} must be contiguous, got shape {list(value.shape)} strides {list(value.stride())}")
+        need_contiguous(self.api, name, value)
         return value
 
     def rows(self, name: str, value: Any, *dtypes: torch.dtype) -> torch.Tensor:
@@ -200,6 +199,7 @@ class Request:
             self.fail(f"scale_out is needed, a tensor {needed}, got {scale_out!r}")
         if scale_out.device != self.device:
             self.fail(f"scale_out must be on {self.device} as the input is, got {scale_out.device}")
+        need_dense(self.api, "scale_out", scale_out)
         right = scale_out.dtype == torch.int32 and tuple(scale_out.shape) == (self.tokens, words)
         if right and scale_out.numel():
             right = (self.tokens == 1 or scale_out.stride(0) == 1) and (words == 1 or scale_out.stride(1) == rows)
@@ -277,11 +277,23 @@ def input_shape(api: str, name: str, value: Any) -> tuple[int, int]:
         raise ValueError(f"{api}: {name} is needed, a tensor [token_num, hidden_dim], got {value!r}")
     if value.dim() < 2:
         raise ValueError(f"{api}: {name} must be [token_num, hidden_dim], got {list(value.shape)}")
+    need_contiguous(api, name, value)
+    return math.prod(value.shape[:-1]), value.shape[-1]
+
+
+def need_dense(api: str, name: str, value: torch.Tensor) -> None:
+    """``ValueError`` where ``value`` has no strides, such as a sparse tensor."""
+    if value.layout != torch.strided:
+        raise ValueError(f"{api}: {name} must be a dense tensor, got {value.layout}")
+
+
+def need_contiguous(api: str, name: str, value: torch.Tensor) -> None:
+    """``ValueError`` where ``value`` is not contiguous."""
+    need_dense(api, name, value)
     if not value.is_contiguous():
         raise ValueError(
             f"{api}: {name} must be contiguous, got shape {list(value.shape)} strides {list(value.stride())}"
         )
-    return math.prod(value.shape[:-1]), value.shape[-1]
 
 
 def launch_flags(use_oneshot: bool | None, launch_with_pdl: bool, trigger_completion_at_end: bool = True) -> int:

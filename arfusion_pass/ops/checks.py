@@ -15,6 +15,7 @@ import torch
 
 from arfusion_pass.ops import layouts
 from arfusion_pass.ops.layouts import Size
+from arfusion_pass.ops.memory import Rows, row_pitch
 from arfusion_pass.ops.schema import OUTPUT_NAMES
 from arfusion_pass.ops.spec import (
     SHARDED_FLAGS,
@@ -31,6 +32,10 @@ from arfusion_pass.ops.spec import (
 INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MOE_FLAGS = Flags.MOE_ROUND_PRODUCT | Flags.MOE_ROUND_PARTIAL | Flags.MOE_ROUND_SUM | Flags.MOE_ROUND_SCALED
 ALL_FLAGS = int(sum(Flags))  # an int: ~ of an IntFlag drops the bits that it does not know
+FP32_MAX = torch.finfo(torch.float32).max
+ROW_OUTPUTS = ("allreduce_out", "residual_out", "norm_out")
+IN_PLACE_INPUTS = ("x", "token_input", "shared", "residual")
+"""Inputs that are read row by row, each before that row of any output is written (kernels/README.md, in-place use)."""
 _ONE_BYTE_LAYOUTS = (*layouts.SWIZZLED, ScaleLayout.LINEAR)
 
 
@@ -107,7 +112,7 @@ def known(condition: Any) -> bool:
 
 
 def check_call(call: FusedCall, eager: bool, certain: bool = False) -> None:
-    """Check every argument of ``call``; with ``eager``, contiguity and strides of real tensors too.
+    """Check every argument of ``call``; with ``eager``, the strides and addresses of real tensors too.
 
     Under the compiler a strided input is copied before the op runs (the ops' ``needs_contiguous_strides``), so it is
     an error in eager mode only. With ``certain``, sizes that are not known to agree are an error as well: who makes the
@@ -120,6 +125,12 @@ def check_call(call: FusedCall, eager: bool, certain: bool = False) -> None:
     check.outputs()
     if eager:
         check.strides()
+        check.overlaps()
+
+
+def finite_fp32(value: float) -> bool:
+    """Whether ``value`` is a finite number within fp32, which is what kernels and reference compute with."""
+    return abs(value) <= FP32_MAX  # False for NaN
 
 
 def check_spec(spec: QuantSpec) -> None:
@@ -131,7 +142,7 @@ def check_spec(spec: QuantSpec) -> None:
 
     if spec.format == QuantFormat.NONE:
         return
-    need(math.isfinite(spec.bound), f"the bound must be finite, got {spec.bound}")
+    need(finite_fp32(spec.bound), f"the bound must be finite in fp32, got {spec.bound}")
     if spec.is_static:
         need(spec.layout == ScaleLayout.ROW, "a static scale has no layout, use ROW")
         need(spec.bound_on == Bound.NONE, "a static scale has no lower bound")
@@ -226,8 +237,12 @@ class _Checker:
         self.tokens = call.tokens
         tensors = {**call.inputs, "residual": call.residual, "weight": call.weight, "scale": call.scale, **call.outputs}
         for name, tensor in tensors.items():
-            if tensor is not None and tensor.device != x.device:
+            if tensor is None:
+                continue
+            if tensor.device != x.device:
                 self.fail(f"{name} must be on {x.device} as {self.x_name} is, got {tensor.device}")
+            if tensor.layout != torch.strided:
+                self.fail(f"{name} must be a dense tensor, got {tensor.layout}")
         if call.op.startswith("moe_"):
             self.moe_inputs()
 
@@ -257,8 +272,12 @@ class _Checker:
         if not call.op.startswith("moe_"):
             self.need(not flags & MOE_FLAGS, f"flags={flags:#x}: MOE_ROUND_* belong to the MoE ops")
         if isinstance(call.epsilon, float):
-            valid = math.isfinite(call.epsilon) and call.epsilon >= 0
-            self.need(valid, f"epsilon must be finite and not negative, got {call.epsilon}")
+            valid = finite_fp32(call.epsilon) and call.epsilon >= 0
+            self.need(valid, f"epsilon must be finite in fp32 and not negative, got {call.epsilon}")
+        for name in ("weight_bias", "scale_value", "routed_scaling_factor"):
+            value = getattr(call, name)
+            if isinstance(value, float):
+                self.need(finite_fp32(value), f"{name} must be finite in fp32, got {value}")
         try:
             check_spec(call.spec)
         except ValueError as error:
@@ -289,7 +308,7 @@ class _Checker:
         if call.flags & SHARDED_FLAGS:
             alone = "allreduce_out" not in outputs and ("norm_out" in outputs or "quant_out" in outputs)
             self.need(alone, "a residual may be sharded beside norm_out or quant_out, and without allreduce_out")
-        for name in ("allreduce_out", "residual_out", "norm_out"):
+        for name in ROW_OUTPUTS:
             if (tensor := outputs.get(name)) is not None:
                 allowed = (self.dtype,) if name == "allreduce_out" else (self.dtype, torch.float32)
                 self.dtypes(name, tensor, *allowed)
@@ -344,19 +363,45 @@ class _Checker:
             if not per_token:
                 self.rows("scale_out", scales, groups, f"[..., {groups}]")
 
-    def strides(self) -> None:
-        """Real tensors only: contiguous, or a column-major scale's logical view."""
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The inputs given, by name."""
         call = self.call
-        named = {**call.inputs, "residual": call.residual, "weight": call.weight, "scale": call.scale, **call.outputs}
-        for name, tensor in named.items():
-            if tensor is None or tensor.is_contiguous():
-                if name == "scale_out" and tensor is not None:
-                    self.column_strides(tensor)
-                continue
+        named = {**call.inputs, "residual": call.residual, "weight": call.weight, "scale": call.scale}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def strides(self) -> None:
+        """Real tensors only: contiguous, rows at one distance, or a column-major scale's logical view."""
+        call = self.call
+        for name, tensor in {**self.tensors(), **call.outputs}.items():
+            got = f"got shape {list(tensor.shape)} strides {list(tensor.stride())}"
             if name == "scale_out" and call.spec.layout in layouts.COLUMN_MAJOR:
                 self.column_strides(tensor)
+            elif name in ("x", "residual"):
+                apart = f"{name} must be contiguous, or have rows of {self.hidden} at one distance, {got}"
+                self.need(row_pitch(tensor) is not None, apart)
             else:
-                self.fail(f"{name} must be contiguous, got shape {list(tensor.shape)} strides {list(tensor.stride())}")
+                self.need(tensor.is_contiguous(), f"{name} must be contiguous, {got}")
+
+    def overlaps(self) -> None:
+        """Real tensors only: each output has memory of its own, or lies on an input that is read row by row before."""
+        outputs = {name: Rows.span(tensor) for name, tensor in self.call.outputs.items()}
+        tensors = self.tensors()
+        in_place = [name for name in IN_PLACE_INPUTS if name in tensors]
+        inputs = {name: Rows.of(t) if name in in_place else Rows.span(t) for name, t in tensors.items()}
+        checked: list[str] = []
+        for name, span in outputs.items():
+            end = span.start + span.width
+            for other in checked:
+                if outputs[other].overlaps(span.start, end):
+                    self.fail(f"{other} and {name} share memory: every output needs its own")
+            checked.append(name)
+            for other, rows in inputs.items():
+                if not rows.overlaps(span.start, end):
+                    continue
+                exact = other in in_place and name in ROW_OUTPUTS and Rows.of(self.call.outputs[name]).coincides(rows)
+                if not exact:
+                    where = " or ".join(in_place) or "no input of this call"
+                    self.fail(f"{name} shares memory with {other}: it may lie on {where} only, exactly row on row")
 
     def column_strides(self, scales: torch.Tensor) -> None:
         spec = self.call.spec

@@ -218,12 +218,13 @@ def moe_finalize(
         for k in range(K): total = total + permuted_x[index[:, k]].float() * expert_scale[:, k].float()
         return (total * routed_scaling_factor + shared.float()).to(permuted_x.dtype)
 
-    A negative index is skipped. A factor of 1 is not multiplied. ``MOE_ROUND_PRODUCT``, ``MOE_ROUND_PARTIAL``,
-    ``MOE_ROUND_SUM`` and ``MOE_ROUND_SCALED`` round each product, partial sum, the sum and the scaled sum to ``T``.
+    An index outside ``[0, P)`` is skipped. A factor of 1 is not multiplied. ``MOE_ROUND_PRODUCT``,
+    ``MOE_ROUND_PARTIAL``, ``MOE_ROUND_SUM`` and ``MOE_ROUND_SCALED`` round each product, partial sum, the sum and the
+    scaled sum to ``T``.
 
     Args:
         permuted_x: ``T`` ``[P, H]``.
-        index: int32 ``[tokens, K]``, -1 for none.
+        index: int32 ``[tokens, K]``; -1, like everything outside ``[0, P)``, for none.
         expert_scale: fp32 or ``T`` ``[tokens, K]``, or None for plain sums.
         shared: ``T`` ``[tokens, H]`` or None.
     """
@@ -232,12 +233,13 @@ def moe_finalize(
     total = torch.zeros(tokens, permuted_x.shape[-1], dtype=torch.float32, device=permuted_x.device)
     for k in range(slots if permuted_x.shape[0] else 0):
         chosen = index[:, k].long()
-        product = permuted_x[chosen.clamp(min=0)].float()
+        there = (chosen >= 0) & (chosen < permuted_x.shape[0])
+        product = permuted_x[torch.where(there, chosen, 0)].float()
         if expert_scale is not None:
             product = product * expert_scale[:, k].float().unsqueeze(-1)
         product = _rounded(product, flags, Flags.MOE_ROUND_PRODUCT, dtype)
         partial = _rounded(total + product, flags, Flags.MOE_ROUND_PARTIAL, dtype)
-        total = torch.where((chosen >= 0).unsqueeze(-1), partial, total)
+        total = torch.where(there.unsqueeze(-1), partial, total)
     total = _rounded(total, flags, Flags.MOE_ROUND_SUM, dtype)
     if routed_scaling_factor != 1.0:
         total = _rounded(total * routed_scaling_factor, flags, Flags.MOE_ROUND_SCALED, dtype)

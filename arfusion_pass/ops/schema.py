@@ -11,8 +11,9 @@ Shapes: ``x``, ``residual`` and the outputs are ``[..., H]`` with the same numbe
 dimensions may differ between them (the op flattens). ``weight`` is ``[H]``. ``scale`` has one element: the static
 FP8 scale or NVFP4's global scale; without it ``scale_value`` is used. Dtypes: ``x`` bf16, fp16 or fp32;
 ``residual`` and ``residual_out`` as ``x`` or fp32; ``weight`` as ``x`` or fp32; ``norm_out`` as ``x`` or fp32.
-An output that is ``None`` is not computed; at least one must be given. ``flags``, ``quant`` and ``quant_bound``
-are described in :mod:`arfusion_pass.ops.spec`.
+An output that is ``None`` is not computed; at least one must be given. Outputs share no memory with each other; one
+of ``[..., H]`` may lie on ``x``, ``residual``, ``token_input`` or ``shared``, exactly row on row. ``flags``, ``quant``
+and ``quant_bound`` are described in :mod:`arfusion_pass.ops.spec`.
 
 ``group_name`` is resolved when the op runs (:mod:`arfusion_pass.groups`); the empty string means no
 communication, a world of one rank.
@@ -43,7 +44,8 @@ SCHEMAS: dict[str, str] = {
         f"(Tensor expert_x, Tensor expert_scale, Tensor? token_input, {EPILOGUE_INPUTS}, *, {OUTPUTS}) -> ()"
     ),
     # x = routed_scaling_factor * (sum over k of permuted_x[index[t, k]] * expert_scale[t, k]), plus shared[t];
-    # permuted_x [P, H], index [T, K] int32 with -1 for none, expert_scale [T, K] fp32 or x's dtype, shared [T, H]
+    # permuted_x [P, H], index [T, K] int32 (-1, or anything outside [0, P), for none), expert_scale [T, K] fp32 or
+    # x's dtype, shared [T, H]
     "moe_finalize_allreduce_rms_norm": (
         "(Tensor permuted_x, Tensor index, Tensor? expert_scale, Tensor? shared, float routed_scaling_factor, "
         f"{EPILOGUE_INPUTS}, *, {OUTPUTS}) -> ()"

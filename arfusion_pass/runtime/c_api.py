@@ -156,6 +156,7 @@ _PROTOTYPES: dict[str, tuple[object, tuple[object, ...]]] = {
     "arf_workspace_capacity": (c_int64, (c_int, c_int64, c_int)),
     "arf_set_prepare": (None, (PrepareFn,)),
     "arf_prepare_failed": (None, (c_char_p, c_int)),
+    "arf_call_failed": (None, (c_char_p, c_int)),
     "arf_prepare_group": (c_int, (c_char_p, c_int, c_longlong, c_longlong, c_int, c_void_p)),
     "arf_set_thresholds": (c_int, (POINTER(Threshold), c_int)),
     "arf_get_thresholds": (c_int, (POINTER(Threshold), c_int)),

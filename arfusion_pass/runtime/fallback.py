@@ -11,6 +11,11 @@ ranks (:mod:`arfusion_pass.runtime.workspace`). Each is::
 Here the summation order, and so the last bit of a sum, is the process group's, not ours.
 
 ``arfusion::_python_<op>`` runs a call whose flags say ``REFERENCE``, ``FLASHINFER`` or ``RECORD``.
+
+``arfusion::_first_<op>`` runs nothing: it raises what is wrong with a call. The op library asks it at the first call of
+each kind, and wherever it refuses one itself, so that a call is refused in the same words on every back-end.
+
+torch keeps no exception that leaves an op on its way through C++: each tells the library of it first.
 """
 
 from __future__ import annotations
@@ -23,6 +28,7 @@ import torch.distributed as dist
 
 from arfusion_pass.groups import resolve_group
 from arfusion_pass.ops import record
+from arfusion_pass.ops.checks import FusedCall, check_call
 from arfusion_pass.ops.library import fused_op, run_reference
 from arfusion_pass.ops.schema import NAMESPACE, SCHEMAS
 from arfusion_pass.ops.spec import Flags
@@ -30,7 +36,7 @@ from arfusion_pass.runtime import flashinfer
 
 _LIBRARY: torch.library.Library | None = None
 
-Outputs = dict[str, torch.Tensor | None]
+Tell = Callable[[BaseException], None]
 
 
 def fallback_name(op: str) -> str:
@@ -43,33 +49,78 @@ def python_name(op: str) -> str:
     return f"_python_{op}"
 
 
-def register() -> None:
-    """Define both families of ops. Safe to call again."""
+def first_name(op: str) -> str:
+    """``allreduce_rms_norm`` to ``_first_allreduce_rms_norm``."""
+    return f"_first_{op}"
+
+
+def register(tell: Tell = lambda error: None) -> None:
+    """Define the three families of ops. Safe to call again.
+
+    Args:
+        tell: called with every exception that is about to leave one of them, in the same thread.
+    """
     global _LIBRARY
     if _LIBRARY is not None:
         return
     library = torch.library.Library(NAMESPACE, "FRAGMENT")
-    implementations = {
+    implementations: dict[str, Callable[..., None]] = {
         "allreduce_rms_norm": allreduce_rms_norm,
         "moe_reduce_allreduce_rms_norm": moe_reduce_allreduce_rms_norm,
         "moe_finalize_allreduce_rms_norm": moe_finalize_allreduce_rms_norm,
     }
     for op, schema in SCHEMAS.items():
-        library.define(fallback_name(op) + schema)
-        library.impl(fallback_name(op), implementations[op], "CompositeExplicitAutograd")
-        library.define(python_name(op) + schema)
-        library.impl(python_name(op), _python_op(op), "CompositeExplicitAutograd")
+        for name, run in (
+            (fallback_name(op), implementations[op]),
+            (python_name(op), _python_op(op)),
+            (first_name(op), _first_op(op)),
+        ):
+            library.define(name + schema)
+            library.impl(name, _telling(run, tell), "CompositeExplicitAutograd")
     _LIBRARY = library
+
+
+def _telling(run: Callable[..., None], tell: Tell) -> Callable[..., None]:
+    """``run``, whose exceptions ``tell`` hears of first."""
+
+    def told(*args: Any, **kwargs: Any) -> None:
+        try:
+            run(*args, **kwargs)
+        except BaseException as error:
+            tell(error)
+            raise
+
+    return told
+
+
+def _binder(op: str) -> Callable[..., dict[str, Any]]:
+    """What gives the arguments of ``op`` by name."""
+    schema = fused_op(op)._schema.arguments
+
+    def bind(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        arguments = {argument.name: argument.default_value for argument in schema}
+        arguments.update(zip(arguments, args, strict=False))
+        return {**arguments, **kwargs}
+
+    return bind
+
+
+def _first_op(op: str) -> Callable[..., None]:
+    """Checks a call of ``op``."""
+    bind = _binder(op)
+
+    def first(*args: Any, **kwargs: Any) -> None:
+        check_call(FusedCall.bind(op, bind(*args, **kwargs)), eager=True)
+
+    return first
 
 
 def _python_op(op: str) -> Callable[..., None]:
     """``op`` on the backend that its flags name."""
-    schema = getattr(torch.ops.arfusion, op).default._schema.arguments
+    bind = _binder(op)
 
     def run(*args: Any, **kwargs: Any) -> None:
-        arguments = {argument.name: argument.default_value for argument in schema}
-        arguments.update(zip(arguments, args, strict=False))
-        arguments.update(kwargs)
+        arguments = bind(*args, **kwargs)
         if int(arguments["flags"]) & Flags.RECORD:
             record.observe(arguments, lambda plain: fused_op(op)(**plain))
         elif int(arguments["flags"]) & Flags.FLASHINFER:
@@ -91,7 +142,8 @@ def allreduce_rms_norm(
 ) -> None:
     """All-reduce a copy of ``x`` through the process group, then the local epilogue."""
     total = keywords.get("allreduce_out")
-    if total is not None and total.dtype == x.dtype and total.is_contiguous():
+    kept = residual is None or total is None or residual.data_ptr() != total.data_ptr()  # it may lie on the residual
+    if total is not None and total.dtype == x.dtype and total.is_contiguous() and kept:
         keywords["allreduce_out"] = None
         total = total.view(x.shape).copy_(x)
     else:

@@ -142,10 +142,17 @@ def _open(path: Path) -> ctypes.CDLL:
         raise RuntimeError(
             f"{path} registers no CUDA implementation of {', '.join(missing)}: build it anew with `arfusion build`"
         )
-    fallback.register()
+    fallback.register(_tell)
     _callback = c_api.PrepareFn(_prepare)
     library.arf_set_prepare(_callback)
     return library
+
+
+def _tell(error: BaseException) -> None:
+    """Hand the library an exception of an op that it may have called: torch keeps none on its way through C++."""
+    if (library := _library) is not None:
+        text = str(error) if isinstance(error, (ValueError, RuntimeError)) else f"{type(error).__name__}: {error}"
+        library.arf_call_failed(text.encode(), int(isinstance(error, ValueError)))
 
 
 def _mapped_copy(path: Path) -> str | None:

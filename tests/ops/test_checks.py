@@ -92,8 +92,13 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "both strategies": ({"flags": int(Flags.ONESHOT | Flags.TWOSHOT)}, r"ONESHOT and TWOSHOT exclude each other"),
     "both back-ends": ({"flags": int(Flags.REFERENCE | Flags.FLASHINFER)}, r"REFERENCE and FLASHINFER exclude"),
     "MoE flags": ({"flags": int(Flags.MOE_ROUND_SUM)}, r"MOE_ROUND_\* belong to the MoE ops"),
-    "epsilon": ({"epsilon": -1.0}, r"epsilon must be finite and not negative, got -1.0"),
-    "epsilon NaN": ({"epsilon": float("nan")}, r"epsilon must be finite and not negative, got nan"),
+    "epsilon": ({"epsilon": -1.0}, r"epsilon must be finite in fp32 and not negative, got -1.0"),
+    "epsilon NaN": ({"epsilon": float("nan")}, r"epsilon must be finite in fp32 and not negative, got nan"),
+    "epsilon beyond fp32": ({"epsilon": 1e39}, r"epsilon must be finite in fp32 and not negative, got 1e\+39"),
+    "bias NaN": ({"weight_bias": float("nan")}, r"weight_bias must be finite in fp32, got nan"),
+    "bias beyond fp32": ({"weight_bias": -1e39}, r"weight_bias must be finite in fp32, got -1e\+39"),
+    "scale beyond fp32": (quantised("static", scale_value=1e39), r"scale_value must be finite in fp32, got 1e\+39"),
+    "bound beyond fp32": (quantised("token", quant_bound=1e39), r"the bound must be finite in fp32, got 1e\+39"),
     "device": ({"weight": torch.ones(64, dtype=BF16, device="meta")}, r"weight must be on cpu as x is, got meta"),
 }
 
@@ -121,12 +126,16 @@ def test_wrong_arguments(case: str, mode: str) -> None:
 
 
 def test_strides_eagerly() -> None:
-    """Eager calls take contiguous tensors only, column-major scales excepted; the message shows the strides."""
+    """Eager calls take contiguous tensors, and rows at one distance for what is read by rows; the message shows the
+    strides. Expanded rows are refused: a kernel would read past them."""
     op = library.fused_op("allreduce_rms_norm")
-    for name in ("x", "residual", "norm_out"):
-        inputs, kwargs = call(**{name: empty(64, 4).t()})
-        with pytest.raises(ValueError, match=rf"{name} must be contiguous, got shape \[4, 64\] strides \[1, 4\]"):
-            op(*inputs, **kwargs)
+    apart = r"must be contiguous, or have rows of 64 at one distance"
+    for name, wanted in (("x", apart), ("residual", apart), ("norm_out", "must be contiguous")):
+        for tensor in (empty(64, 4).t(), empty(1, 64).expand(4, 64), empty(256).as_strided((4, 64), (32, 1))):
+            inputs, kwargs = call(**{name: tensor})
+            got = rf"got shape \[4, 64\] strides \[{tensor.stride(0)}, {tensor.stride(1)}\]"
+            with pytest.raises(ValueError, match=f"{name} {wanted}, {got}"):
+                op(*inputs, **kwargs)
     wrong = torch.empty(2, 5).t()[:4]
     inputs, kwargs = call(**quantised("group_tma", scale_out=wrong))
     with pytest.raises(
@@ -168,6 +177,11 @@ MOE_WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
         r"expert_scale must be .* = \[4, 2\], got \[2, 4\]",
     ),
     "shared": ("finalize", {"shared": empty(4, 64, dtype=torch.float32)}, r"shared must be bfloat16, got float32"),
+    "factor": (
+        "finalize",
+        {"routed_scaling_factor": 1e39},
+        r"routed_scaling_factor must be finite in fp32, got 1e\+39",
+    ),
     "norm tokens": ("finalize", {"norm_out": empty(9, 64)}, r"norm_out must be .* 4 tokens of 64, got \[9, 64\]"),
 }
 
@@ -211,7 +225,7 @@ BAD_SPECS = [
         QuantSpec(QuantFormat.MXFP8, 32, ScaleLayout.LINEAR, scale_round=ScaleRound.TENSOR),
         "rounds its exponent up itself",
     ),
-    (QuantSpec(E4M3, -1, bound_on=Bound.SCALE, bound=float("inf")), "bound must be finite, got inf"),
+    (QuantSpec(E4M3, -1, bound_on=Bound.SCALE, bound=float("inf")), "bound must be finite in fp32, got inf"),
 ]
 
 

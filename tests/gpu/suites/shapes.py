@@ -111,6 +111,22 @@ def outputs_may_alias_inputs(env: Env) -> None:
             env.same(x)
 
 
+@case("shapes", "rows-apart", worlds=(1, 2, 3, 4))
+def rows_apart(env: Env) -> None:
+    """x and residual as columns of wider tensors, as a fused projection leaves them: the bits of their copies."""
+    op = torch.ops.arfusion.allreduce_rms_norm
+    for tokens, hidden in ((1, 4096), (7, 4096), (300, 7168)):
+        config = Config(tokens, hidden)
+        want = run(config, env).snapshot()
+        x, shared = rank_input(config, env.rank, env.device), shared_inputs(config, env.device)
+        wide = torch.cat([x, shared.residual], dim=-1)
+        total, norm = torch.empty_like(x), torch.empty_like(x)
+        inputs = (wide[:, :hidden], wide[:, hidden:], shared.weight, None, env.group_name)
+        op(*inputs, flags=int(config.flags), residual_out=total, norm_out=norm)
+        assert_bits("residual_out", total, want["residual_out"])
+        assert_bits("norm_out", norm, want["norm_out"])
+
+
 @case("shapes", "capacity", worlds=(2, 3, 4))
 def more_than_the_workspace_holds(env: Env) -> None:
     """A small workspace works in pieces, with the same bits."""

@@ -1,0 +1,143 @@
+"""The op library's own checks (``kernels/binding.h``) without a GPU: its ops registered for CPU tensors, in front of a
+launch that only counts (``binding_stub.cpp``). What ``ops/checks.py`` refuses it refuses, in the same words, and
+launches nothing."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from arfusion_pass.runtime import build
+
+ROOT = Path(__file__).parents[2]
+SOURCES, COMPILER = build.source_dir(), build.find_cxx()
+pytestmark = pytest.mark.skipif(
+    SOURCES is None or COMPILER is None or not (build.torch_include_dir() / "torch/csrc/stable/c/shim.h").is_file(),
+    reason="needs the kernel sources, a C++ compiler and torch's headers",
+)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    assert SOURCES is not None
+    assert COMPILER is not None
+    path = tmp_path_factory.mktemp("binding") / "stub.so"
+    command = [COMPILER, "-shared", "-o", str(path), "-O1", "-DARF_TEST_ON_CPU", f"-I{SOURCES}"]
+    command += [flag for flag in build.CXX_FLAGS if flag != "-O2"] + ["-isystem", str(build.torch_include_dir())]
+    command += ["-x", "c++", *(str(SOURCES / name) for name in ("binding.cpp", "plan.cu", "payload.cu"))]
+    command += [str(Path(__file__).with_name("binding_stub.cpp"))]
+    command += [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-ldl"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return path
+
+
+def _in_process(library: Path, mode: str) -> dict[str, list[str]]:
+    """Run this file on the library in a process of its own, which the registrations do not outlive."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, str(library), mode]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_refuses_in_the_words_of_the_checks(library: Path) -> None:
+    """2,500 random calls, right and broken ones: both sides take them, or both refuse in the same sentence."""
+    results = _in_process(library, "words")
+    assert results["problems"] == []
+    assert len(results["refused"]) > 1000
+    assert len(results["launched"]) > 300
+
+
+def test_refuses_by_itself_what_varies_from_call_to_call(library: Path) -> None:
+    """Python is asked once for each kind of call (dtypes, flags, quantiser): shapes, strides, memory and factors the
+    library checks itself, every time."""
+    results = _in_process(library, "alone")
+    assert results["problems"] == []
+    assert len(results["refused"]) > 800
+
+
+def test_errors_of_python_ops_keep_kind_and_words(library: Path) -> None:
+    """A ValueError on the reference, a RuntimeError of the fallback, an unknown group: each as it was raised."""
+    name = "arfusion::allreduce_rms_norm"
+    assert _in_process(library, "errors") == {
+        "reference": ["ValueError", f"{name}: epsilon must be finite in fp32 and not negative, got -1.0"],
+        "fallback": ["RuntimeError", "no wire"],
+        "group": ["ValueError", f"{name}: no process group is called 'nobody'"],
+        "asked": ["2"],
+    }
+
+
+def _words(stub: ctypes.CDLL, alone: bool) -> dict[str, list[str]]:
+    from arfusion_pass.runtime import fallback
+    from tests.bad_calls import calls
+
+    results: dict[str, list[str]] = {"problems": [], "refused": [], "launched": []}
+    if alone:
+        fallback.check_call = lambda *_, **__: None  # type: ignore[assignment]
+    for call in calls(2500, seed=1):
+        wanted, before, found = call.refusal(), stub.stub_launches(), None
+        if alone and any(change in call.what for change in ("dtype", "flags", "quant")):
+            continue
+        try:
+            call.run()
+        except Exception as error:
+            found = f"{type(error).__name__}: {error}"
+        launched = stub.stub_launches() > before
+        right = found is not None and found.startswith("ValueError: ") and (alone or found == f"ValueError: {wanted}")
+        if launched != (wanted is None) or (wanted is not None and not right):
+            results["problems"].append(f"{call.what}: wanted {wanted}, got {found}, launched: {launched}")
+        results["launched" if launched else "refused"].append(call.what)
+    return results
+
+
+def _errors(stub: ctypes.CDLL) -> dict[str, list[str]]:
+    from arfusion_pass.ops.library import fused_op
+    from arfusion_pass.ops.spec import Flags
+    from arfusion_pass.runtime import fallback
+
+    op, results, asked = fused_op("allreduce_rms_norm"), {}, []
+    x = torch.ones(4, 64)
+    check = fallback.check_call
+
+    def counted(*args: object, **kwargs: object) -> None:
+        asked.append(args)
+        check(*args, **kwargs)  # type: ignore[arg-type]
+
+    def no_wire(*_: object) -> None:
+        raise RuntimeError("no wire")
+
+    def run(name: str, group: str = "", state: int = 1, **changes: object) -> None:
+        stub.stub_set_state(state)
+        try:
+            op(x, None, None, None, group, norm_out=torch.empty(4, 64), **changes)
+        except Exception as error:
+            results[name] = [type(error).__name__, str(error)]
+
+    fallback.check_call = counted  # type: ignore[assignment]
+    fallback._all_reduce = no_wire  # type: ignore[assignment]
+    run("reference", flags=int(Flags.REFERENCE), epsilon=-1.0)
+    run("fallback", group="0", state=2)
+    run("group", group="nobody", state=0)
+    stub.stub_set_state(1)
+    for tokens in range(4):
+        op(x[:tokens], None, None, None, "0", norm_out=torch.empty(tokens, 64))
+    results["asked"] = [str(len(asked))]
+    return results
+
+
+if __name__ == "__main__":
+    from arfusion_pass.runtime import fallback, native
+
+    torch.ops.load_library(sys.argv[1])
+    native._library = ctypes.CDLL(sys.argv[1])
+    fallback.register(native._tell)
+    done = _errors(native._library) if sys.argv[2] == "errors" else _words(native._library, sys.argv[2] == "alone")
+    print(json.dumps(done))
