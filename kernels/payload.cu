@@ -8,8 +8,10 @@
 namespace arf {
 namespace {
 
-/* Kept sharded from this message on, tokens * hidden * itemsize, where a chain's marks allow it. No row: never. */
-const arf_threshold kBuiltIn[] = {{2, 0, INT64_MAX}};
+/* Kept sharded from this message on, tokens * hidden * itemsize, where a chain's marks allow it. No row: never.
+ * benchmarks/results/sharded.md, 2 H100s: from here on nothing measured loses by it, a norm alone least of all wins: 14.9
+ * against 16.2 us for 4096 x 512, 14.7 and 14.7 for 7168 x 256, 28.3 and 30.0 for 8192 x 512. */
+const arf_threshold kBuiltIn[] = {{2, 0, INT64_MAX}, {2, 4096, 4 << 20}, {2, 7168, 7 << 19}, {2, 8192, 8 << 20}};
 std::mutex table_mutex;
 /* Replaced whole and never freed, so that a launch reads it without a lock. */
 std::atomic<const std::vector<arf_threshold>*> table{nullptr};
@@ -35,6 +37,7 @@ bool keeps_sharded(const arf_call& c, int world, int64_t workspace_bytes) {
   const int64_t row = c.hidden * item_bytes(c.dtype);
   if (workspace_bytes / 2 < (world - 1) * (1 + kMostPayload) * row + 256) return false;
   if (c.flags & kSharded) return true;
+  /* Wider rows take the kernels for any world, which were not measured. */
   return row <= kMaxThreads * kVectorBytes && c.tokens * row >= smallest_message(world, c.hidden);
 }
 

@@ -84,6 +84,9 @@ constexpr int kLoudTokens = 64;
  * in two-shot, 74.0 against 76.7 for 7168 x 1024; 14.5 against 15.2 for 7168 x 256 among two in one-shot, and no gain from
  * 512 tokens on. Narrower rows lose by it: there CTAs that push and CTAs that finish share a multiprocessor anyway. */
 constexpr int kTwoshotPushers = 32, kTwoshotPushTokens = 256;
+/* With a sharded residual as many: 12.7 against 12.8 us without and with them for 7168 x 256 among two (FP8; a norm 14.7 and
+ * 15.6), 22.4 against 20.8 for 7168 x 512. */
+constexpr int kShardedPushTokens = 512;
 constexpr int kOneshotPushers = 16, kOneshotPushTokens = 160, kOneshotPushMost = 448;
 
 /* A FP8 group must be a power of two of lanes within a warp. */
@@ -346,7 +349,8 @@ std::string make_plan(int world, int64_t workspace_bytes, const arf_call& c, boo
   plan->quiet = plan->piece_tokens > kLoudTokens;
   /* Where a multiprocessor holds one row, its CTA's pushes hold up everything behind them, and rows arrive all at the end. */
   if (c.op == ARF_OP_ALLREDUCE && plan->cluster == 1 && plan->threads > kMaxThreads / 2) {
-    if (strategy != ARF_ONESHOT && plan->piece_tokens >= kTwoshotPushTokens) plan->pushers = kTwoshotPushers;
+    const int from = strategy == ARF_SHARDED ? kShardedPushTokens : kTwoshotPushTokens;
+    if (strategy != ARF_ONESHOT && plan->piece_tokens >= from) plan->pushers = kTwoshotPushers;
     if (strategy == ARF_ONESHOT && plan->piece_tokens > kOneshotPushTokens && plan->piece_tokens <= kOneshotPushMost &&
         !writes_x(c)) {
       plan->pushers = kOneshotPushers;

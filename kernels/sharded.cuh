@@ -346,7 +346,10 @@ struct Sharded {
     if (leading) *reinterpret_cast<uint32_t*>(scales) = kEmpty;
     if (marked) {
       __syncwarp(lanes); /* all have read them */
-      if (lane < 2 * kWords) reinterpret_cast<uint32_t*>(marks)[lane] = kEmpty;
+      if (lane == 0) { /* a row's last tile may have no other */
+#pragma unroll
+        for (int i = 0; i < 2 * kWords; ++i) reinterpret_cast<uint32_t*>(marks)[i] = kEmpty;
+      }
     }
   }
 

@@ -32,6 +32,10 @@ def everything(rank: int, world: int) -> dict[str, torch.Tensor]:
             results[f"sum {dtype} {shape}"] = reference.ordered_all_reduce(sample(rank, shape, dtype), group)
     fp8 = sample(rank, (3, 4), torch.float32).to(torch.float8_e4m3fn)
     results["gathered bytes"] = reference.gather_ranks(fp8, group).view(torch.uint8)
+    whole = sample(6, (2, 4, 64), torch.bfloat16)
+    held = torch.where((torch.arange(8) % world == rank).view(2, 4, 1), whole, float("nan"))
+    results["rows of their owners"] = reference.rows_of_owners(held, group)
+    assert torch.equal(results["rows of their owners"], whole)
     residual, weight = sample(7, (6, 64), torch.bfloat16), sample(8, (64,), torch.bfloat16)
     for spelling, name in (("c10d", group.group_name), ("registered", "tp:0")):
         spec = SPECS["group_tma"]
