@@ -3,40 +3,34 @@
     python -m benchmarks.bench_allreduce --world 4 --kit flashinfer_kit --floor ./fused_floor --out benchmarks/results
 
 All-reduce + residual + RMSNorm in bf16, and the same with a quantiser; microseconds of one operation, method of
-:mod:`benchmarks.timing`. Without ``--kit`` FlashInfer and vLLM are left out, without ``--floor`` the prototype
-(``shared/peers/fused_floor.cu`` compiled with nvcc; it times itself, before the rest). Writes ``tpN.json``, ``tpN.md``.
+:mod:`benchmarks.timing`. FlashInfer's and vLLM's kernels come from ``--kit`` (:mod:`benchmarks.flashinfer_kit`), else
+from FlashInfer where it is installed; without ``--floor`` the plain prototype is left out (a binary that times itself,
+before the rest). Writes ``tpN.json`` and ``tpN.md``, once all ranks have ended well.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import math
-import os
 import re
-import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks import ranks
+
 HIDDEN, TOKENS = (2048, 4096, 7168, 8192), (1, 4, 16, 64, 256, 1024, 2048)
 QUANTISED = ("static FP8", "group-128 FP8", "NVFP4", "MXFP8")
-ENVIRONMENT = {
-    "NCCL_NVLS_ENABLE": "0",
-    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
-    "NVSHMEM_DISABLE_NVLS": "1",
-}
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--world", type=int, default=2)
-    parser.add_argument("--kit", default="", help="folder of the FlashInfer kit")
+    ranks.add_arguments(parser)
     parser.add_argument("--floor", default="", help="the compiled prototype")
     parser.add_argument("--hidden", default=",".join(map(str, HIDDEN)))
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
@@ -45,59 +39,40 @@ def parse() -> argparse.Namespace:
         "--tune", action="store_true", help="measure the strategy table, write thresholds.json, and end"
     )
     parser.add_argument("--only-ours", action="store_true")
-    parser.add_argument("--budget", type=float, default=200, help="seconds, after which no further cell is begun")
     parser.add_argument("--iterations", type=int, default=200, help="calls in a graph; fewer above 1 MiB")
     parser.add_argument("--replays", type=int, default=15)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--rank", type=int, default=-1, help=argparse.SUPPRESS)
-    parser.add_argument("--port", type=int, default=0, help=argparse.SUPPRESS)
-    parser.add_argument("--started", type=float, default=0, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def main() -> int:
     arguments = parse()
     if arguments.rank >= 0:
-        return rank_main(arguments)
+        rank_main(arguments)
+    if problem := ranks.too_few_gpus(arguments.world):
+        print(f"bench_allreduce: {problem}")
+        return 1
     if arguments.tune:
         from arfusion_pass.cli import tune
 
         print(tune.run(arguments.world))
         return 0
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    started = time.time()
     prototype = run_prototype(arguments.floor, arguments.budget / 2) if arguments.floor else {}
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    command = [sys.executable, "-m", "benchmarks.bench_allreduce", *sys.argv[1:], "--port", str(port)]
-    ranks = [
-        subprocess.Popen([*command, "--started", str(started), "--rank", str(rank)], env=environment)
-        for rank in range(arguments.world)
-    ]
-    deadline = started + arguments.budget + 60
-    try:
-        while any(process.poll() is None for process in ranks) and time.time() < deadline:
-            time.sleep(0.2)
-            if any(process.poll() not in (None, 0) for process in ranks):
-                time.sleep(3)
-                break
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
-    path = arguments.out / f"tp{arguments.world}.json"
-    if not path.exists():
-        print("no results were written")
+    with tempfile.TemporaryDirectory() as folder:
+        command = [*sys.argv[1:], "--out", folder]
+        problem = ranks.run("benchmarks.bench_allreduce", command, arguments.world, arguments.budget)
+        made = Path(folder) / "results.json"
+        results = json.loads(made.read_text()) if made.exists() else {"us": {}}
+    if problem or not results["us"]:
+        print(f"bench_allreduce: {problem or 'no cell was measured'}; {arguments.out} is as it was")
         return 1
-    results = json.loads(path.read_text())
     results["prototype"] = prototype
-    path.write_text(json.dumps(results, indent=1))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / f"tp{arguments.world}"
+    path.with_suffix(".json").write_text(json.dumps(results, indent=1))
     text = markdown(results)
     path.with_suffix(".md").write_text(text)
     print(text)
-    return 0 if all(process.returncode == 0 for process in ranks) else 1
+    return 0
 
 
 def run_prototype(binary: str, timeout: float) -> dict[str, float]:
@@ -119,30 +94,22 @@ def run_prototype(binary: str, timeout: float) -> dict[str, float]:
     return figures
 
 
-def rank_main(arguments: argparse.Namespace) -> int:
-    import torch
-    import torch.distributed as dist
-
-    rank, world = arguments.rank, arguments.world
-    torch.cuda.set_device(rank)
-    device = torch.device("cuda", rank)
-    dist.init_process_group(
-        "nccl",
-        init_method=f"tcp://127.0.0.1:{arguments.port}",
-        rank=rank,
-        world_size=world,
-        timeout=datetime.timedelta(seconds=60),
-        device_id=device,
-    )
-    cpu_group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=60))
+def rank_main(arguments: argparse.Namespace) -> None:
+    device, cpu_group = ranks.join(arguments)
     from benchmarks.timing import Timer
 
     timer = Timer(device, cpu_group)
     hidden = [int(value) for value in arguments.hidden.split(",")]
     tokens = [int(value) for value in arguments.tokens.split(",")]
-    results: dict[str, Any] = {"world": world, "us": {}, "norm_error": {}, "notes": [], "info": machine()}
+    results: dict[str, Any] = {
+        "world": arguments.world,
+        "us": {},
+        "norm_error": {},
+        "notes": [],
+        "info": ranks.machine(),
+    }
     contenders = make_contenders(arguments, timer, cpu_group, device, max(hidden), max(tokens), results)
-    path = arguments.out / f"tp{world}.json"
+    path = arguments.out / "results.json"
     for h in hidden:
         for t in tokens:
             if timer.maximum(time.time() - arguments.started) > arguments.budget:
@@ -150,32 +117,13 @@ def rank_main(arguments: argparse.Namespace) -> int:
                 continue
             row, errors = time_cell(arguments, timer, contenders, h, t, device, results["notes"])
             results["us"][f"{h}x{t}"], results["norm_error"][f"{h}x{t}"] = row, errors
-            if rank == 0:
+            if arguments.rank == 0:
                 path.write_text(json.dumps(results, indent=1))
                 print(f"{h}x{t}", " ".join(f"{name}={value:.1f}" for name, value in row.items()), flush=True)
-    if rank == 0:
+    if arguments.rank == 0:
         results["info"]["seconds"] = round(time.time() - arguments.started, 1)
         path.write_text(json.dumps(results, indent=1))
-    dist.barrier(group=cpu_group)
-    torch.cuda.synchronize()
-    sys.stdout.flush()
-    os._exit(0)
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    import torch
-
-    from arfusion_pass.runtime import build
-
-    folder, arch = build.source_dir(), build.device_arch()
-    return {
-        "kernels": build.build_key(folder, arch) if folder and arch else None,
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())),
-        "date": datetime.date.today().isoformat(),
-    }
+    ranks.leave(cpu_group)
 
 
 def make_contenders(arguments, timer, cpu_group, device, hidden: int, tokens: int, results: dict[str, Any]) -> list:
@@ -203,10 +151,9 @@ def make_contenders(arguments, timer, cpu_group, device, hidden: int, tokens: in
     if not arguments.only_ours:
         made.append(c.nccl())
         made.append(attempt("symm", lambda: c.symmetric_memory(largest, device)))
-        if arguments.kit:
-            flashinfer = attempt(
-                "FlashInfer", lambda: c.FlashInfer(arguments.kit, arguments.world, arguments.rank, tokens, hidden)
-            )
+        flashinfer = attempt(
+            "FlashInfer", lambda: c.FlashInfer(arguments.kit, arguments.world, arguments.rank, tokens, hidden)
+        )
         if flashinfer is not None:
             made.append(attempt("vLLM", lambda: flashinfer.vllm(largest, cpu_group, device)))
             made += [

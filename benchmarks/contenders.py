@@ -2,7 +2,7 @@
 
 A contender is made once for a run (it may allocate a workspace, collectively) and gives a :class:`Timed` for each cell,
 or None where it does not apply. Peers are optional: one that does not import, or fails on any rank, is left out with a
-note. FlashInfer comes from the kit of ``shared/peers`` (a folder on ``--kit``) and is always asked for
+note. FlashInfer comes from a kit (``flashinfer_kit.py``), else as it is installed, and is always asked for
 ``backend="trtllm"``: its ``"auto"`` takes a back-end that makes NVLink multicast objects.
 """
 
@@ -73,13 +73,18 @@ class Cell:
 
 @dataclasses.dataclass
 class Timed:
-    """What is captured: ``call``; ``reset`` before a replay; ``after_capture`` and ``warm`` for peers that need it."""
+    """What is captured: ``call``; ``reset`` before a replay; ``after_capture`` and ``warm`` for peers that need it.
+
+    ``x`` is what the kernel in front writes, if it is not the cell's ``x0``, and ``norm`` gives what the one behind
+    reads, if it is not the cell's."""
 
     call: Callable[[], object]
     reset: Callable[[], object] | None = None
     after_capture: Callable[[], object] | None = None
     warm: bool = True
     writes_norm: bool = True
+    x: torch.Tensor | None = None
+    norm: Callable[[], torch.Tensor] | None = None
 
 
 class Contender:
@@ -89,6 +94,7 @@ class Contender:
         self, name: str, make: Callable[[Cell], Timed | None], ours: bool = False, quantiser: str | None = None
     ):
         self.name, self.make, self.ours, self.quantiser = name, make, ours, quantiser
+        self.keep: Any = None
 
 
 def nccl(quantiser: str | None = None) -> Contender:
@@ -107,7 +113,7 @@ def nccl(quantiser: str | None = None) -> Contender:
                 cell.x, cell.residual, cell.weight, cell.residual_out, cell.norm, cell.codes, scale, kind, EPSILON
             )
 
-        return Timed(call, reset=lambda: cell.x.copy_(cell.x0), writes_norm=quantiser is None)
+        return Timed(call, reset=lambda: cell.x.copy_(cell.x0), writes_norm=quantiser is None, x=cell.x)
 
     return Contender("NCCL + norm" if quantiser is None else f"NCCL + {quantiser}", make, quantiser=quantiser)
 
@@ -129,9 +135,53 @@ def symmetric_memory(largest: int, device: torch.device) -> Contender:
                 x, cell.residual, cell.weight, cell.residual_out, cell.norm, None, None, 0, EPSILON
             )
 
-        return Timed(call, reset=lambda: x.copy_(cell.x0))
+        return Timed(call, reset=lambda: x.copy_(cell.x0), x=x)
 
     return Contender("symm two-shot + norm", make)
+
+
+def nccl_windows(largest: int, device: torch.device) -> Contender:
+    """dist.all_reduce on memory of NCCL's own allocator, registered as symmetric windows, then the Triton kernel."""
+    backend = dist.group.WORLD._get_backend(device)
+    pool = torch.cuda.MemPool(backend.mem_allocator)
+    with torch.cuda.use_mem_pool(pool):
+        buffer = torch.zeros(largest // 2, dtype=torch.bfloat16, device=device)
+    backend.register_mem_pool(pool, symm=True)
+
+    def make(cell: Cell) -> Timed:
+        x = buffer[: cell.tokens * cell.hidden].view(cell.tokens, cell.hidden)
+
+        def call() -> None:
+            dist.all_reduce(x)
+            norm_kernels.add_rms_norm(
+                x, cell.residual, cell.weight, cell.residual_out, cell.norm, None, None, 0, EPSILON
+            )
+
+        return Timed(call, reset=lambda: x.copy_(cell.x0), x=x)
+
+    contender = Contender("NCCL windows + norm", make)
+    contender.keep = pool
+    return contender
+
+
+def nccl_inductor() -> Contender:
+    """dist.all_reduce, then the add and the norm as Inductor fuses them."""
+
+    def add_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        total = x + residual
+        return total, torch.nn.functional.rms_norm(total, (x.shape[-1],), weight, EPSILON)
+
+    def make(cell: Cell) -> Timed:
+        compiled = torch.compile(add_norm, dynamic=False)
+        made: list[torch.Tensor] = []
+
+        def call() -> None:
+            dist.all_reduce(cell.x)
+            made[:] = compiled(cell.x, cell.residual, cell.weight)
+
+        return Timed(call, reset=lambda: cell.x.copy_(cell.x0), writes_norm=False, x=cell.x, norm=lambda: made[1])
+
+    return Contender("NCCL + Inductor", make)
 
 
 def ours(label: str, flags: int = 0, quantiser: str | None = None) -> Contender:
@@ -153,22 +203,38 @@ def ours(label: str, flags: int = 0, quantiser: str | None = None) -> Contender:
         arguments = (name, EPSILON, 0.0, int(flags), spec.pack(), spec.bound, 1.0)
         op = torch.ops.arfusion.allreduce_rms_norm.default
         return Timed(
-            lambda: op(cell.x0, cell.residual, cell.weight, scale, *arguments, **out), writes_norm=quantiser is None
+            lambda: op(cell.x0, cell.residual, cell.weight, scale, *arguments, **out),
+            writes_norm=quantiser is None,
+            norm=(lambda: out["quant_out"]) if quantiser else None,
         )
 
     return Contender(label, make, ours=True, quantiser=quantiser)
+
+
+def meeting(device: torch.device) -> Callable[[], object]:
+    """An exchange of 16 bytes with every rank: what it costs to meet."""
+    x = torch.ones(1, 8, device=device, dtype=torch.bfloat16)
+    out = torch.empty_like(x)
+    arguments = (dist.group.WORLD.group_name, EPSILON, 0.0, 0, 0, 0.0, 1.0)
+    op = torch.ops.arfusion.allreduce_rms_norm.default
+    return lambda: op(x, None, None, None, *arguments, allreduce_out=out)
 
 
 class FlashInfer:
     """FlashInfer's fused kernels and its copy of vLLM's all-reduce, from the kit."""
 
     def __init__(self, kit: str, world: int, rank: int, tokens: int, hidden: int):
-        sys.path.insert(0, kit)
+        for name in [name for name in sys.modules if name.split(".")[0] == "flashinfer"]:
+            del sys.modules[name]  # of another version's kit
+        if kit:
+            sys.path.insert(0, kit)
         if os.path.exists("/usr/local/cuda/bin/nvcc"):
             os.environ.setdefault("CUDA_HOME", "/usr/local/cuda")
         _forbid_multicast()
+        import flashinfer
         import flashinfer.comm as comm
 
+        self.version = flashinfer.__version__
         self.comm, self.world, self.rank = comm, world, rank
         os.environ["FLASHINFER_CONFIDENTIAL_COMPUTE"] = "0"
         self.workspace = comm.create_allreduce_fusion_workspace(
@@ -182,8 +248,12 @@ class FlashInfer:
         )
         self.pointer: Any = None
 
-    def fused(self, label: str, oneshot: bool | None, quantiser: str | None = None) -> Contender:
-        """``allreduce_fusion`` with residual and norm, or static FP8, as vLLM calls it (PDL, fp32_acc)."""
+    def fused(self, label: str, oneshot: bool | None, quantiser: str | None = None, early: bool = False) -> Contender:
+        """``allreduce_fusion`` with residual and norm, or static FP8, as vLLM calls it (PDL, fp32_acc).
+
+        ``early``: the next kernel may start before this one ends, as its one-shot can be asked to. Safe behind it is
+        what waits for it: a kernel launched without PDL (cuBLAS), or one that waits as its first step (FlashInfer's).
+        """
         patterns = self.comm.AllReduceFusionPattern
         pattern = patterns.kARResidualRMSNorm if quantiser is None else patterns.kARResidualRMSNormFP8Quant
 
@@ -195,7 +265,7 @@ class FlashInfer:
                 "workspace": self.workspace,
                 "pattern": pattern,
                 "launch_with_pdl": True,
-                "trigger_completion_at_end": True,
+                "trigger_completion_at_end": not early,
                 "output": cell.reduced,
                 "residual_out": cell.residual_out,
                 "norm_out": cell.norm if quantiser is None else None,
@@ -207,7 +277,13 @@ class FlashInfer:
                 "use_oneshot": oneshot,
                 "fp32_acc": True,
             }
-            return Timed(lambda: self.comm.allreduce_fusion(**arguments), writes_norm=quantiser is None)
+            if early:
+                arguments["use_oneshot"] = True
+            return Timed(
+                lambda: self.comm.allreduce_fusion(**arguments),
+                writes_norm=quantiser is None,
+                norm=(lambda: cell.codes) if quantiser else None,
+            )
 
         return Contender(label, make, quantiser=quantiser)
 

@@ -2,7 +2,7 @@
 
 Ranks are lined up before each replay by a host barrier and a tiny NCCL all-reduce on the same stream, so that a
 replay's time holds no rank's late start; then the GPU waits while the host launches the graph, which would otherwise
-stand in the time of the first call. But for that wait the same method measured the peers in ``shared/ANCHORS.md``.
+stand in the time of the first call. But for that wait the same method measured the peers before ours were written.
 """
 
 from __future__ import annotations
@@ -76,6 +76,24 @@ class Timer:
             if replay >= 2:
                 times.append(start.elapsed_time(end) * 1e3 / iterations)
         return self.maximum(statistics.median(times))
+
+    def alternating(self, graphs: dict[str, torch.cuda.CUDAGraph], replays: int) -> dict[str, float]:
+        """µs of whole graphs, each replayed once, in turn, ``replays`` times: median, then maximum over ranks."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        times: dict[str, list[float]] = {name: [] for name in graphs}
+        for _ in range(replays):
+            for name, graph in graphs.items():
+                with torch.cuda.stream(self.stream):
+                    torch.cuda.synchronize()
+                    dist.barrier(group=self._cpu_group)
+                    dist.all_reduce(self._tiny)
+                    torch.cuda._sleep(LAUNCH_CYCLES)
+                    start.record()
+                    graph.replay()
+                    end.record()
+                torch.cuda.synchronize()
+                times[name].append(start.elapsed_time(end) * 1e3)
+        return {name: self.maximum(statistics.median(values)) for name, values in times.items()}
 
 
 def floor_microseconds(message_bytes: int, world: int) -> float:

@@ -321,6 +321,7 @@ struct Epilogue {
                                            Row& row, void* scale_at) {
     if (!needs_norm(p)) return;
     const float mean = __fmul_rn(sum_of_squares(p, scratch, at, row), p.inverse_hidden);
+    if (at.row == 0) stamp(kReduced);
     const float rstd = __frsqrt_rn(__fadd_rn(mean, p.epsilon)); /* rsqrtf: 2 ulp, half of what an fp32 norm may be off */
 #pragma unroll
     for (int k = 0; k < kHeld; ++k) {

@@ -13,6 +13,7 @@
  * release/acquire takes 1.2 us. */
 #pragma once
 #include "formats.cuh"
+#include "stamps.cuh"
 
 namespace arf {
 

@@ -57,6 +57,7 @@ struct Kernel {
    * launch has its own, so each line's first use is a miss, and those in the epilogue would stand between the last arrival
    * and the outputs. */
   ARF_DEVICE static Place begin(const Params& p, Shared scratch, const Position& position) {
+    stamp(kStarted);
     const uint32_t* words = reinterpret_cast<const uint32_t*>(&p);
     constexpr int kWords = sizeof(Params) / 4, kLine = 16;
     uint32_t mix = words[kWords - 1];
@@ -66,6 +67,7 @@ struct Kernel {
     open_barriers(scratch.barriers(0), 4, at.part);
     if (mix == 0x5bd1e995u) __nanosleep(1); /* a use of the words that cannot be dropped; harmless the one time in 2^32 */
     wait_for_previous_kernel();
+    stamp(kWaited);
     if (p.flags & kTriggerEarly) let_next_kernel_start();
     return at;
   }
@@ -127,6 +129,7 @@ struct Kernel {
     for (int k = 0; k < kHeld; ++k) residual[k] = E::load_residual(p, first, at.vector(k), holds(p, at, k));
     settle(p, link);
     if (!p.pushers) push_row(p, link, at, first, own);
+    stamp(kPushed);
     const Given given = start(p, at, cta - p.pushers, ctas - p.pushers);
     E::await_weight();
     join_cluster(at.part);
@@ -151,9 +154,11 @@ struct Kernel {
         if (!holds(p, at, k)) continue;
         float sum[N];
         receive_sum<kDtype, kWorld>(p, link, cta, p.own + offset_of(p, link, at, t, k), t, lanes(p, at, k), own.x[k], sum);
+        if (t == first) stamp(kArrived);
         E::add_residual(p, t, at.vector(k), sum, residual[k], row[k]);
       }
       E::norm_and_quantise(p, scratch, at, given, t, row, scale_at);
+      if (t == first) stamp(kStored);
 #pragma unroll
       for (int k = 0; k < kHeld; ++k) {
         if (holds(p, at, k)) empty_all<kWorld>(p, link, p.own + offset_of(p, link, at, t, k));
@@ -330,6 +335,7 @@ struct Kernel {
     if (!(p.flags & kTriggerEarly)) let_next_kernel_start();
     if (!p.need_norm || at.row == 0) __syncthreads(); /* else a row's reduction was the barrier since open_link */
     rotate(p, link, cta, ctas);
+    keep_stamps(p, link.generation, cta);
   }
 };
 

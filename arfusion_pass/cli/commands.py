@@ -169,7 +169,8 @@ def bench(arguments: tuple[str, ...]) -> None:
     """Measure the fused kernels on this machine's GPUs, side by side with NCCL and what else is installed.
 
     Runs `python -m benchmarks.bench_allreduce ARGUMENTS` in the source tree, of which alone the benchmarks are a part;
-    `arfusion bench -- --help` lists its arguments.
+    `arfusion bench -- --help` lists its arguments. `arfusion bench site ARGUMENTS` runs `benchmarks.bench_site`: what a
+    site costs between two GEMMs. Exit status 1, and no result is written, if a rank fails.
     """
     root = Path(__file__).resolve().parents[2]
     if not (root / "benchmarks" / "bench_allreduce.py").is_file():
@@ -177,5 +178,7 @@ def bench(arguments: tuple[str, ...]) -> None:
             f"there are no benchmarks beside {Path(__file__).parents[1]}: they are part of the source tree, not of the "
             "installed package. Run `python -m arfusion_pass.cli bench` in a checkout."
         )
-    command = [sys.executable, "-m", "benchmarks.bench_allreduce", *arguments]
+    site = arguments[:1] == ("site",)
+    command = [sys.executable, "-m", "benchmarks.bench_site" if site else "benchmarks.bench_allreduce"]
+    command += arguments[site:]
     sys.exit(subprocess.run(command, cwd=root, check=False).returncode)

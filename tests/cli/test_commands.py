@@ -90,7 +90,9 @@ def test_bench_in_a_checkout_runs_the_benchmark(monkeypatch: pytest.MonkeyPatch,
     (tmp_path / "benchmarks" / "__init__.py").touch()  # comes before an editable checkout's package
     (tmp_path / "benchmarks" / "bench_allreduce.py").write_text("import sys; sys.exit(len(sys.argv) + 40)")
     monkeypatch.setattr(commands, "__file__", str(tmp_path / "arfusion_pass" / "cli" / "commands.py"))
+    (tmp_path / "benchmarks" / "bench_site.py").write_text("import sys; sys.exit(len(sys.argv) + 60)")
     assert CliRunner().invoke(main, ["bench", "--world", "4"]).exit_code == 43
+    assert CliRunner().invoke(main, ["bench", "site", "--world", "4"]).exit_code == 63
 
 
 def test_build_without_a_compiler_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
