@@ -20,7 +20,7 @@ from arfusion_pass.rewrite.chains import Chain, find_chains, mark_chains
 from arfusion_pass.rewrite.commit import Committer, Plan
 from arfusion_pass.rewrite.pass_manager import FusionPassManager
 from arfusion_pass.rewrite.raising import RaisedSite, build_shadow, find_sites
-from arfusion_pass.rewrite.reassociate import reassociate
+from arfusion_pass.rewrite.reassociate import Moves, reassociate
 
 log = logging.getLogger("arfusion_pass")
 
@@ -103,12 +103,13 @@ def run(graph: fx.Graph, config: FusionConfig) -> FusionReport:
     before = after = None if recorder is None else recorder.print_graph(graph)
     described: list[Site] = []
     taken: list[Any] = []
+    moves = Moves()
     try:
         if config.reassociate:
-            reassociate(graph, config)
+            moves = reassociate(graph, config)
         found = find_sites(graph, config)
         described = [
-            provenance.describe(site) for site in found
+            provenance.describe(site, moves) for site in found
         ]  # while its nodes stand; from here on only reasons change
         sites = found
         if any(site.reason is None for site in sites):
@@ -134,14 +135,15 @@ def run(graph: fx.Graph, config: FusionConfig) -> FusionReport:
         note = f"the pass met something it did not expect and {outcome}: {type(error).__name__}: {error}"
         log.warning("arfusion: %s", note, exc_info=True)
     fused = {id(plan.site): (plan, call) for plan, call in written}
-    final = tuple(
-        provenance.finish(text, *fused[id(site)], chains)
-        if id(site) in fused
-        else provenance.missed(site, text, note, broken)
-        for site, text in zip(sites, described, strict=True)
-    )
+    final: list[Site] = []
+    for site, text in zip(sites, described, strict=True):
+        final += [provenance.merged(merged, text) for merged in moves.into(site.node)]
+        if id(site) in fused:
+            final.append(provenance.finish(text, *fused[id(site)], chains))
+        else:
+            final.append(provenance.missed(site, text, note, broken))
     report = FusionReport(
-        sites=final,
+        sites=tuple(final),
         graph_break=None if broken is None else str(broken),
         seconds=time.perf_counter() - begin,
         note=note,

@@ -106,6 +106,12 @@ def same_rows(a: Any, b: Any) -> bool:
     return len(sizes[0]) == len(sizes[1]) and all(map(statically_equal, *sizes))
 
 
+def same_size(a: Any, b: Any) -> bool:
+    """Whether two nodes' tensors have as many elements for sure; adds no guard."""
+    ta, tb = tensor_of(a), tensor_of(b)
+    return ta is not None and tb is not None and statically_equal(ta.numel(), tb.numel())
+
+
 def known_contiguous(tensor: torch.Tensor) -> bool:
     """Whether a tensor is contiguous for sure; adds no guard."""
     expected: Any = 1

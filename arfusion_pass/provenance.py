@@ -16,14 +16,15 @@ from arfusion_pass.graph import dtype_of, tensor_of
 from arfusion_pass.ops.layouts import token_count
 from arfusion_pass.reporting import traffic
 from arfusion_pass.reporting.advice import advise
-from arfusion_pass.reporting.sites import Site
+from arfusion_pass.reporting.sites import MERGED, Site
 from arfusion_pass.rewrite.chains import Chain
 from arfusion_pass.rewrite.commit import Plan
 from arfusion_pass.rewrite.raising import RaisedSite
+from arfusion_pass.rewrite.reassociate import Merged, Moves
 from arfusion_pass.source import Source, line_of, module_of
 
 
-def describe(site: RaisedSite) -> Site:
+def describe(site: RaisedSite, moves: Moves) -> Site:
     """A site before the rewrite, while its nodes stand."""
     x = None if site.reduced is None else tensor_of(site.reduced.x)
     return Site(
@@ -36,12 +37,19 @@ def describe(site: RaisedSite) -> Site:
         quantiser=None if site.quant is None else site.quant.op,
         dialect="+".join(dict.fromkeys(site.dialects)),
         note=site.note,
+        moved=tuple(moves.steps.get(site.node, ())),
         module=known(lambda: module_of(site.node)),
         source=_source(site.node),
         shape=() if x is None else tuple(size if isinstance(size, int) else str(size) for size in x.shape),
         tokens=None if x is None or x.dim() == 0 else traffic.hint(token_count(x.shape)),
         bytes_unfused=None if site.reason is not None else known(lambda: traffic.unfused(site.nodes)),
     )
+
+
+def merged(gone: Merged, into: Site) -> Site:
+    """An all-reduce that went into another one's."""
+    note = f"reduced together with {into.name}: FusionConfig(reassociate=True) sums their inputs"
+    return Site(gone.name, gone.group, True, pattern=MERGED, dtype=gone.dtype, nodes=(gone.name,), note=note)
 
 
 def finish(text: Site, plan: Plan, call: fx.Node, chains: list[Chain]) -> Site:

@@ -81,6 +81,14 @@ def _chains(start: fx.Node, dtype: torch.dtype | None) -> Iterator[Norm | Refuse
     """The norms that read ``start``: its squares, their mean, and what the reciprocal root multiplies."""
     roots = [start] if dtype_of(start) == torch.float32 else []
     roots += [user for user in start.users if widens(user)]
+    if dtype_of(start) != torch.float32:
+        for square in _squares(start):
+            for low in users_of(square, aten.mean.dim):
+                yield Refused(
+                    f"{describe(low)} belongs to a norm that is computed in {dtype_of(start)} throughout; the fused "
+                    "op computes it in float32: widen its input with .float()",
+                    low,
+                )
     for root in roots:
         for square in _squares(root):
             for user in list(square.users):

@@ -7,6 +7,9 @@ from typing import Any
 
 from arfusion_pass.source import Source
 
+MERGED = "MergedAllReduce"
+"""The pattern of an all-reduce whose input is summed with another one's, and reduced there."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Site:
@@ -24,8 +27,9 @@ class Site:
         dtype: of the reduced tensor, such as ``"bfloat16"``, or None where it is unknown.
         quantiser: the canonical quantiser op's name, or None.
         dialect: which dialects spelled the stages, such as ``"functional_collectives+aten"``.
+        moved: the linear steps that ``FusionConfig(reassociate=True)`` moved for it, and where to.
         note: what stood in the way of the quantiser behind a fused norm, one sentence; None where there is nothing
-            to say.
+            to say. Of an all-reduce that went into another one's (``pattern`` is ``MERGED`` then), which that is.
         chain: the number, from 1 in each graph, of the chain of sites that the site belongs to: nobody but the next of
             them reads their residual, which may be sharded inside; None where it belongs to none.
         chain_length: how many sites that chain has, or None.
@@ -51,6 +55,7 @@ class Site:
     dtype: str | None = None
     quantiser: str | None = None
     dialect: str = ""
+    moved: tuple[str, ...] = ()
     note: str | None = None
     chain: int | None = None
     chain_length: int | None = None

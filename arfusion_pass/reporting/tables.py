@@ -90,6 +90,7 @@ _FUSED: _Columns = {
     "epsilon": lambda site: "" if site.epsilon is None else f"{site.epsilon:.6g}",
     "quantiser": lambda site: site.quantiser or "",
     "quantiser left alone": lambda site: "" if site.note is None else _NODE.sub(r"\1", site.note),
+    "moved": lambda site: "; ".join(_NODE.sub(r"\1", step) for step in site.moved),
     "outputs": lambda site: ", ".join(name.removesuffix("_out") for name in site.outputs),
     "chain of": lambda site: "" if site.chain_length is None else str(site.chain_length),
     "bytes": lambda site: _bytes(site),

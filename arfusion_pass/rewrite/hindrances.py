@@ -1,35 +1,61 @@
 """What stands between an all-reduce and the norm that would fuse with it: a sentence for the report and, where it is
-linear, the step that :mod:`arfusion_pass.rewrite.reassociate` can take before the all-reduce.
+linear, the step that :mod:`arfusion_pass.rewrite.reassociate` can take out of the way.
 
     %reduced = all_reduce(%x); %step = mul(%reduced, 0.22); %sum = add(%residual, %step); norm(%sum)
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import enum
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import fx
 
-from arfusion_pass.dialects import DIALECTS, Norm, Reduced
+from arfusion_pass.dialects import DIALECTS, Norm, Reduced, Refused
 from arfusion_pass.graph import (
+    CASTS,
     aten,
     constant,
     describe,
     dtype_of,
     is_call,
-    keeps_rows,
+    is_cast,
+    is_written,
+    last_dim,
     only_user,
     other_operand,
-    row_views,
+    same_rows,
+    same_shape,
     source_of,
+    tensor_of,
+    views_of,
+    widens,
     without_views,
 )
 
 Reductions = Mapping[fx.Node, Reduced]
-"""A graph's all-reduces that could be fused, by the node that holds the result."""
+"""A graph's all-reduces that could be fused, by the nodes that hold the result."""
+
+FARTHEST = 24
+"""Nodes between an all-reduce and a norm, from which on the norm is somebody else's."""
+
+
+class Kind(enum.Enum):
+    """Of a linear step, and what is done with it."""
+
+    SCALE = "product"
+    """With a number, a one-element tensor or a learned ``[H]`` vector: goes before the all-reduce."""
+    SUM = "sum over leading dimensions"
+    """So does this."""
+    MERGE = "sum of two all-reduces"
+    """One all-reduce of the sum."""
+    ADDEND = "sum"
+    """With a tensor beside the residual: goes into the residual, or behind a product that follows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,14 +63,24 @@ class Hindrance:
     """A linear step that alone stands between an all-reduce and a norm, and nobody else reads what is before it.
 
     Attributes:
-        step: a product with a constant, or the sum of two all-reduces.
+        kind: of step.
+        step: the node.
         operand: the all-reduce's value, or the view of it that the step reads.
-        other: the second all-reduce and the operand that it is, where the step is a sum.
+        other: the second all-reduce and the operand that it is, where two are merged.
     """
 
+    kind: Kind
     step: fx.Node
     operand: fx.Node
     other: tuple[Reduced, fx.Node] | None = None
+
+
+_ADVICE = {
+    Kind.ADDEND: "; FusionConfig(reassociate=True) adds that to the residual",
+    Kind.SCALE: "; FusionConfig(reassociate=True) takes that before the all-reduce",
+    Kind.SUM: "; FusionConfig(reassociate=True) takes that before the all-reduce",
+    Kind.MERGE: "; FusionConfig(reassociate=True) takes that before the all-reduce",
+}
 
 
 def why_no_norm(reduced: Reduced, reductions: Reductions) -> tuple[Hindrance | None, str, fx.Node | None]:
@@ -55,18 +91,19 @@ def why_no_norm(reduced: Reduced, reductions: Reductions) -> tuple[Hindrance | N
         reduced: the all-reduce.
         reductions: all of its graph.
     """
-    readers = {user: view for view in row_views(reduced.value) for user in view.users if not keeps_rows(user)}
+    readers = dict(_readers(*reduced.values))
     for reader, operand in readers.items():
-        if torch.Tag.pointwise not in getattr(reader.target, "tags", ()):
-            continue
-        hindrance = _hindrance(reduced, reader, operand, reductions)
-        norm = _norm_behind(reader, reductions if hindrance is not None else None)
-        if norm is not None:
-            advice = "" if hindrance is None else "; FusionConfig(reassociate=True) takes that before the all-reduce"
+        hindrance = hindrance_of(reduced, reader, operand, reductions)
+        norm = None if hindrance is None else _norm_behind(reader, reductions)
+        if hindrance is not None and norm is not None:
+            advice = _ADVICE[hindrance.kind]
             reason = f"{describe(reader)} stands between it and the norm {describe(norm.result)}{advice}"
             return hindrance, reason, reader
     if not readers:
         return None, "nobody reads its result", None
+    found = _nearest_norm(reduced)
+    if found is not None:
+        return None, *found
     described = list(dict.fromkeys(map(describe, readers)))
     listed = ", ".join(described[:3]) + (", ..." if len(described) > 3 else "")
     reason = (
@@ -79,68 +116,153 @@ def sum_before(norm: Norm, reduced: Reduced, reductions: Reductions) -> Hindranc
     """The sum of two all-reduces that a norm reads: with one of them fused the other is its residual."""
     if norm.total is None or norm.operand not in norm.total.all_input_nodes:
         return None
-    hindrance = _hindrance(reduced, norm.total, norm.operand, reductions)
+    hindrance = hindrance_of(reduced, norm.total, norm.operand, reductions)
     return hindrance if hindrance is not None and hindrance.other is not None else None
 
 
-def _hindrance(reduced: Reduced, step: fx.Node, operand: fx.Node, reductions: Reductions) -> Hindrance | None:
+def hindrance_of(reduced: Reduced, step: fx.Node, operand: fx.Node, reductions: Reductions) -> Hindrance | None:
     """``step`` as a hindrance; None where it is not linear, or where others read what it reads."""
-    if dtype_of(step) != dtype_of(operand) or not _only_read_by(step, operand, reduced):
+    kind = linear(step, operand, reductions)
+    if kind is None or not _only_read_by(step, operand, reduced):
         return None
-    if _scales(step, operand):
-        return Hindrance(step, operand)
+    if kind == Kind.ADDEND and following(step) is None:
+        return None
+    if kind != Kind.MERGE:
+        return Hindrance(kind, step, operand)
     other = other_operand(step, operand)
-    if not is_call(step, aten.add.Tensor) or step.kwargs or not isinstance(other, fx.Node):
-        return None
-    second = reductions.get(without_views(other))
-    if second is None or not _only_read_by(step, other, second):
+    second = reductions[without_views(other)]
+    if not _only_read_by(step, other, second):
         return None
     alike = second.group == reduced.group and dtype_of(second.x) == dtype_of(reduced.x)
-    return Hindrance(step, operand, (second, other)) if alike else None
+    return Hindrance(kind, step, operand, (second, other)) if alike else None
+
+
+def linear(step: fx.Node, operand: fx.Node, reductions: Reductions) -> Kind | None:
+    """What kind of linear step ``step`` is in ``operand``; None where it is none, or has another dtype."""
+    if dtype_of(step) is None or dtype_of(step) != dtype_of(operand):
+        return None
+    if _scales(step, operand):
+        return Kind.SCALE
+    if is_call(step, aten.sum.dim_IntList, aten.mean.dim) and step.args[0] is operand and not step.kwargs:
+        return Kind.SUM if _over_leading(step, operand) else None
+    other = other_operand(step, operand)
+    if is_call(step, aten.add.Tensor) and not step.kwargs and isinstance(other, fx.Node) and same_rows(step, operand):
+        return Kind.MERGE if without_views(other) in reductions else Kind.ADDEND
+    return None
 
 
 def _scales(step: fx.Node, operand: fx.Node) -> bool:
-    """Whether ``step`` multiplies ``operand`` by a constant, or divides it by one."""
+    """Whether ``step`` multiplies ``operand`` by something that is the same on all ranks, or divides it by that."""
     product = is_call(step, aten.mul.Tensor, aten.mul.Scalar)
     quotient = is_call(step, aten.div.Tensor, aten.div.Scalar) and step.args[0] is operand
-    return (product or quotient) and not step.kwargs and constant(other_operand(step, operand)) is not None
+    if not (product or quotient) or step.kwargs:
+        return False
+    factor = other_operand(step, operand)
+    return constant(factor) is not None or (same_shape(step, operand) and _is_learned(factor, last_dim(operand)))
 
 
-def factor_behind(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """The product with a constant that is all that reads ``node``, over views, and the view of ``node`` in it."""
+def _is_learned(node: Any, hidden: int | None) -> bool:
+    """Whether ``node`` is one element or an ``[H]`` vector that comes from the graph's inputs alone, over casts, views
+    and constants: a weight or a buffer, which the ranks share, and nothing that was computed from their own values."""
+    stack, seen = [node], set[fx.Node]()
+    while stack:
+        current = stack.pop()
+        tensor = tensor_of(current)
+        if tensor is None or current in seen:
+            if tensor is None:
+                return False
+            continue
+        seen.add(current)
+        sizes = [size for size in tensor.shape if size != 1]
+        if sizes not in ([], [hidden]) or is_written(current):
+            return False
+        arithmetic = is_call(current, *CASTS, aten.add.Tensor, aten.mul.Tensor, aten.mul.Scalar, aten.add.Scalar)
+        if current.op not in ("placeholder", "get_attr") and not arithmetic and source_of(current) is None:
+            return False
+        stack += current.all_input_nodes
+    return True
+
+
+def _over_leading(step: fx.Node, operand: fx.Node) -> bool:
+    tensor = tensor_of(operand)
+    dims = step.args[1] if len(step.args) > 1 else None
+    if tensor is None or not isinstance(dims, (list, tuple)) or not dims:
+        return False
+    return all(isinstance(dim, int) and dim % tensor.dim() != tensor.dim() - 1 for dim in dims)
+
+
+def following(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """What alone reads ``node``, over views, and the view of ``node`` in it."""
     operand = node
-    while (reader := only_user(operand)) is not None and keeps_rows(reader):
+    while (reader := only_user(operand)) is not None and source_of(reader) is operand:
         operand = reader
-    if reader is None or dtype_of(reader) != dtype_of(operand) or not _scales(reader, operand):
-        return None
-    return reader, operand
+    return None if reader is None or reader.op == "output" else (reader, operand)
 
 
-def _norm_behind(node: fx.Node, reductions: Reductions | None) -> Norm | None:
-    """A norm that reads ``node``; with ``reductions`` also one behind further steps that will be moved."""
+def _norm_behind(node: fx.Node, reductions: Reductions) -> Norm | None:
+    """A norm that reads ``node``, or one behind further linear steps."""
     while True:
-        for view in row_views(node):
-            for dialect in DIALECTS:
-                for norm in dialect.norms(view):
-                    if isinstance(norm, Norm):
-                        return norm
-        if reductions is None:
+        for norm in _norms_of(node):
+            if isinstance(norm, Norm):
+                return norm
+        step = following(node)
+        if step is None or linear(*step, reductions) is None:
             return None
-        operand = node
-        while (reader := only_user(operand)) is not None and keeps_rows(reader):
-            operand = reader
-        if reader is None:
-            return None
-        other = without_views(other_operand(reader, operand))
-        while isinstance(other, fx.Node):
-            factor = next((each for each in other.all_input_nodes if _scales(other, each)), None)
-            if factor is None:
-                break
-            other = without_views(factor)
-        summed = is_call(reader, aten.add.Tensor) and other in reductions
-        if not summed and not _scales(reader, operand):
-            return None
-        node = reader
+        node = step[0]
+
+
+def _norms_of(node: fx.Node) -> Iterator[Norm | Refused]:
+    for view in views_of(node):
+        for dialect in DIALECTS:
+            yield from dialect.norms(view)
+
+
+def _readers(*nodes: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """Everything that reads a node and is no view of it, with the view that it reads."""
+    for node in nodes:
+        for view in views_of(node):
+            for user in view.users:
+                if source_of(user) is not view and user not in nodes:
+                    yield user, view
+
+
+def _nearest_norm(reduced: Reduced) -> tuple[str, fx.Node | None] | None:
+    """Of the norms that follow an all-reduce within a few nodes the nearest, and the first step on the way to it that
+    no fused call has: the residual add itself is none."""
+    came: dict[fx.Node, fx.Node | None] = dict.fromkeys(reduced.values)
+    queue = collections.deque(came)
+    while queue and len(came) < FARTHEST + len(reduced.values):
+        node = queue.popleft()
+        if came[node] is not None:
+            for norm in _norms_of(node):
+                steps = [node]
+                while (previous := came[steps[-1]]) is not None and came[previous] is not None:
+                    steps.append(previous)
+                return _blame(steps[::-1], norm)
+        for reader, _ in _readers(node):
+            computes = reader.op == "call_function" and tensor_of(reader) is not None
+            collective = str(getattr(reader.target, "namespace", "")).startswith("_c10d")
+            if computes and not collective and reader not in came:
+                came[reader] = node
+                queue.append(reader)
+    return None
+
+
+def _blame(steps: list[fx.Node], norm: Norm | Refused) -> tuple[str, fx.Node | None]:
+    """What to say of the steps between an all-reduce and a norm, and the one that it is said of."""
+    if isinstance(norm, Refused):
+        return norm.reason, norm.node
+    first, *rest = steps
+    added = is_call(first, aten.add.Tensor) and same_rows(first, first.all_input_nodes[0])
+    behind = [step for step in (rest if added and rest else steps) if not widens(step)]
+    step = behind[0] if behind else first
+    if is_cast(step) and added and dtype_of(step.args[0]) == torch.float32:
+        reason = (
+            f"{describe(step)} rounds the sum with an fp32 residual to {dtype_of(step)} before the norm "
+            f"{describe(norm.result)}, which the fused op would read unrounded"
+        )
+        return reason, step
+    return f"{describe(step)} stands between it and the norm {describe(norm.result)}", step
 
 
 def _only_read_by(step: fx.Node, operand: fx.Node, reduced: Reduced) -> bool:

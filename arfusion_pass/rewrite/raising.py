@@ -24,7 +24,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from arfusion_pass import ir
-from arfusion_pass.config import DTYPES, FusionConfig, canonical_epsilon
+from arfusion_pass.config import FusionConfig, canonical_epsilon
 from arfusion_pass.dialects import DIALECTS, Norm, Prologue, Quantised, Reduced, Refused
 from arfusion_pass.graph import (
     describe,
@@ -34,17 +34,16 @@ from arfusion_pass.graph import (
     path,
     row_views,
     same_shape,
+    same_size,
     source_of,
     statically_equal,
     tensor_of,
     views_of,
-    widens,
-    without_views,
 )
-from arfusion_pass.groups import find_group
 from arfusion_pass.ops.layouts import token_count
 from arfusion_pass.rewrite.hindrances import Hindrance, sum_before, why_no_norm
 from arfusion_pass.rewrite.output_views import codes_layout, scale_layout
+from arfusion_pass.rewrite.reductions import check_reduced, in_its_own_dtype, row_lengths
 
 
 @dataclasses.dataclass
@@ -162,8 +161,7 @@ def find_sites(graph: fx.Graph, config: FusionConfig) -> list[RaisedSite]:
     for site in sites:
         if site.reason is None:
             candidates[site.node] = _norms(site, config)
-    open_sites = (site.reduced for site in sites if site.node in candidates)
-    reductions = {value: reduced for reduced in open_sites if reduced is not None for value in reduced.values}
+    reductions = open_reductions(site for site in sites if site.node in candidates)
     for site in sites:
         if site.reduced is None or site.reason is not None:
             continue
@@ -182,6 +180,12 @@ def find_sites(graph: fx.Graph, config: FusionConfig) -> list[RaisedSite]:
         if site.reason is None and not any(site.outside_readers.values()):
             site.reason = "nobody reads its norm or anything else that the fused call would produce"
     return sites
+
+
+def open_reductions(sites: Iterable[RaisedSite]) -> dict[fx.Node, Reduced]:
+    """The all-reduces of sites that could be fused, by the nodes that hold the result."""
+    reduced = (site.reduced for site in sites)
+    return {value: each for each in reduced if each is not None for value in each.values}
 
 
 def build_shadow(sites: list[RaisedSite]) -> Shadow:
@@ -213,77 +217,11 @@ def _all_reduce(node: fx.Node) -> RaisedSite | None:
             continue
         if isinstance(found, Refused):
             return RaisedSite(node, reason=found.reason, culprit=found.node, dialects=(dialect.name,))
-        found = _in_its_own_dtype(found)
+        found = in_its_own_dtype(found)
         site = RaisedSite(node, found.group, found, dialects=(dialect.name,))
-        site.reason = _check_reduced(found)
+        site.reason = check_reduced(found)
         return site
     return None
-
-
-def _in_its_own_dtype(reduced: Reduced) -> Reduced:
-    """An fp32 all-reduce of widened 16-bit values whose sum is only read rounded to their dtype, as one in that dtype:
-    the fused op sums in fp32 as well, rounds once, and moves half the bytes::
-
-        %wide = convert_element_type(%x, f32); %sum = all_reduce(%wide); %value = convert_element_type(%sum, bf16)
-    """
-    wide: fx.Node = without_views(reduced.x)
-    if not widens(wide) or dtype_of(wide.args[0]) == torch.float32:
-        return reduced
-    casts: dict[fx.Node, tuple[fx.Node, ...]] = {}
-    for held in reduced.values:
-        for view in views_of(held):
-            for user in view.users:
-                if is_cast(user, dtype_of(wide.args[0])):
-                    casts[user] = path(held, view)
-                elif source_of(user) is not view and user not in reduced.nodes:
-                    return reduced
-    if not casts or not all(same_shape(min(casts), cast) for cast in casts):
-        return reduced
-    value, *others = sorted(casts)
-    nodes = dict.fromkeys(node for cast, views in casts.items() for node in (*views, cast))
-    return dataclasses.replace(
-        reduced,
-        value=value,
-        x=wide.args[0],  # type: ignore[arg-type]
-        nodes=(*reduced.nodes, *nodes),
-        aliases=tuple(others),
-    )
-
-
-def _check_reduced(reduced: Reduced) -> str | None:
-    group = find_group(reduced.group)
-    if group is None:
-        return (
-            f"no process group is called {reduced.group!r}; call arfusion_pass.register_group({reduced.group!r}, "
-            "group) before compiling"
-        )
-    if group.size() == 1:
-        return f"the group {reduced.group!r} has one rank: there is nothing to reduce"
-    x = tensor_of(reduced.x)
-    if x is None:
-        return f"{describe(reduced.x)} has no meta['val']; run fake-tensor propagation over the graph first"
-    if x.dtype not in DTYPES:
-        return f"{describe(reduced.node)} reduces {x.dtype}; bfloat16, float16 and float32 are fused"
-    return None
-
-
-def _row_lengths(x: fx.Node) -> set[int] | None:
-    """The lengths that the rows of a reduced tensor may have: its last dimension, or that of what it is a view of.
-    None for a tensor of one dimension, which says nothing of rows."""
-    lengths: set[int] = set()
-    view: fx.Node | None = x
-    while view is not None:
-        tensor = tensor_of(view)
-        assert tensor is not None
-        sizes = list(tensor.shape)
-        while len(sizes) > 1 and statically_equal(sizes[-1], 1):
-            sizes.pop()
-        if len(sizes) < 2 and view is x:
-            return None
-        if sizes and isinstance(sizes[-1], int):
-            lengths.add(sizes[-1])
-        view = source_of(view)
-    return lengths
 
 
 def _norms(site: RaisedSite, config: FusionConfig) -> list[tuple[Norm, str]]:
@@ -292,13 +230,20 @@ def _norms(site: RaisedSite, config: FusionConfig) -> list[tuple[Norm, str]]:
     assert site.reduced is not None
     usable: list[tuple[Norm, str]] = []
     reasons: list[tuple[str, fx.Node | None]] = []
-    lengths = _row_lengths(site.reduced.x)
+    reason: str | None
+    lengths = row_lengths(site.reduced.x)
     for held in site.reduced.values:
         for value in views_of(held):
-            if lengths is not None and isinstance(last_dim(value), int) and last_dim(value) not in lengths:
-                continue
+            part = lengths is not None and isinstance(last_dim(value), int) and last_dim(value) not in lengths
             for dialect in DIALECTS:
                 for norm in dialect.norms(value):
+                    if part and isinstance(norm, Norm):
+                        reason = (
+                            f"the norm {describe(norm.result)} normalises rows of {last_dim(value)} in "
+                            f"{describe(value)}, such as one head's, parts of the all-reduce's of {max(lengths or ())}"
+                        )
+                        reasons.append((reason, norm.result))
+                        continue
                     reason = norm.reason if isinstance(norm, Refused) else _check_norm(site.reduced, norm, config)
                     if reason is not None:
                         reasons.append((reason, norm.node if isinstance(norm, Refused) else norm.result))
@@ -387,7 +332,9 @@ def _assign(sites: list[RaisedSite], candidates: dict[fx.Node, list[tuple[Norm, 
 
 def _find_prologue(site: RaisedSite) -> None:
     """The MoE combination in front of a site, where nobody else reads its result."""
-    assert site.reduced is not None
+    assert site.reduced is not None and site.norm is not None
+    if site.norm.residual is not None and not same_size(site.norm.residual, site.norm.operand):
+        return  # a bias is spread to the shape of what is reduced, which then must be there
     for dialect in DIALECTS:
         for prologue in dialect.prologues(site.reduced.x):
             if isinstance(prologue, Refused) or _read_inside((*prologue.nodes, site.node), {site.node}, "") is not None:
@@ -518,9 +465,13 @@ def _raise_site(graph: fx.Graph, site: RaisedSite, index: int, origins: dict[fx.
     if norm.residual is None:
         norm_value = call(ir.op.rms_norm.default, reduced, weight, epsilon, dtype, norm.weight_bias, int(norm.flags))
     else:
+        residual = origins[norm.residual]
+        if not same_size(norm.residual, norm.operand):  # a bias, as a tensor of its own: the op takes no stride of 0
+            row = graph.call_function(torch.ops.aten.reshape.default, (residual, [-1]))
+            residual = graph.call_function(torch.ops.aten.copy.default, (x, row))
         both = call(
             ir.op.fused_add_rms_norm.default,
-            *(reduced, origins[norm.residual], weight, epsilon, dtype, norm.weight_bias, int(norm.flags)),
+            *(reduced, residual, weight, epsilon, dtype, norm.weight_bias, int(norm.flags)),
             dtype_of(norm.total),
         )
         norm_value = call(operator.getitem, both, 0)

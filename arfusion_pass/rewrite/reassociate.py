@@ -1,23 +1,32 @@
-"""Opt-in (``FusionConfig(reassociate=True)``): a linear step between an all-reduce and its norm goes in front of it.
+"""Opt-in (``FusionConfig(reassociate=True)``): the linear steps between an all-reduce and its norm go out of the way.
 
-    residual + c * all_reduce(x)                -> residual + all_reduce(c * x)     Granite, MiniCPM, Gemma's embedding
+    residual + c * all_reduce(x)                -> residual + all_reduce(c * x)     Granite, MiniCPM, layer scale
+    residual + all_reduce(x).sum(0)             -> residual + all_reduce(x.sum(0))  Llama 4's experts
     residual + (all_reduce(a) + all_reduce(b))  -> residual + all_reduce(a + b)     routed and shared experts
+    residual + (all_reduce(x) + bias)           -> (residual + bias) + all_reduce(x)
+    c * (all_reduce(x) + bias)                  -> c * all_reduce(x) + c * bias     and on, as above
 
-Equal in exact arithmetic, rounded elsewhere: each rank rounds its share of the product or sum before the all-reduce,
-not the result after it. The ranks are taken to run one graph, as their collectives require anyway.
+``c`` is a number, a one-element tensor or a learned ``[H]`` vector. Equal in exact arithmetic, rounded elsewhere: each
+rank rounds its share of the product or sum before the all-reduce, not the result after it. The ranks are taken to run
+one graph with the same weights, as their collectives require anyway; ``bias`` may be each rank's own.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from torch import fx
 
 from arfusion_pass.config import FusionConfig
 from arfusion_pass.dialects import Reduced
+from arfusion_pass.dialects.reading.operands import is_row
 from arfusion_pass.graph import (
     aten,
-    constant,
+    describe,
+    dtype_of,
+    is_pure,
+    is_written,
     known_contiguous,
     last_dim,
     mutated_arguments,
@@ -31,46 +40,225 @@ from arfusion_pass.graph import (
 from arfusion_pass.ops.layouts import token_count
 from arfusion_pass.rewrite.buffers import SizeSource
 from arfusion_pass.rewrite.commit import META_KEYS
-from arfusion_pass.rewrite.hindrances import Hindrance, factor_behind
-from arfusion_pass.rewrite.raising import RaisedSite, find_sites
+from arfusion_pass.rewrite.hindrances import Hindrance, Kind, Reductions, following, linear
+from arfusion_pass.rewrite.raising import RaisedSite, find_sites, open_reductions
 
 
-def reassociate(graph: fx.Graph, config: FusionConfig) -> None:
+@dataclasses.dataclass(frozen=True)
+class Merged:
+    """An all-reduce that went into another one.
+
+    Attributes:
+        name, group, dtype: its own.
+        into: the node of the other.
+    """
+
+    name: str
+    group: str
+    dtype: str
+    into: fx.Node
+
+
+@dataclasses.dataclass
+class Moves:
+    """What was moved.
+
+    Attributes:
+        steps: for each all-reduce, in words.
+        merged: the all-reduces that are gone.
+        origins: the words for nodes that now stand for a step of the user's graph.
+    """
+
+    steps: dict[fx.Node, list[str]] = dataclasses.field(default_factory=dict)
+    merged: list[Merged] = dataclasses.field(default_factory=list)
+    origins: dict[fx.Node, str] = dataclasses.field(default_factory=dict)
+
+    def describe(self, step: fx.Node) -> str:
+        """A step as the user's graph calls it."""
+        return self.origins.get(step, describe(step))
+
+    def add(self, reduced: Reduced, step: fx.Node, kind: Kind) -> None:
+        """Note one step of an all-reduce."""
+        place = "into the residual" if kind == Kind.ADDEND else "before the all-reduce"
+        self.steps.setdefault(reduced.node, []).append(f"{self.describe(step)} {place}")
+
+    def into(self, node: fx.Node) -> list[Merged]:
+        """The all-reduces that went into ``node``, in their order."""
+        return [merged for merged in self.merged if merged.into is node]
+
+
+def reassociate(graph: fx.Graph, config: FusionConfig) -> Moves:
     """Move every step that hinders an all-reduce of ``graph`` (:class:`arfusion_pass.rewrite.hindrances.Hindrance`) and
     can be moved, and then what stood behind it. A graph without such a step is not touched."""
+    moves = Moves()
     moved = True
     while moved:
         changed: set[fx.Node] = set()
-        for site in find_sites(graph, config):
+        sites = find_sites(graph, config)
+        mover = _Mover(graph, open_reductions(sites), moves)
+        for site in sites:
             # What was found of a site is stale where an earlier move of this sweep changed it: the next one sees it.
-            if changed.isdisjoint(named := _named(site)):
-                changed |= _move(graph, site, named)
+            if changed.isdisjoint(named := _named(site)) and mover.move(site):
+                changed |= named | mover.gone
         moved = bool(changed)
+    return moves
 
 
 def _named(site: RaisedSite) -> set[fx.Node]:
     """Every node that a move of what hinders a site would read, replace or erase."""
-    if site.hindrance is None or site.reduced is None:
+    hindrance = site.hindrance
+    if hindrance is None or site.reduced is None:
         return set()
-    named = {site.hindrance.step, site.hindrance.operand}
-    for reduced, operand in filter(None, ((site.reduced, site.hindrance.operand), site.hindrance.other)):
+    named = {hindrance.step, hindrance.operand, *hindrance.step.all_input_nodes}
+    for reduced, operand in filter(None, ((site.reduced, hindrance.operand), hindrance.other)):
         named |= {reduced.node, reduced.value, reduced.x, operand, *reduced.nodes, *path(reduced.value, operand)}
+    behind = following(hindrance.step) if hindrance.kind == Kind.ADDEND else None
+    if behind is not None:
+        named |= {behind[0], *behind[0].all_input_nodes, *path(hindrance.step, behind[1])}
     return named
 
 
-def _move(graph: fx.Graph, site: RaisedSite, named: set[fx.Node]) -> set[fx.Node]:
-    """Move what hinders one site; gives the nodes that this changed, none where it cannot be moved."""
-    if site.hindrance is None or site.reduced is None or not _takes_another_input(site.reduced):
-        return set()
-    if site.hindrance.other is None:
-        return named | _scale(graph, site.reduced, site.hindrance)
-    first = site.hindrance.other[0]  # the sum is seen from both: from the later one both inputs exist
-    merged = (
-        first.node < site.node
-        and not _written_between(graph, first, site.node)
-        and _merge(graph, site.reduced, site.hindrance, first)
-    )
-    return named if merged else set()
+class _Mover:
+    """Moves what hinders the sites of one sweep."""
+
+    def __init__(self, graph: fx.Graph, reductions: Reductions, moves: Moves) -> None:
+        self.graph, self.reductions, self.moves = graph, reductions, moves
+        self.gone: set[fx.Node] = set()
+
+    def move(self, site: RaisedSite) -> bool:
+        """Move what hinders one site; whether it could be."""
+        hindrance, reduced = site.hindrance, site.reduced
+        if hindrance is None or reduced is None:
+            return False
+        if hindrance.kind == Kind.ADDEND:
+            return self._join(reduced, hindrance)
+        if not _takes_another_input(reduced):
+            return False
+        if hindrance.kind == Kind.SUM:
+            return self._sum(reduced, hindrance)
+        if hindrance.kind == Kind.SCALE:
+            return self._scale(reduced, hindrance)
+        assert hindrance.other is not None
+        first = hindrance.other[0]  # the sum is seen from both: from the later one both inputs exist
+        early = first.node < site.node and not _written_between(self.graph, first, site.node)
+        return early and self._merge(reduced, hindrance, first)
+
+    def _scale(self, reduced: Reduced, hindrance: Hindrance) -> bool:
+        """``c * all_reduce(x)`` to ``all_reduce(c * x)``, and so on with the factors behind it."""
+        step, operand, x, done = hindrance.step, hindrance.operand, reduced.x, False
+        while True:
+            factor = other_operand(step, operand)
+            if isinstance(factor, fx.Node) and not self._ready(factor, reduced, operand):
+                return done
+            args = tuple(x if each is operand else each for each in step.args)
+            scaled = _insert(self.graph, reduced, step.target, args)
+            reduced.node.replace_input_with(x, scaled)
+            self._replace(reduced, step, operand, Kind.SCALE)
+            done, behind = True, following(operand)
+            if behind is None or linear(*behind, self.reductions) != Kind.SCALE:
+                return True
+            x, (step, operand) = scaled, behind
+
+    def _ready(self, factor: fx.Node, reduced: Reduced, operand: fx.Node) -> bool:
+        """Whether a factor exists in front of the all-reduce, or was moved there; a vector needs the same rows."""
+        if last_dim(reduced.x) != last_dim(operand) and tensor_of(factor).numel() != 1:  # type: ignore[union-attr]
+            return False
+        late, stack = set[fx.Node](), [factor]
+        while stack:
+            node = stack.pop()
+            if not node < reduced.node and node not in late:
+                if not is_pure(node):
+                    return False
+                late.add(node)
+                stack += node.all_input_nodes
+        for node in sorted(late):
+            reduced.node.prepend(node)
+        return True
+
+    def _sum(self, reduced: Reduced, hindrance: Hindrance) -> bool:
+        """``all_reduce(x).sum(0)`` to ``all_reduce(x.sum(0))``."""
+        step, operand, x = hindrance.step, hindrance.operand, reduced.x
+        if operand not in reduced.values or not same_shape(operand, x):
+            return False
+        summed = _insert(self.graph, reduced, step.target, (x, *step.args[1:]))
+        reduced.node.replace_input_with(x, summed)
+        for node in reduced.nodes:
+            node.meta["val"] = step.meta["val"]
+        self._replace(reduced, step, operand, Kind.SUM)
+        return True
+
+    def _merge(self, reduced: Reduced, hindrance: Hindrance, first: Reduced) -> bool:
+        """``all_reduce(a) + all_reduce(b)`` to ``all_reduce(a + b)`` in the place of the second."""
+        assert hindrance.other is not None
+        if not same_shape(hindrance.operand, hindrance.step) or first.x not in first.node.all_input_nodes:
+            return False
+        a = _shaped_like(self.graph, first, reduced)
+        if a is None:
+            return False
+        total = _insert(self.graph, reduced, aten.add.Tensor, (a, reduced.x))
+        reduced.node.replace_input_with(reduced.x, total)
+        self._replace(reduced, hindrance.step, hindrance.operand, Kind.MERGE)
+        dtype = str(dtype_of(first.x)).removeprefix("torch.")
+        self.moves.merged = [
+            dataclasses.replace(each, into=reduced.node) if each.into is first.node else each
+            for each in self.moves.merged
+        ]
+        self.moves.merged.append(Merged(first.node.name, first.group, dtype, reduced.node))
+        earlier = self.moves.steps.pop(first.node, [])
+        self.moves.steps[reduced.node] = earlier + self.moves.steps[reduced.node]
+        for node in (*reversed(path(first.value, hindrance.other[1])), *reversed(first.nodes)):
+            self.graph.erase_node(node)
+        return True
+
+    def _join(self, reduced: Reduced, hindrance: Hindrance) -> bool:
+        """Take ``all_reduce(x) + t`` apart where something linear follows: ``t`` goes behind it."""
+        step, operand = hindrance.step, hindrance.operand
+        addend, behind = other_operand(step, operand), following(step)
+        if behind is None or not same_shape(step, operand) or is_written(addend):
+            return False
+        reader, view = behind
+        kind = linear(reader, view, self.reductions)
+        if kind is None or reader < addend:
+            return False
+        views = path(step, view)
+        if same_shape(addend, step):
+            for each in views:
+                addend = _insert_before(self.graph, reader, each.target, (addend, *each.args[1:]), each)
+        elif kind == Kind.SUM or last_dim(step) != last_dim(view) or not is_row(addend, last_dim(step)):
+            return False
+        if kind in (Kind.SCALE, Kind.SUM):
+            args = tuple(addend if each is view else each for each in reader.args)
+            moved = _insert_before(self.graph, reader, reader.target, args, reader)
+            with self.graph.inserting_after(reader):
+                total = self.graph.call_function(aten.add.Tensor, (reader, moved))
+            total.meta.update(_meta(reader), val=reader.meta["val"])
+            reader.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+            self.moves.origins[total] = self.moves.describe(step)
+            step.replace_all_uses_with(operand)
+            self.graph.erase_node(step)  # noted when it meets the residual
+            return True
+        other = other_operand(reader, view)
+        if kind == Kind.MERGE:  # the other all-reduce first
+            inner = _insert_before(self.graph, reader, aten.add.Tensor, (view, other), reader)
+            if not same_shape(inner, reader):
+                self.graph.erase_node(inner)
+                return False
+            reader.args = (inner, addend)
+            self.moves.origins[inner] = self.moves.describe(reader)
+            self.moves.origins[reader] = self.moves.describe(step)
+            step.replace_all_uses_with(operand)
+            self.graph.erase_node(step)
+            return True
+        joined = _insert_before(self.graph, reader, aten.add.Tensor, (other, addend), reader)
+        reader.args = (joined, view)
+        self._replace(reduced, step, operand, Kind.ADDEND)
+        return True
+
+    def _replace(self, reduced: Reduced, step: fx.Node, operand: fx.Node, kind: Kind) -> None:
+        self.moves.add(reduced, step, kind)
+        self.gone.add(step)
+        step.replace_all_uses_with(operand)
+        self.graph.erase_node(step)
 
 
 def _written_between(graph: fx.Graph, first: Reduced, second: fx.Node) -> bool:
@@ -88,37 +276,8 @@ def _takes_another_input(reduced: Reduced) -> bool:
     """Whether the all-reduce is a functional op on a contiguous tensor, whose result is laid out like any other."""
     schema = getattr(reduced.node.target, "_schema", None)
     x = tensor_of(reduced.x)
-    return schema is not None and not schema.is_mutable and x is not None and known_contiguous(x)
-
-
-def _scale(graph: fx.Graph, reduced: Reduced, hindrance: Hindrance) -> set[fx.Node]:
-    """``c * all_reduce(x)`` to ``all_reduce(c * x)``, and so on with the factors behind it; gives the old products."""
-    step, operand, x, gone = hindrance.step, hindrance.operand, reduced.x, set[fx.Node]()
-    while True:
-        scaled = _insert(graph, reduced, step.target, (x, constant(other_operand(step, operand))))
-        reduced.node.replace_input_with(x, scaled)
-        step.replace_all_uses_with(operand)
-        graph.erase_node(step)
-        gone.add(step)
-        following = factor_behind(operand)
-        if following is None:
-            return gone
-        x, (step, operand) = scaled, following
-
-
-def _merge(graph: fx.Graph, reduced: Reduced, hindrance: Hindrance, first: Reduced) -> bool:
-    """``all_reduce(a) + all_reduce(b)`` to ``all_reduce(a + b)`` in the place of the second; whether it was done."""
-    assert hindrance.other is not None
-    a = _shaped_like(graph, first, reduced) if same_shape(hindrance.operand, hindrance.step) else None
-    if a is None:
-        return False
-    total = _insert(graph, reduced, aten.add.Tensor, (a, reduced.x))
-    reduced.node.replace_input_with(reduced.x, total)
-    hindrance.step.replace_all_uses_with(hindrance.operand)
-    views = path(first.value, hindrance.other[1])
-    for node in (hindrance.step, *reversed(views), *reversed(first.nodes)):
-        graph.erase_node(node)
-    return True
+    direct = reduced.x in reduced.node.all_input_nodes
+    return direct and schema is not None and not schema.is_mutable and x is not None and known_contiguous(x)
 
 
 def _shaped_like(graph: fx.Graph, first: Reduced, second: Reduced) -> fx.Node | None:
@@ -147,9 +306,18 @@ def _shaped_like(graph: fx.Graph, first: Reduced, second: Reduced) -> fx.Node | 
 
 def _insert(graph: fx.Graph, reduced: Reduced, target: Any, args: tuple[Any, ...], val: Any = None) -> fx.Node:
     """A node in front of an all-reduce, with its metadata; the value by the op itself where it is not given."""
-    with graph.inserting_before(reduced.node):
+    return _insert_before(graph, reduced.node, target, args, reduced.node, val)
+
+
+def _insert_before(
+    graph: fx.Graph, place: fx.Node, target: Any, args: tuple[Any, ...], like: fx.Node, val: Any = None
+) -> fx.Node:
+    with graph.inserting_before(place):
         node = graph.call_function(target, args)
-    meta = {key: reduced.node.meta[key] for key in META_KEYS if key in reduced.node.meta}
     value = val if val is not None else target(*fx.map_arg(args, lambda arg: arg.meta["val"]))
-    node.meta.update(meta, val=value)
+    node.meta.update(_meta(like), val=value)
     return node
+
+
+def _meta(node: fx.Node) -> dict[str, Any]:
+    return {key: node.meta[key] for key in META_KEYS if key in node.meta}

@@ -156,6 +156,28 @@ def test_views_between() -> None:
     assert report.fused[0].outputs == ("residual_out", "norm_out")
 
 
+def test_bias_instead_of_a_residual() -> None:
+    """A bias behind the all-reduce is its residual, as a tensor of its own."""
+
+    def model(x: Tensor, b: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        total = reduce(x).view(2, 2, HIDDEN) + b
+        return llama(total, w, 1e-6), total
+
+    check_fused(trace(model, *tensors(rows(4), rows(), rows())), 1)
+    check_fused(trace(model, *tensors(rows(4), rows(1, 1), rows())), 1)
+    check_fused(trace(lambda x, b, w: llama(b + reduce(x), w, 1e-6), *tensors(rows(1), rows(), rows())), 1)
+
+
+def test_bias_of_another_dtype() -> None:
+    """A bias that is widened for an fp32 sum is as it is; one in fp32 is no row in the tensor's dtype."""
+
+    def model(x: Tensor, b: Tensor, w: Tensor) -> Tensor:
+        return fp32_result(reduce(x) + b.float(), w, 1e-6).to(x.dtype)
+
+    check_fused(trace(model, *tensors(rows(4), rows(), rows())), 1)
+    check_unchanged(trace(model, *tensors(rows(4)), *tensors(rows(), dtype=torch.float32), *tensors(rows())))
+
+
 def test_weight_as_a_row() -> None:
     """A weight that a module keeps, or views, as ``[1, H]``."""
 

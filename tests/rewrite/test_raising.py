@@ -80,7 +80,7 @@ def integers(x: Tensor, w: Tensor) -> Tensor:
 
 
 def broadcast_residual(x: Tensor, w: Tensor) -> Tensor:
-    return llama(reduce(x) + w, w, EPS)
+    return llama(reduce(x) + x.amax(-1, keepdim=True), w, EPS)
 
 
 def broadcast_all_reduce(x: Tensor, w: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ CASES: dict[Callable[..., Any], str] = {
     mean_over_tokens: "mean over dimensions [0]",
     mean_over_everything: "mean over dimensions [0, 1]",
     part_of_the_hidden_size: "no RMSNorm over its last dimension",
-    norm_of_heads: "no RMSNorm over its last dimension",
+    norm_of_heads: f"normalises rows of {HIDDEN // 4}",
     average: "reduces by 'avg'",
     maximum: "reduces by 'max'",
     interior_value_read: "rsqrt (aten.rsqrt.default), a value inside the RMSNorm, is also read by the graph's output",
@@ -202,6 +202,42 @@ def test_symbolic_hidden_size() -> None:
     """The hidden size must be a number."""
     module = trace(lambda x, w: llama(reduce(x), w, EPS), *symbolic((4, "h"), ("h",)))
     assert "hidden size must be static" in check_unchanged(module).missed[0].reason
+
+
+def reason(model: Callable[..., Any], residual: torch.dtype = torch.bfloat16) -> str:
+    """Why a graph's one all-reduce is left alone."""
+    inputs = [*tensors(X), *tensors(X, dtype=residual), *tensors(W)]
+    (site,) = check_unchanged(trace(model, *inputs)).missed
+    return str(site.reason)
+
+
+def test_reasons_past_the_add() -> None:
+    """The step that really stands in the way is named, behind the residual add as well."""
+
+    def clamped(x: Tensor, r: Tensor, w: Tensor) -> Tensor:
+        return llama((r + reduce(x)).clamp(-1, 1), w, EPS)
+
+    def one_head(x: Tensor, r: Tensor, w: Tensor) -> Tensor:
+        return llama(reduce(x).view(-1, 4, HIDDEN // 4), w[: HIDDEN // 4], EPS)
+
+    def low(x: Tensor, r: Tensor, w: Tensor) -> Tensor:
+        h = r + reduce(x)
+        return h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + EPS) * w
+
+    def rounded(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        h = r + reduce(x)
+        return llama(h.to(x.dtype), w, EPS), h
+
+    def streams(x: Tensor, r: Tensor, w: Tensor) -> Tensor:
+        beta = r[..., :2].sigmoid()
+        hyper = torch.stack([r, r * 2], 1) + beta.unsqueeze(-1) * reduce(x).unsqueeze(1)
+        return llama((beta.unsqueeze(1) @ hyper).squeeze(1), w, EPS)
+
+    assert "clamp_min" in reason(clamped)
+    assert f"normalises rows of {HIDDEN // 4}" in reason(one_head)
+    assert "computed in torch.bfloat16 throughout" in reason(low)
+    assert "rounds the sum with an fp32 residual to torch.bfloat16" in reason(rounded, torch.float32)
+    assert "aten.mul.Tensor) stands between" in reason(streams)
 
 
 def test_coalesced_and_in_place_on_an_input() -> None:

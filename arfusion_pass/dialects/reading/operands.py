@@ -28,6 +28,7 @@ from arfusion_pass.graph import (
     peel,
     row_views,
     same_rows,
+    statically_equal,
     tensor_of,
     users_of,
     widens,
@@ -74,7 +75,7 @@ class Weight:
 
 
 def sums(value: fx.Node) -> Iterator[Sum]:
-    """The adds of ``value`` with a residual of its shape, in its dtype or in fp32."""
+    """The adds of ``value`` with a residual of its shape, in its dtype or in fp32, or with a bias in its dtype."""
     wide = [user for user in value.users if widens(user) and user is not value]
     for operand in (value, *wide):
         for add in users_of(operand, aten.add.Tensor):
@@ -84,7 +85,10 @@ def sums(value: fx.Node) -> Iterator[Sum]:
             residual = peel(other)
             if dtype_of(residual) not in (dtype_of(value), torch.float32):
                 residual = other  # a bf16 residual widened for an fp32 tensor
-            if not same_rows(add, value) or not same_rows(residual, add):
+            if not same_rows(add, value):
+                continue
+            bias = is_row(residual, last_dim(value)) and dtype_of(residual) == dtype_of(value)
+            if not same_rows(residual, add) and not bias:
                 continue
             casts = () if operand is value else (operand,)
             if dtype_of(residual) not in (dtype_of(value), torch.float32):
@@ -97,6 +101,15 @@ def sums(value: fx.Node) -> Iterator[Sum]:
                     # An fp32 residual whose sum is rounded before the norm is no form that the kernels have.
                     if dtype_of(rounded) == dtype_of(value) == dtype_of(residual):
                         yield Sum(rounded, (*casts, add, rounded), residual, rounded)
+
+
+def is_row(node: Any, hidden: int | None) -> bool:
+    """Whether a node is one row of ``hidden`` elements, or one element, that is added to every row: a bias."""
+    tensor = tensor_of(node)
+    if tensor is None:
+        return False
+    sizes = [size for size in tensor.shape if not statically_equal(size, 1)]
+    return not sizes or (len(sizes) == 1 and statically_equal(tensor.shape[-1], hidden))
 
 
 def readable_total(candidate: Sum, nodes: tuple[fx.Node, ...]) -> fx.Node | None:

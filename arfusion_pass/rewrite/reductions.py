@@ -1,0 +1,92 @@
+"""An all-reduce by itself: the dtype in which it can be fused, how long its rows may be, and what speaks against it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import fx
+
+from arfusion_pass.config import DTYPES
+from arfusion_pass.dialects import Reduced
+from arfusion_pass.graph import (
+    describe,
+    dtype_of,
+    is_cast,
+    path,
+    same_shape,
+    source_of,
+    statically_equal,
+    tensor_of,
+    views_of,
+    widens,
+    without_views,
+)
+from arfusion_pass.groups import find_group
+
+
+def in_its_own_dtype(reduced: Reduced) -> Reduced:
+    """An fp32 all-reduce of widened 16-bit values whose sum is only read rounded to their dtype, as one in that dtype:
+    the fused op sums in fp32 as well, rounds once, and moves half the bytes::
+
+        %wide = convert_element_type(%x, f32); %sum = all_reduce(%wide); %value = convert_element_type(%sum, bf16)
+    """
+    wide: fx.Node = without_views(reduced.x)
+    if not widens(wide) or dtype_of(wide.args[0]) == torch.float32:
+        return reduced
+    casts: dict[fx.Node, tuple[fx.Node, ...]] = {}
+    for held in reduced.values:
+        for view in views_of(held):
+            for user in view.users:
+                if is_cast(user, dtype_of(wide.args[0])):
+                    casts[user] = path(held, view)
+                elif source_of(user) is not view and user not in reduced.nodes:
+                    return reduced
+    if not casts or not all(same_shape(min(casts), cast) for cast in casts):
+        return reduced
+    value, *others = sorted(casts)
+    nodes = dict.fromkeys(node for cast, views in casts.items() for node in (*views, cast))
+    return dataclasses.replace(
+        reduced,
+        value=value,
+        x=wide.args[0],  # type: ignore[arg-type]
+        nodes=(*reduced.nodes, *nodes),
+        aliases=tuple(others),
+    )
+
+
+def check_reduced(reduced: Reduced) -> str | None:
+    """What speaks against fusing an all-reduce, whatever follows it; None if nothing does."""
+    group = find_group(reduced.group)
+    if group is None:
+        return (
+            f"no process group is called {reduced.group!r}; call arfusion_pass.register_group({reduced.group!r}, "
+            "group) before compiling"
+        )
+    if group.size() == 1:
+        return f"the group {reduced.group!r} has one rank: there is nothing to reduce"
+    x = tensor_of(reduced.x)
+    if x is None:
+        return f"{describe(reduced.x)} has no meta['val']; run fake-tensor propagation over the graph first"
+    if x.dtype not in DTYPES:
+        return f"{describe(reduced.node)} reduces {x.dtype}; bfloat16, float16 and float32 are fused"
+    return None
+
+
+def row_lengths(x: fx.Node) -> set[int] | None:
+    """The lengths that the rows of a reduced tensor may have: its last dimension, or that of what it is a view of.
+    None for a tensor of one dimension, which says nothing of rows."""
+    lengths: set[int] = set()
+    view: fx.Node | None = x
+    while view is not None:
+        tensor = tensor_of(view)
+        assert tensor is not None
+        sizes = list(tensor.shape)
+        while len(sizes) > 1 and statically_equal(sizes[-1], 1):
+            sizes.pop()
+        if len(sizes) < 2 and view is x:
+            return None
+        if sizes and isinstance(sizes[-1], int):
+            lengths.add(sizes[-1])
+        view = source_of(view)
+    return lengths
