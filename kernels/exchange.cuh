@@ -87,11 +87,27 @@ ARF_DEVICE void settle(const Params& p, Link& link) {
   link.offset = (link.generation & 1u) * p.generation_bytes;
 }
 
+/* Up to this size of a slot, the lines that the next launch reads first stay in L2: in a model some 100 MB of weights pass
+ * between two launches, and stores to lines that were evicted hold the kernel's end up (a site between two GEMMs gains 0.1
+ * to 0.4 us; one call behind the other, nothing). Larger slots would take L2 from the GEMMs. */
+constexpr uint32_t kKeptSlotBytes = 2u << 20;
+
+ARF_DEVICE uint64_t l2_priority(const Params& p) {
+  uint64_t last, normal; /* volatile: made where they are used, not held in registers over the exchange */
+  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(last));     /* lines to be evicted last */
+  asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(normal)); /* or as any other */
+  return p.slot_bytes <= kKeptSlotBytes ? last : normal;
+}
+
 /* Leaves all pairs at the next generation, each written by one CTA: no counter, no last arriver, no round trip. Only
- * this CTA reads its own pair in this launch, so a barrier of the CTA since open_link is all the order that is needed. */
+ * this CTA reads its own pair in this launch, so a barrier of the CTA since open_link is all the order that is needed; the
+ * next launch reads them after this one has ended. */
 ARF_DEVICE void rotate(const Params& p, const Link& link, unsigned cta, unsigned ctas) {
+  const uint64_t priority = l2_priority(p);
   for (unsigned i = cta + ctas * threadIdx.x; i < kMaxCtas; i += ctas * blockDim.x) {
-    p.control[i].generation = link.generation + 1;
+    asm volatile("st.global.L2::cache_hint.u32 [%0], %1, %2;" /* with this priority in L2 */
+                 ::"l"(&p.control[i].generation), "r"(link.generation + 1), "l"(priority)
+                 : "memory");
   }
 }
 
@@ -205,14 +221,22 @@ ARF_DEVICE void empty_one(const Link& link, char* at) {
   if (!link.dead) *reinterpret_cast<uint4*>(at) = filled(kEmpty);
 }
 
+/* Of every slot. */
 template <int kWorld>
 ARF_DEVICE void empty_all(const Params& p, const Link& link, char* at) {
+  if (link.dead) return;
+  const uint64_t priority = l2_priority(p);
+  auto empty = [&](int s) {
+    asm volatile("st.global.L2::cache_hint.v4.u32 [%0], {%1, %1, %1, %1}, %2;" /* with this priority in L2 */
+                 ::"l"(at + s * static_cast<uint64_t>(p.slot_bytes)), "r"(kEmpty), "l"(priority)
+                 : "memory");
+  };
   if constexpr (kWorld != 0) {
 #pragma unroll
-    for (int s = 0; s < kWorld - 1; ++s) empty_one(link, at + s * static_cast<uint64_t>(p.slot_bytes));
+    for (int s = 0; s < kWorld - 1; ++s) empty(s);
   } else {
 #pragma unroll 1
-    for (int s = 0; s < p.world - 1; ++s) empty_one(link, at + s * static_cast<uint64_t>(p.slot_bytes));
+    for (int s = 0; s < p.world - 1; ++s) empty(s);
   }
 }
 

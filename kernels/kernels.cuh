@@ -133,6 +133,8 @@ struct Kernel {
     const Given given = start(p, at, cta - p.pushers, ctas - p.pushers);
     E::await_weight();
     join_cluster(at.part);
+    __syncthreads(); /* all have read the pair; while the first row is on its way this and the stores cost nothing */
+    rotate(p, link, cta, ctas);
     for (uint32_t t = first; t < p.tokens; t += step, ++at.row) {
       if (t != first) {
         own = load_own(p, at, t);
@@ -164,7 +166,8 @@ struct Kernel {
         if (holds(p, at, k)) empty_all<kWorld>(p, link, p.own + offset_of(p, link, at, t, k));
       }
     }
-    end_launch(p, link, at, cta, ctas);
+    if (!(p.flags & kTriggerEarly)) let_next_kernel_start();
+    keep_stamps(p, link.generation, cta);
   }
 
   /* Rows cta, cta + pushers, ... to all peers, in order, so that rows arrive in order and those in front are finished
