@@ -1,23 +1,30 @@
 """A Hugging Face model under tp_plan="auto": random weights from a tiny config, nothing is downloaded.
 
     torchrun --nproc-per-node 2 examples/hf_tp_plan.py [--model llama|qwen3|gemma]
+    torchrun --nproc-per-node 2 examples/hf_tp_plan.py --generate 64 [--batch 16 --hidden 4096 --layers 32]
 
-Needs the extra: pip install 'arfusion-pass[hf]'.
+With --generate it decodes greedily from a static cache, each step one CUDA graph (mode="reduce-overhead"), and prints
+tokens a second without and with the pass. Needs the extra: pip install 'arfusion-pass[hf]'.
 """
 
 import argparse
 import os
 import tempfile
+import time
 
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, Qwen3Config, StaticCache
 
 import arfusion_pass as arf
 
 CONFIGS = {"llama": LlamaConfig, "qwen3": Qwen3Config, "gemma": GemmaConfig}
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", choices=CONFIGS, default="llama")
+parser.add_argument("--generate", type=int, default=0, metavar="TOKENS", help="decode so many tokens")
+parser.add_argument("--batch", type=int, default=1, help="sequences")
+parser.add_argument("--hidden", type=int, default=256, help="hidden size, a multiple of 128")
+parser.add_argument("--layers", type=int, default=2)
 arguments = parser.parse_args()
 
 # transformers shards while it loads a checkpoint, so rank 0 writes one first.
@@ -29,11 +36,11 @@ dist.init_process_group("nccl" if cuda else "gloo")
 folder = [tempfile.mkdtemp() if rank == 0 else None]
 dist.broadcast_object_list(folder)
 config = CONFIGS[arguments.model](
-    hidden_size=256,
-    intermediate_size=512,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
+    hidden_size=arguments.hidden,
+    intermediate_size=2 * arguments.hidden,
+    num_hidden_layers=arguments.layers,
+    num_attention_heads=arguments.hidden // 64,
+    num_key_value_heads=arguments.hidden // 128,
     head_dim=64,
     vocab_size=512,
     pad_token_id=0,
@@ -44,12 +51,59 @@ if rank == 0:
 dist.barrier()
 
 model = AutoModelForCausalLM.from_pretrained(folder[0], tp_plan="auto", dtype=torch.bfloat16).eval()
-ids = torch.randint(0, config.vocab_size, (1, 16), generator=torch.Generator().manual_seed(0)).to(model.device)
-compiled = torch.compile(model, options=arf.inductor_options(fx_graph_cache=False))  # a cached graph has no report
-with torch.no_grad():
+ids = torch.randint(0, config.vocab_size, (arguments.batch, 16), generator=torch.Generator().manual_seed(0))
+ids = ids.to(model.device)
+
+
+def compare_logits() -> None:
+    """One forward pass, compiled with the pass, against the model as it is."""
+    compiled = torch.compile(model, options=arf.inductor_options(fx_graph_cache=False))  # a cached graph has no report
     unfused = model(ids, use_cache=False).logits
     fused = compiled(ids, use_cache=False).logits
-if rank == 0:
-    print(arf.reports())
-    print(f"largest difference of the logits to the unfused model: {(fused - unfused).abs().max().item():.4f}")
+    if rank == 0:
+        print(arf.reports())
+        print(f"largest difference of the logits to the unfused model: {(fused - unfused).abs().max().item():.4f}")
+
+
+def decode(step) -> tuple[torch.Tensor, float]:
+    """Greedy tokens ``[batch, TOKENS]`` and tokens a second; ``step`` runs every token but the prompt's."""
+    cache = StaticCache(config=config, max_cache_len=ids.shape[1] + arguments.generate)
+    token = model(ids, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+    tokens = [token]
+    positions = torch.full((arguments.batch, 1), ids.shape[1], device=ids.device)
+    _ = token.sum().item()  # the prompt is done
+    begin = time.perf_counter()
+    for _ in range(arguments.generate - 1):
+        torch.compiler.cudagraph_mark_step_begin()
+        logits = step(token, position_ids=positions, past_key_values=cache, use_cache=True).logits
+        token = logits[:, -1:].argmax(-1)
+        tokens.append(token)
+        positions += 1
+    result = torch.cat(tokens, dim=1)
+    _ = result.sum().item()
+    return result, arguments.batch * (arguments.generate - 1) / (time.perf_counter() - begin)
+
+
+def generate() -> None:
+    """The same tokens without and with the pass, twice each: the first time compiles and captures."""
+    mode = "reduce-overhead" if cuda else "default"
+    outcomes = {}
+    for name, options in {
+        "without the pass": {**torch._inductor.list_mode_options().get(mode, {}), "fx_graph_cache": False},
+        "with the pass": arf.inductor_options(mode=mode, fx_graph_cache=False),
+    }.items():
+        torch._dynamo.reset()
+        step = torch.compile(model, options=options, dynamic=False)
+        decode(step)
+        outcomes[name] = decode(step)
+    if rank == 0:
+        print(arf.reports())
+        for name, (_, speed) in outcomes.items():
+            print(f"{name}: {speed:.0f} tokens/s")
+        (first, _), (second, _) = outcomes.values()
+        print(f"tokens alike: {(first == second).sum().item()} of {first.numel()}")
+
+
+with torch.no_grad():
+    generate() if arguments.generate else compare_logits()
 dist.destroy_process_group()

@@ -18,8 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
     [
         (["minimal.py"], "1 of 1 sites fused, none missed, in 1 graph"),
         (["hf_tp_plan.py"], "5 of 5 sites fused, none missed, in 1 graph"),
+        (["hf_tp_plan.py", "--generate", "4"], "with the pass: "),
     ],
-    ids=lambda value: value[0] if isinstance(value, list) else "",
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_example(command: list[str], summary: str) -> None:
     if command[0].startswith("hf"):

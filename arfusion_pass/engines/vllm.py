@@ -69,9 +69,9 @@ def register() -> None:
     VllmConfig.compute_hash = compute_hash_with_arfusion
 
 
-def install(manager: Any, config: FusionConfig = CONFIG) -> AllReduceFusionPass:
+def install(manager: Any, config: FusionConfig | None = None) -> AllReduceFusionPass:
     """Put our pass into one ``PostGradPassManager``; gives the pass, for its reports."""
-    adapter = _adapter(config)
+    adapter = _adapter(config or CONFIG)
     passes = manager.passes
     passes[:] = [
         existing for existing in passes if not isinstance(getattr(existing, "fusion", None), AllReduceFusionPass)

@@ -1,0 +1,64 @@
+"""Second starts of the real vLLM from its own caches: with the plug-in, without it, with another version of it.
+
+Each start is two gloo ranks in fresh processes (``vllm_start.py``). Skipped where vLLM is not installed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import pathlib
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engines.vllm_start import LAYERS, start
+from tests.helpers import run_ranks
+
+if importlib.util.find_spec("vllm") is None:
+    pytest.skip("vLLM is not installed", allow_module_level=True)
+
+
+@pytest.mark.parametrize("mega", ["0", "1"])
+def test_second_starts(mega: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One cache root for all: what a start with the plug-in wrote is loaded by the next one, fused throughout and equal
+    to the bit; no other start ever sees it, nor it theirs. Plain artefacts, and "mega" artefacts, which hold everything
+    and are loaded before any pass manager exists."""
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    monkeypatch.setenv("VLLM_USE_MEGA_AOT_ARTIFACT", mega)
+    monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "0")
+
+    def run(**environment: str) -> dict[str, Any]:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            outcomes = run_ranks(2, start, timeout=900.0)
+        assert torch.equal(outcomes[0]["out"], outcomes[1]["out"])
+        return outcomes[0]
+
+    first = run()
+    assert (first["aot_saved"], first["aot_loaded"], first["missed"]) == (1, 0, []), first
+    assert first["compiled"] > 0
+    assert first["fused_calls"] == LAYERS
+
+    second = run()
+    assert (second["aot_saved"], second["aot_loaded"], second["fused"]) == (0, 1, 0), second
+    assert second["loaded"] > 0
+    assert second["fused_calls"] == LAYERS, "fused as it was stored, by a group that the plug-in's source found"
+    assert torch.equal(second["out"], first["out"])
+
+    upgraded = run(START_SOURCES="another version")
+    assert (upgraded["aot_saved"], upgraded["aot_loaded"], upgraded["fused"]) == (1, 0, first["fused"]), upgraded
+
+    off = run(ARFUSION_VLLM="0")
+    assert (off["aot_saved"], off["aot_loaded"], off["fused"], off["fused_calls"]) == (1, 0, 0, 0), off
+
+    removed = run(START_PLUGIN="0")  # loads what the start with the plug-in switched off wrote: the same vanilla graph
+    assert (removed["plugin"], removed["aot_saved"], removed["aot_loaded"]) == (False, 0, 1), removed
+    assert torch.equal(removed["out"], off["out"])
+    scale = off["out"].abs().max().item()
+    assert (removed["out"] - first["out"]).abs().max().item() < 0.05 * scale
+
+    back = run()  # the cache now holds the others' graphs too
+    assert (back["aot_loaded"], back["fused_calls"]) == (1, LAYERS), back
+    assert torch.equal(back["out"], first["out"])
