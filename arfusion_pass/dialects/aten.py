@@ -27,7 +27,7 @@ import torch
 from torch import fx
 
 from arfusion_pass.dialects.reading.base import Dialect, Norm, Refused
-from arfusion_pass.dialects.reading.operands import EPSILON_ADVICE, Sum, readable_total, sums, weight_of
+from arfusion_pass.dialects.reading.operands import Sum, epsilon_reason, readable_total, sums, weight_of
 from arfusion_pass.graph import (
     argument,
     constant,
@@ -146,7 +146,7 @@ def _after_mean(
         epsilon = constant(other, finite=False)  # one that is out of range has a reason of its own
         if epsilon is None:
             if isinstance(other, fx.Node):
-                yield Refused(EPSILON_ADVICE.format(node=describe(other)), other)
+                yield Refused(epsilon_reason(other), other)
             continue
         for inverse, nodes in _reciprocal_roots(plus):
             for y in users_of(inverse, aten.mul.Tensor):

@@ -18,7 +18,7 @@ from torch import fx
 
 from arfusion_pass.dialects.reading.base import Dialect, Norm, Quantised, Reduced, Refused
 from arfusion_pass.dialects.reading.op_calls import OpCall, Operand, Output, is_contiguous, op_name, product, same
-from arfusion_pass.dialects.reading.operands import EPSILON_ADVICE, Sum, readable_total, sums, weight_of
+from arfusion_pass.dialects.reading.operands import Sum, epsilon_reason, readable_total, sums, weight_of
 from arfusion_pass.graph import (
     constant,
     describe,
@@ -93,7 +93,7 @@ class NormOp:
         given_epsilon = call[self.epsilon]
         epsilon = self.default_epsilon if given_epsilon is None else constant(given_epsilon, finite=False)
         if epsilon is None:
-            return Refused(EPSILON_ADVICE.format(node=call[self.epsilon]), call.node)
+            return Refused(epsilon_reason(call[self.epsilon]), call.node)
         dtype, x_dtype = dtype_of(value), dtype_of(start)
         given = None if self.weight is None else call[self.weight]
         weight = None if given is None else weight_of(given, last_dim(start), dtype)

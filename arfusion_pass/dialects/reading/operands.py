@@ -20,6 +20,7 @@ from arfusion_pass.graph import (
     VIEWS,
     argument,
     constant,
+    describe,
     dtype_of,
     is_call,
     is_cast,
@@ -32,15 +33,26 @@ from arfusion_pass.graph import (
     tensor_of,
     users_of,
     widens,
+    without_views,
 )
 from arfusion_pass.ops.spec import Flags
 
 aten = torch.ops.aten
 
-EPSILON_ADVICE = (
-    "epsilon is a graph input ({node}), not a number; where torch.compile(dynamic=True) made it one, mark the token "
-    "dimension dynamic with torch._dynamo.mark_dynamic instead"
-)
+
+def epsilon_reason(node: Any) -> str:
+    """Why an epsilon that is no number is not fused."""
+    source = without_views(node)
+    while is_cast(source):
+        source = without_views(source.args[0])
+    tensor = tensor_of(source)
+    if tensor is None or (tensor.dtype == torch.float64 and tensor.dim() == 0 and source.op == "placeholder"):
+        return (
+            f"epsilon is a graph input ({describe(source) if isinstance(source, fx.Node) else source}), as "
+            "torch.compile(dynamic=True) makes it; mark the token dimension dynamic with torch._dynamo.mark_dynamic "
+            "instead, so that epsilon stays a number"
+        )
+    return f"epsilon is the value of the tensor {describe(source)}; the fused op takes a number: make it a Python float"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,48 @@
+"""A graph without an all-reduce says why, where it can be known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import arfusion_pass as arf
+from tests import post_grad
+from tests.models import Tensor, llama
+from tests.simulate import STRICT, c10d, check_unchanged, tensors, trace
+
+pytestmark = pytest.mark.usefixtures("world")
+
+
+def test_other_collective() -> None:
+    """Sequence parallelism reduces and scatters: the report names that."""
+
+    def model(x: Tensor, w: Tensor) -> Tensor:
+        return llama(c10d.wait_tensor(c10d.reduce_scatter_tensor(x, "sum", 2, "0")), w, 1e-6)
+
+    report = check_unchanged(trace(model, *tensors((4, 32), (32,))))
+    assert report.sites == ()
+    assert "reduce_scatter_tensor" in str(report.note)
+    assert "reduce_scatter_tensor" in str(report)
+
+
+def test_graph_break_at_a_collective() -> None:
+    """``async_op=True`` breaks the graph: the graph with the norm says so, in Dynamo's words."""
+
+    def model(x: Tensor, w: Tensor) -> Tensor:
+        work = dist.all_reduce(x, async_op=True)
+        work.wait()
+        return llama(x, w, 1e-6)
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    fusion = arf.AllReduceFusionPass(STRICT)
+    post_grad.compiled(model, fusion)(torch.randn(4, 32).bfloat16(), torch.ones(32).bfloat16())
+    notes = [report.note for report in fusion.reports if report.note]
+    assert notes and "async_op=True" in notes[-1]
+    assert "async_op=True" in str(fusion.report)
+
+
+def test_nothing_to_say() -> None:
+    """A graph that has nothing to do with a collective has no note."""
+    assert check_unchanged(trace(lambda x: x.relu(), *tensors((4, 32)))).note is None
