@@ -16,8 +16,8 @@ class FusionReport:
     Attributes:
         sites: one entry for every all-reduce.
         seconds: what the pass took.
-        note: why the whole graph was left alone (an unexpected error), or why it has no all-reduce (graph breaks at
-            collectives, another collective); else None.
+        note: why the whole graph was left alone (an unexpected error), or the other collectives of one without an
+            all-reduce; else None.
         graph: number of the graph among those that the pass has seen in this process, from 0.
         compile_id: torch's own name of the compilation (``"0/0"``), as in its logs and in tlparse; None outside of one.
         graph_break: the line at which Dynamo ended the graph before its function ended, and why; None where it did not.

@@ -41,6 +41,9 @@ from arfusion_pass.graph import (
 Reductions = Mapping[fx.Node, Reduced]
 """A graph's all-reduces that could be fused, by the nodes that hold the result."""
 
+PROJECTIONS = (aten.mm.default, aten.addmm.default, aten.linear.default, aten._scaled_mm.default)
+"""Behind one of these another layer begins."""
+
 FARTHEST = 24
 """Nodes between an all-reduce and a norm, from which on the norm is somebody else's."""
 
@@ -241,8 +244,8 @@ def _nearest_norm(reduced: Reduced) -> tuple[str, fx.Node | None] | None:
                 return _blame(steps[::-1], norm)
         for reader, _ in _readers(node):
             computes = reader.op == "call_function" and tensor_of(reader) is not None
-            collective = str(getattr(reader.target, "namespace", "")).startswith("_c10d")
-            if computes and not collective and reader not in came:
+            ends = str(getattr(reader.target, "namespace", "")).startswith("_c10d") or is_call(reader, *PROJECTIONS)
+            if computes and not ends and reader not in came:
                 came[reader] = node
                 queue.append(reader)
     return None

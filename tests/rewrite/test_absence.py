@@ -27,7 +27,7 @@ def test_other_collective() -> None:
 
 
 def test_graph_break_at_a_collective() -> None:
-    """``async_op=True`` breaks the graph: the graph with the norm says so, in Dynamo's words."""
+    """``async_op=True`` breaks the graph: no graph holds the all-reduce, and the report says where it went."""
 
     def model(x: Tensor, w: Tensor) -> Tensor:
         work = dist.all_reduce(x, async_op=True)
@@ -35,11 +35,8 @@ def test_graph_break_at_a_collective() -> None:
         return llama(x, w, 1e-6)
 
     torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
     fusion = arf.AllReduceFusionPass(STRICT)
     post_grad.compiled(model, fusion)(torch.randn(4, 32).bfloat16(), torch.ones(32).bfloat16())
-    notes = [report.note for report in fusion.reports if report.note]
-    assert notes and "async_op=True" in notes[-1]
     assert "async_op=True" in str(fusion.report)
 
 

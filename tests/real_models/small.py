@@ -1,0 +1,106 @@
+"""A transformers model made small, with random weights: whole in fp32, and sharded by its own ``tp_plan``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+LAYERS = 2
+TOKENS = 12
+
+SIZES: dict[str, Any] = {
+    **dict.fromkeys(("hidden_size",), 128),
+    **dict.fromkeys(("intermediate_size", "ffn_hidden_size", "intermediate_size_mlp"), 256),
+    **dict.fromkeys(("num_hidden_layers", "num_layers"), LAYERS),
+    **dict.fromkeys(("num_key_value_heads", "num_global_key_value_heads"), 2),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk", "num_experts_per_token", "top_k_experts"), 2),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"), 64),
+    **dict.fromkeys(("shared_intermediate_size", "moe_shared_expert_intermediate_size"), 64),
+    **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "first_k_dense_replace", "zero_expert_num"), 1),
+    **dict.fromkeys(("num_shared_experts", "num_expert_group"), 1),
+    **dict.fromkeys(("linear_num_key_heads", "index_n_heads"), 2),
+    **dict.fromkeys(("num_attention_heads", "linear_num_value_heads"), 4),
+    **dict.fromkeys(("head_dim", "global_head_dim", "query_pre_attn_scalar", "qk_nope_head_dim", "v_head_dim"), 32),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "kv_lora_rank", "index_head_dim"), 32),
+    **dict.fromkeys(("q_lora_rank", "sliding_window", "attention_chunk_size"), 64),
+    **dict.fromkeys(("qk_rope_head_dim", "hidden_size_per_layer_input"), 16),
+    **dict.fromkeys(("laurel_rank", "index_topk"), 8),
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 256),
+    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads"), 4),
+    **dict.fromkeys(("mamba_d_head", "mamba_head_dim"), 64),
+    **dict.fromkeys(("mamba_d_state", "ssm_state_size"), 16),
+    **dict.fromkeys(("mamba_n_groups", "n_groups"), 1),
+    "num_kv_shared_layers": 0,
+    "mamba_d_ssm": 256,
+    "max_position_embeddings": 128,
+}
+"""Sizes by the names that configurations give them; one gets those that it has."""
+
+ALWAYS = ("head_dim", "num_key_value_heads", "n_routed_experts")
+"""Sizes that some configurations leave open, and their models need."""
+
+TOKEN_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def model_types() -> dict[str, str]:
+    """Model type to class of every causal model of the installed transformers that has a tensor-parallel plan."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
+
+    planned = (name for name in NAMES if name in CONFIG_MAPPING)
+    return {name: NAMES[name] for name in planned if getattr(CONFIG_MAPPING[name], "base_model_tp_plan", None)}
+
+
+def small_config(model_type: str, **settings: Any) -> Any:
+    """The type's own configuration with the sizes that it has made small, its first and its last kind of layer.
+
+    Args:
+        model_type: transformers' name.
+        **settings: of the configuration, over the small ones.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    written = CONFIG_MAPPING[model_type]().to_dict()
+    sizes: dict[str, Any] = {}
+    for name, value in written.items():
+        if name in SIZES and (isinstance(value, (int, float, list)) or name in ALWAYS):
+            sizes[name] = SIZES[name]
+        elif isinstance(value, list) and len(value) == written.get("num_hidden_layers"):  # one for each layer
+            sizes[name] = [value[0], value[-1]]
+    if "qk_rope_head_dim" in written:  # latent attention: one rotary part for all heads
+        sizes["head_dim"] = SIZES["qk_rope_head_dim"]
+        if written["num_attention_heads"] == written.get("num_key_value_heads"):
+            sizes["num_key_value_heads"] = SIZES["num_attention_heads"]
+    return CONFIG_MAPPING[model_type](**(sizes | TOKEN_IDS | settings))
+
+
+def sharded(rank: int, model_class: Any, config: Any, folder: str | Path) -> tuple[Any, Any]:
+    """One model with random weights as ``(whole in fp32, sharded in bf16)``, the same on all ranks. Collective.
+
+    Args:
+        rank: of two; rank 0 writes the checkpoint.
+        model_class: transformers' class.
+        config: of :func:`small_config`.
+        folder: for the checkpoint, seen by both.
+    """
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(dist.get_world_size()))  # it looks there
+    if rank == 0:
+        torch.manual_seed(0)
+        model = model_class(config).float()
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # norms other than the identity
+                torch.nn.init.normal_(parameter, 0.5, 0.2)
+        model.save_pretrained(folder)
+    dist.barrier()
+    exact = model_class.from_pretrained(folder, dtype=torch.float32).eval()
+    return exact, model_class.from_pretrained(folder, tp_plan="auto", dtype=torch.bfloat16).eval()
+
+
+def token_ids(config: Any) -> torch.Tensor:
+    """``[1, TOKENS]`` ids, the same on all ranks."""
+    return torch.randint(3, config.vocab_size, (1, TOKENS), generator=torch.Generator().manual_seed(1))
