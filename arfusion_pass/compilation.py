@@ -57,6 +57,13 @@ def graph_break() -> GraphBreak | None:
     return known(_graph_break) if compile_id() is not None else None
 
 
+def breaks_at_collectives() -> list[str]:
+    """Dynamo's graph breaks of this process that are at collectives, in its words."""
+    words = re.compile(r"collective|all_?reduce|reduce_?scatter|all_?gather|process_?group|c10d|async_op", re.I)
+    reasons = known(lambda: list(torch._dynamo.utils.counters["graph_break"])) or []
+    return [reason.strip().splitlines()[0] for reason in reasons if words.search(reason)]
+
+
 def graph_key(*parts: Any) -> str | None:
     """A hash of the graph that Dynamo is compiling and of ``parts``: the same in every process that compiles the same.
 

@@ -31,8 +31,9 @@ class FusionConfig:
         strategy: ``"auto"`` (by the measured tables), ``"oneshot"``, ``"twoshot"``, or ``"sharded"``: in chains of
             sites whose residual nobody else reads, each token's residual lives on one rank (elsewhere as ``"auto"``).
             Never changes a result.
-        reassociate: take a constant factor, or the sum of two all-reduces, before the all-reduce where it stands
-            between that and a norm (:mod:`arfusion_pass.rewrite.reassociate`). Not bit-exact: it rounds elsewhere.
+        reassociate: take the linear steps between an all-reduce and a norm out of the way: factors, sums over
+            leading dimensions and the sum of two all-reduces before the all-reduce, biases and other addends into the
+            residual (:mod:`arfusion_pass.rewrite.reassociate`). Not bit-exact: it rounds elsewhere.
         pdl: launch with programmatic dependent launch where the GPU has it.
         raise_errors: let an unexpected error inside the pass reach the compiler instead of leaving the graph as it
             came with a note in the report. For tests.

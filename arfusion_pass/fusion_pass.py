@@ -16,7 +16,7 @@ from arfusion_pass.config import FusionConfig
 from arfusion_pass.reporting.reports import FusionReport, Reports
 from arfusion_pass.reporting.sites import Site
 from arfusion_pass.rewrite import recording
-from arfusion_pass.rewrite.absence import other_collectives
+from arfusion_pass.rewrite.absence import why_no_all_reduce
 from arfusion_pass.rewrite.chains import Chain, find_chains, mark_chains
 from arfusion_pass.rewrite.commit import Committer, Plan
 from arfusion_pass.rewrite.pass_manager import FusionPassManager
@@ -114,7 +114,7 @@ def run(graph: fx.Graph, config: FusionConfig) -> FusionReport:
         ]  # while its nodes stand; from here on only reasons change
         sites = found
         if not found:
-            note = other_collectives(graph)
+            note = why_no_all_reduce(graph)
         if any(site.reason is None for site in sites):
             shadow = build_shadow(sites)
             calls = FusionPassManager(config).apply(shadow)

@@ -57,6 +57,30 @@ def single_rounding(x: Tensor, w: Tensor, eps: float) -> Tensor:
     return (h * w.float()).to(x.dtype)
 
 
+def divided(x: Tensor, w: Tensor, eps: float) -> Tensor:
+    """Divided by the root."""
+    h = x.float()
+    return (h / torch.sqrt(h.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * w
+
+
+def divided_by_power(x: Tensor, w: Tensor, eps: float) -> Tensor:
+    """Divided by the root as a power, weight in fp32."""
+    h = x.float()
+    return (h / (h.pow(2).mean(-1, keepdim=True) + eps) ** 0.5 * w.float()).to(x.dtype)
+
+
+def one_over_root(x: Tensor, w: Tensor, eps: float) -> Tensor:
+    """``1 / sqrt``."""
+    h = x.float()
+    return w * (h * (1 / torch.sqrt(h.pow(2).mean(-1, keepdim=True) + eps))).to(x.dtype)
+
+
+def power(x: Tensor, w: Tensor, eps: float) -> Tensor:
+    """``** -0.5``."""
+    h = x.float()
+    return (h * (h.pow(2).mean(-1, keepdim=True) + eps) ** -0.5 * w.float()).to(x.dtype)
+
+
 def weightless(x: Tensor, w: Tensor | None, eps: float) -> Tensor:
     """No weight."""
     h = x.float()
@@ -76,9 +100,17 @@ NORMS: dict[str, Norm] = {
     "gemma": gemma,
     "gemma_reversed": gemma_reversed,
     "single_rounding": single_rounding,
+    "divided": divided,
+    "divided_by_power": divided_by_power,
+    "one_over_root": one_over_root,
+    "power": power,
     "weightless": weightless,
     "fp32_result": fp32_result,
 }
+
+
+OTHER_ROOTS = ("single_rounding", "one_over_root", "divided", "divided_by_power")
+"""Norms whose root is no ``rsqrt``: what fuses is within the contract, and not the same bits."""
 
 
 def unrounded_sum(y: Tensor, r: Tensor, w: Tensor, eps: float, norm: Norm) -> tuple[Tensor, Tensor]:

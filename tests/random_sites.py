@@ -43,7 +43,9 @@ NORMS = (*models.NORMS, "unrounded", "aten_fused")
 ENGINE_NORMS = (*engine_calls.NORMS, *engine_calls.ADD_NORMS, *engine_calls.QUANT_NORMS)
 ANY_WEIGHT = ("ir", "ir_add", "c", "c_add")
 """Engine norms that take an fp32 weight; the others get one in the dtype of what they normalise."""
-RESIDUALS = ("left", "right", "none", "fp32", "late", "widened")
+RESIDUALS = ("left", "right", "none", "fp32", "late", "widened", "bias")
+AROUND = ("waited twice", "flat", "column", "heads", "cloned", "in fp32")
+"""What stands around a functional all-reduce and computes nothing (in fp32: of 16-bit values, rounded again)."""
 FAN_OUTS = ("alone", "matmul", "output", "other quantiser", "twin", "relu")
 BETWEEN = ("nothing", "tanh", "matmul", "views", "total read", "clone")
 
@@ -110,6 +112,7 @@ class Site:
 
     prologue: str
     collective: str
+    around: str
     epsilon: float
     norm: str
     gamma: str
@@ -151,7 +154,8 @@ def _draw_site(pick: Pick[Any]) -> Site:
     norm = pick(pick((NORMS, ENGINE_NORMS)))
     return Site(
         prologue=pick(("", "", "moe")) and pick(PROLOGUES),
-        collective=pick(COLLECTIVES),
+        collective=(collective := pick(COLLECTIVES)),
+        around=pick(("", pick(AROUND))) if collective == "functional" else "",
         epsilon=pick(EPSILONS),
         norm=norm,
         gamma=pick(("same", "same", "fp32")),
@@ -258,8 +262,24 @@ def _collective(x: Tensor, site: Site, world: int) -> Tensor:
     if site.unsound in UNSOUND_OPS:
         return models.reduce(x, GROUP, site.unsound)
     if site.collective == "functional":
-        return models.reduce(x, GROUP)
+        return _reduced(site.around, x)
     return engine_calls.all_reduce(site.collective, x, GROUP if site.collective == "symm_mem" else ENGINE_GROUP, world)
+
+
+def _reduced(around: str, x: Tensor) -> Tensor:
+    """An all-reduce with what stands around it."""
+    if around == "flat":
+        return models.reduce(x.reshape(-1), GROUP).view(x.shape)
+    if around == "column":
+        return models.reduce(x.unsqueeze(-1), GROUP).squeeze(-1)
+    if around == "heads":
+        return models.reduce(x.reshape(*x.shape[:-1], 4, HIDDEN // 4), GROUP).reshape(x.shape)
+    if around == "in fp32":
+        return models.reduce(x.float(), GROUP).to(x.dtype)
+    y = models.reduce(x, GROUP)
+    if around == "waited twice":
+        return torch.ops._c10d_functional.wait_tensor(y)
+    return y.clone() if around == "cloned" else y
 
 
 def _norm(
@@ -287,6 +307,7 @@ def _norm(
         "left": lambda: r + y,
         "right": lambda: y + r,
         "none": lambda: y,
+        "bias": lambda: y + w.to(y.dtype),
         "fp32": lambda: r.float() + y,
         "late": lambda: y + torch.tanh(r),
         "widened": lambda: (r + y).float(),

@@ -11,12 +11,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.models import NORMS, Tensor, fp32_result, reduce, unrounded_sum
+from tests.models import NORMS, OTHER_ROOTS, Tensor, fp32_result, reduce, unrounded_sum
 from tests.simulate import STRICT, c10d, calls, check_same, fake_world, fused_copy, symbolic, tensors, trace
 
 HIDDEN = 16
 EPSILONS = (1e-5, 1e-6, 3e-6, 1e-2)
-EXACT = [name for name in NORMS if name != "single_rounding"]  # its root is spelled with other roundings
+EXACT = [name for name in NORMS if name not in OTHER_ROOTS]  # its root is spelled with other roundings
 
 
 @pytest.fixture(scope="module", autouse=True)

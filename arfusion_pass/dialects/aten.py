@@ -6,8 +6,8 @@ every hand-written kin of theirs that Inductor's decompositions leave as this ch
     %pow   = aten.pow.Tensor_Scalar(%wide, 2)                   # or mul(wide, wide)
     %mean  = aten.mean.dim(%pow, [-1], True)                    # -1 or the positive index
     %plus  = aten.add.Tensor(%mean, 1e-06)                      # or add.Scalar
-    %rsqrt = aten.rsqrt.default(%plus)                          # or sqrt and reciprocal
-    %y     = aten.mul.Tensor(%wide, %rsqrt)
+    %rsqrt = aten.rsqrt.default(%plus)                          # or pow(-0.5), or sqrt (or pow(0.5)) and reciprocal
+    %y     = aten.mul.Tensor(%wide, %rsqrt)                     # or div(%wide, %root)
     then one of
       weight in fp32:    %mul = aten.mul.Tensor(%y, %weight); %norm = convert_element_type(%mul, bf16)
       Gemma:             the same with %weight = add(convert_element_type(%w, f32), 1.0)
@@ -148,22 +148,33 @@ def _after_mean(
             if isinstance(other, fx.Node):
                 yield Refused(epsilon_reason(other), other)
             continue
-        for inverse, nodes in _reciprocal_roots(plus):
-            for y in users_of(inverse, aten.mul.Tensor):
+        for inverse, nodes, divides in _roots(plus):
+            for y in users_of(inverse, aten.div.Tensor if divides else aten.mul.Tensor):
                 if peel(other_operand(y, inverse)) is not peel(root) or dtype_of(y) != torch.float32:
                     continue
-                yield _with_weight(start, y, dtype, epsilon, (*head, plus, *nodes, y))
+                if not (divides and y.args[0] is inverse):
+                    yield _with_weight(start, y, dtype, epsilon, (*head, plus, *nodes, y))
 
 
-def _reciprocal_roots(plus: fx.Node) -> Iterator[tuple[fx.Node, tuple[fx.Node, ...]]]:
+def _roots(plus: fx.Node) -> Iterator[tuple[fx.Node, tuple[fx.Node, ...], bool]]:
+    """What the value is multiplied by, or divided by: the node, all nodes to it, and whether it divides.
+
+    The fused op multiplies by ``rsqrt``. A root and its reciprocal, or a division, round once more or once less, which
+    is within the 4 ulp that the contract grants an fp32 norm.
+    """
     for user in list(plus.users):
-        if is_call(user, aten.rsqrt.default) or (
-            is_call(user, aten.pow.Tensor_Scalar) and constant(user.args[1]) == -0.5
-        ):
-            yield user, (user,)
-        elif is_call(user, aten.sqrt.default):
-            for inverse in users_of(user, aten.reciprocal.default):
-                yield inverse, (user, inverse)
+        power = constant(user.args[1]) if is_call(user, aten.pow.Tensor_Scalar) else None
+        if is_call(user, aten.rsqrt.default) or power == -0.5:
+            yield user, (user,), False
+        elif is_call(user, aten.sqrt.default) or power == 0.5:
+            yield user, (user,), True
+            for inverse in list(user.users):
+                one = is_call(inverse, aten.div.Tensor) and inverse.args[1] is user and constant(inverse.args[0]) == 1.0
+                if one or is_call(inverse, aten.reciprocal.default):
+                    yield inverse, (user, inverse), False
+                for product in users_of(inverse, aten.mul.Tensor, aten.mul.Scalar):  # 1 / x as torch writes it
+                    if is_call(inverse, aten.reciprocal.default) and constant(other_operand(product, inverse)) == 1.0:
+                        yield product, (user, inverse, product), False
 
 
 def _with_weight(

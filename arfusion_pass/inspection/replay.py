@@ -338,9 +338,17 @@ def _placeholder_values(module: fx.GraphModule, names: dict[str, str], real: dic
     for node in placeholders:
         fake = node.meta.get("val")
         if isinstance(fake, torch.Tensor) and node.name in by_name:
-            value = by_name[node.name]
+            value = _as_given(fake, by_name[node.name])
             by_name[node.name] = value.reshape(_concrete(fake, value, bindings)).to(fake.dtype)
     return [by_name[node.name] if node.name in by_name else _size(node.meta["val"], bindings) for node in placeholders]
+
+
+def _as_given(fake: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """A bias that the fused call got as a row for each token: as the row, or the one element, that the graph has."""
+    count = fake.numel()
+    if not isinstance(count, int) or count == value.numel() or count not in (1, value.shape[-1]):
+        return value
+    return value.reshape(-1, value.shape[-1])[0, :count] if value.numel() else value.new_zeros(fake.shape)
 
 
 def _concrete(fake: torch.Tensor, real: torch.Tensor, bindings: dict[Any, int]) -> list[int]:

@@ -1,4 +1,5 @@
-"""What a graph without an all-reduce has in its place: sequence parallelism's reduce-scatter, an all-to-all, ...
+"""What a graph without an all-reduce has in its place: sequence parallelism's reduce-scatter, an all-to-all, or the
+graph break at which Dynamo left it.
 
 %scattered = _c10d_functional.reduce_scatter_tensor.default(%x, "sum", 2, "0")
 """
@@ -9,16 +10,21 @@ import re
 
 from torch import fx
 
-from arfusion_pass.graph import describe
+from arfusion_pass.compilation import breaks_at_collectives
+from arfusion_pass.graph import aten, describe, is_call
 
+_ROOTS = (aten.rsqrt.default, aten.sqrt.default, aten._fused_rms_norm.default, aten.rms_norm.default)
 _NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "symm_mem")
 
 
-def other_collectives(graph: fx.Graph) -> str | None:
-    """One sentence on the collectives of a graph that has no all-reduce; None where it has none at all."""
+def why_no_all_reduce(graph: fx.Graph) -> str | None:
+    """One sentence on the collectives of a graph that has no all-reduce, or on where that of its norm went; None where
+    it has neither."""
     found = [node for node in graph.nodes if _is_collective(node)]
     if not found:
-        return None
+        norm = any(is_call(node, *_ROOTS) or "rms_norm" in str(node.target) for node in graph.nodes)
+        breaks = breaks_at_collectives() if norm else []
+        return f"no all-reduce: Dynamo broke the graph at a collective: {'; '.join(breaks[:3])}" if breaks else None
     listed = ", ".join(dict.fromkeys(str(node.target) for node in found))
     return f"no all-reduce: its collectives are {listed} (first {describe(found[0])}), and only all-reduces are fused"
 

@@ -188,14 +188,16 @@ def test_training_graph() -> None:
 
 
 def test_epsilon_as_graph_input() -> None:
-    """``dynamic=True`` makes epsilon an input: refused, with what to do instead."""
+    """``dynamic=True`` makes epsilon an fp64 input: refused, with what to do instead. A buffer is called a tensor."""
 
     def model(x: Tensor, w: Tensor, epsilon: Tensor) -> Tensor:
         h = reduce(x).float()
         return (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + epsilon) * w).to(x.dtype)
 
-    report = check_unchanged(trace(model, *tensors(X, W), torch.tensor(1e-6)))
-    assert "mark_dynamic" in report.missed[0].reason
+    dynamic = torch.tensor(1e-6, dtype=torch.float64)
+    assert "mark_dynamic" in str(check_unchanged(trace(model, *tensors(X, W), dynamic)).missed[0].reason)
+    buffer = str(check_unchanged(trace(model, *tensors(X, W), torch.tensor(1e-6))).missed[0].reason)
+    assert "value of the tensor" in buffer and "dynamic" not in buffer
 
 
 def test_symbolic_hidden_size() -> None:
