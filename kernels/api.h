@@ -134,7 +134,7 @@ ARF_API int arf_set_thresholds(const arf_threshold* rows, int count);
 ARF_API int arf_get_thresholds(arf_threshold* rows, int capacity);
 
 /* Calls that a chain's marks allow it (spec.py: RESIDUAL_*_SHARDED) keep their residual sharded from `oneshot_max_bytes` of
- * message on, by the same rule for the row; INT64_MAX: never. What a call writes plays no part, so a chain's calls decide
+ * message on, by the same rule for the row; 2^62: never. What a call writes plays no part, so a chain's calls decide
  * alike. All ranks have to set the same, between chains. */
 ARF_API int arf_set_sharded_thresholds(const arf_threshold* rows, int count);
 ARF_API int arf_get_sharded_thresholds(arf_threshold* rows, int capacity);

@@ -8,10 +8,12 @@
 namespace arf {
 namespace {
 
+constexpr int64_t kNever = int64_t{1} << 62;
+
 /* Kept sharded from this message on, tokens * hidden * itemsize, where a chain's marks allow it. No row: never.
  * benchmarks/results/sharded.md, 2 H100s: from here on nothing measured loses by it, a norm alone least of all wins: 14.9
  * against 16.2 us for 4096 x 512, 14.7 and 14.7 for 7168 x 256, 28.3 and 30.0 for 8192 x 512. */
-const arf_threshold kBuiltIn[] = {{2, 0, INT64_MAX}, {2, 4096, 4 << 20}, {2, 7168, 7 << 19}, {2, 8192, 8 << 20}};
+const arf_threshold kBuiltIn[] = {{2, 0, kNever}, {2, 4096, 4 << 20}, {2, 7168, 7 << 19}, {2, 8192, 8 << 20}};
 std::mutex table_mutex;
 /* Replaced whole and never freed, so that a launch reads it without a lock. */
 std::atomic<const std::vector<arf_threshold>*> table{nullptr};
@@ -21,7 +23,7 @@ int64_t smallest_message(int world, int64_t hidden) {
   const int64_t found = rows ? search_thresholds(rows->data(), rows->size(), world, hidden) : -1;
   if (found >= 0) return found;
   const int64_t built_in = search_thresholds(kBuiltIn, sizeof kBuiltIn / sizeof *kBuiltIn, world, hidden);
-  return built_in >= 0 ? built_in : INT64_MAX;
+  return built_in >= 0 ? built_in : kNever;
 }
 
 uint32_t up(int64_t bytes, int64_t to) { return static_cast<uint32_t>((bytes + to - 1) / to * to); }

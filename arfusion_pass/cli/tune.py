@@ -1,11 +1,13 @@
-"""Measure where one-shot stops being faster than two-shot on this machine, and write the strategy table.
+"""Measure where one-shot stops being faster than two-shot on this machine, and from where a chain's residual is better
+sharded, and write the strategy table.
 
     table = tune(group)                       # collective over the group, a few seconds
     python -m arfusion_pass.cli.tune 4   # starts four ranks, writes thresholds.json into the cache folder
 
 For each hidden size the message doubles from 16 KiB on; each strategy is timed as back-to-back calls in one CUDA graph,
 median over replays, maximum over ranks. The threshold is the geometric middle of the two sizes between which a change
-of strategy loses least over all sizes. All ranks take the same decisions, because they compare the same maxima.
+of strategy loses least over all sizes. A sharded residual is measured with a norm alone, which wins least by it. All
+ranks take the same decisions, because they compare the same maxima.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ CALLS, REPLAYS = 50, 7
 LAUNCH_CYCLES = 400_000
 """Of the GPU's clock, some 200 µs: longer than the launch of a graph takes the host."""
 ALWAYS = 1 << 40
-"""One-shot was faster at every size measured."""
+"""What is for small messages was faster at every size measured."""
+MIDDLE = Flags.SHARDED | Flags.RESIDUAL_IN_SHARDED | Flags.RESIDUAL_OUT_SHARDED
+"""A call inside a chain, its residual sharded."""
 
 
 def tune(group: dist.ProcessGroup | None = None, hidden: Sequence[int] = HIDDEN) -> ThresholdTable:
@@ -51,22 +55,24 @@ def tune(group: dist.ProcessGroup | None = None, hidden: Sequence[int] = HIDDEN)
     arch = thresholds.arch_name(torch.cuda.get_device_capability())
     table = thresholds.load()
     for size in hidden:
-        table = table.with_measurement(arch, group.size(), size, _crossover(group, size))
+        table = table.with_measurement(arch, group.size(), size, _crossover(group, size, Flags.ONESHOT, Flags.TWOSHOT))
+    for size in hidden:  # against the table in force
+        table = table.with_sharded(arch, group.size(), size, _crossover(group, size, Flags.NONE, MIDDLE))
     name = f"measured on {group.size()} x {torch.cuda.get_device_name()}, {datetime.date.today().isoformat()}"
-    return ThresholdTable(table.oneshot, name)
+    return ThresholdTable(table.oneshot, name, table.sharded)
 
 
-def _crossover(group: dist.ProcessGroup, hidden: int) -> int:
-    """Largest message in bytes for one-shot."""
+def _crossover(group: dist.ProcessGroup, hidden: int, small: Flags, large: Flags) -> int:
+    """Largest message in bytes for calls with the flags ``small``; beyond it those with ``large`` are faster."""
     sizes: list[int] = []
     losses: list[float] = []
     message = SMALLEST
     while message <= LARGEST:
         tokens = max(1, message // (2 * hidden))
-        one_shot = _microseconds(group, tokens, hidden, Flags.ONESHOT)
-        two_shot = _microseconds(group, tokens, hidden, Flags.TWOSHOT)
+        first = _microseconds(group, tokens, hidden, small)
+        second = _microseconds(group, tokens, hidden, large)
         sizes.append(tokens * hidden * 2)
-        losses.append(math.log(one_shot / two_shot))
+        losses.append(math.log(first / second))
         message *= 2
     return limit(sizes, losses)
 
@@ -76,10 +82,10 @@ def limit(sizes: Sequence[int], losses: Sequence[float]) -> int:
 
     Args:
         sizes: bytes, rising.
-        losses: at each, the logarithm of one-shot's time over two-shot's.
+        losses: at each, the logarithm of the first way's time over the second's.
     """
     sums = [0.0, *itertools.accumulate(losses)]
-    count = sums.index(min(sums))  # sizes for one-shot
+    count = sums.index(min(sums))  # sizes for the first way
     if count == len(sizes):
         return ALWAYS
     return math.isqrt(sizes[count - 1] * sizes[count]) if count else 0

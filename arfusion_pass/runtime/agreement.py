@@ -54,6 +54,7 @@ class Facts:
         library: why this rank has no kernel library, or None where it has one.
         bytes: the workspace that it wants.
         thresholds: the strategy table that it would use, as rows.
+        sharded: its table of sharded residuals, likewise.
     """
 
     host: str
@@ -63,6 +64,7 @@ class Facts:
     library: str | None = None
     bytes: int = 0
     thresholds: tuple[tuple[int, int, int], ...] = ()
+    sharded: tuple[tuple[int, int, int], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """As plain data for the store."""
@@ -71,8 +73,11 @@ class Facts:
     @staticmethod
     def from_json(data: dict[str, Any]) -> Facts:
         """The inverse of :meth:`to_json`."""
-        rows = tuple((int(world), int(hidden), int(size)) for world, hidden, size in data["thresholds"])
-        return Facts(**{**data, "unreachable": tuple(data["unreachable"]), "thresholds": rows})
+        tables = {
+            name: tuple((int(world), int(hidden), int(size)) for world, hidden, size in data[name])
+            for name in ("thresholds", "sharded")
+        }
+        return Facts(**{**data, "unreachable": tuple(data["unreachable"]), **tables})
 
 
 def decide(everyone: list[Facts]) -> Decision:

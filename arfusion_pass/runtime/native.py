@@ -105,15 +105,24 @@ def use_thresholds(rows: tuple[tuple[int, int, int], ...]) -> None:
     Args:
         rows: ``(world, hidden, largest message in bytes for one-shot)``; hidden 0 for any.
     """
+    _replace_rows("arf_get_thresholds", "arf_set_thresholds", rows)
+
+
+def use_sharded_thresholds(rows: tuple[tuple[int, int, int], ...]) -> None:
+    """The same with the table of sharded residuals: ``(world, hidden, smallest message in bytes)``."""
+    _replace_rows("arf_get_sharded_thresholds", "arf_set_sharded_thresholds", rows)
+
+
+def _replace_rows(read: str, write: str, rows: tuple[tuple[int, int, int], ...]) -> None:
     library = load()
-    capacity = library.arf_get_thresholds(None, 0)
+    capacity = getattr(library, read)(None, 0)
     old = (c_api.Threshold * max(capacity, 1))()
-    count = min(library.arf_get_thresholds(old, capacity), capacity)
+    count = min(getattr(library, read)(old, capacity), capacity)
     worlds = {world for world, _, _ in rows}
     table = [(row.world, row.hidden, row.oneshot_max_bytes) for row in old[:count] if row.world not in worlds]
     table += list(rows)
     new = (c_api.Threshold * len(table))(*(c_api.Threshold(*row) for row in table))
-    c_api.check(library, "arf_set_thresholds", new, len(table))
+    c_api.check(library, write, new, len(table))
 
 
 def _find_or_build() -> Path:

@@ -6,11 +6,15 @@ One-shot sends every rank's whole message to every peer in one hop; two-shot sen
 
     table = load()                                    # ARFUSION_THRESHOLDS, the tuned file, or what is built in
     table.oneshot_max_bytes("sm_90", 4, 4096)         # at most so many bytes: one-shot
+    table.sharded_min_bytes("sm_90", 2, 4096)         # from so many on a chain's residual is sharded
 
-``arfusion bench --tune`` measures the crossover on the machine it runs on and writes ``thresholds.json`` into the
-cache folder. The file::
+What a call writes plays no part in the second, so that all calls of a chain decide alike. ``arfusion bench --tune``
+measures both crossovers on the machine it runs on and writes ``thresholds.json`` into the cache folder. The file::
 
-    {"version": 1, "oneshot_max_bytes": {"sm_90": {"4": {"*": 1048576, "7168": 917504}}}, "source": "..."}
+    {"version": 1, "oneshot_max_bytes": {"sm_90": {"4": {"*": 1048576, "7168": 917504}}},
+     "sharded_min_bytes": {"sm_90": {"2": {"4096": 4194304}}}, "source": "..."}
+
+Without ``sharded_min_bytes`` the built-in one is used.
 """
 
 from __future__ import annotations
@@ -27,6 +31,9 @@ from arfusion_pass.runtime.build import cache_dir
 ANY_HIDDEN = "*"
 VERSION = 1
 
+NEVER = 1 << 62
+"""More than any message."""
+
 # The op library's own table (kBuiltIn in kernels/plan.cu, which says how it was measured); tests/gpu compares the two.
 _BUILT_IN: dict[str, dict[str, dict[str, int]]] = {
     ANY_HIDDEN: {
@@ -40,6 +47,13 @@ _BUILT_IN: dict[str, dict[str, dict[str, int]]] = {
     },
 }
 
+# kBuiltIn in kernels/payload.cu.
+_BUILT_IN_SHARDED: dict[str, dict[str, dict[str, int]]] = {
+    ANY_HIDDEN: {"2": {ANY_HIDDEN: NEVER, "4096": 4 << 20, "7168": 7 << 19, "8192": 8 << 20}},
+}
+
+Rows = Mapping[str, Mapping[str, Mapping[str, int]]]
+
 
 class ThresholdError(ValueError):
     """A threshold file that cannot be read or does not hold what it should."""
@@ -52,10 +66,12 @@ class ThresholdTable:
     Args:
         oneshot: the nested mapping, keys as in the file.
         source: where it comes from, for reports.
+        sharded: the same for a chain's residual: the message in bytes from which it is sharded.
     """
 
-    oneshot: Mapping[str, Mapping[str, Mapping[str, int]]]
+    oneshot: Rows
     source: str
+    sharded: Rows = dataclasses.field(default_factory=dict)
 
     def oneshot_max_bytes(self, arch: str, world_size: int, hidden: int) -> int:
         """The largest message in bytes for which one-shot is used; 0 where it never is.
@@ -63,39 +79,41 @@ class ThresholdTable:
         The largest measured hidden size that is not above ``hidden`` stands for it, else the smallest (the op library's
         own rule, ``arf_set_thresholds``); an architecture or world size that was not measured has the built-in one.
         """
-        for source in (self.oneshot, _BUILT_IN):
-            for name in (arch, ANY_HIDDEN):
-                by_hidden = source.get(name, {}).get(str(world_size))
-                if by_hidden:
-                    return _row(by_hidden, hidden)
-        return 0
+        return _row(_found(arch, world_size, self.oneshot, _BUILT_IN), hidden, 0)
+
+    def sharded_min_bytes(self, arch: str, world_size: int, hidden: int) -> int:
+        """The smallest message in bytes for which a chain's residual is sharded; :data:`NEVER` where it never is. By
+        the same rule."""
+        return _row(_found(arch, world_size, self.sharded, _BUILT_IN_SHARDED), hidden, NEVER)
 
     def by_hidden(self, arch: str, world_size: int) -> list[tuple[int, int]]:
         """``(hidden, bytes)`` pairs in order of hidden; hidden 0 stands for any. What the op library is given."""
-        for source in (self.oneshot, _BUILT_IN):
-            for name in (arch, ANY_HIDDEN):
-                found = source.get(name, {}).get(str(world_size))
-                if found:
-                    return sorted((0 if key == ANY_HIDDEN else int(key), value) for key, value in found.items())
-        return []
+        return _pairs(_found(arch, world_size, self.oneshot, _BUILT_IN))
+
+    def sharded_by_hidden(self, arch: str, world_size: int) -> list[tuple[int, int]]:
+        """The same of the other table."""
+        return _pairs(_found(arch, world_size, self.sharded, _BUILT_IN_SHARDED))
 
     def with_measurement(self, arch: str, world_size: int, hidden: int | None, value: int) -> ThresholdTable:
         """A copy in which one entry is replaced (``hidden`` None: the entry for any hidden size)."""
-        table = {a: {w: dict(h) for w, h in worlds.items()} for a, worlds in self.oneshot.items()}
-        key = ANY_HIDDEN if hidden is None else str(hidden)
-        table.setdefault(arch, {}).setdefault(str(world_size), {})[key] = int(value)
-        return dataclasses.replace(self, oneshot=table)
+        return dataclasses.replace(self, oneshot=_with(self.oneshot, arch, world_size, hidden, value))
+
+    def with_sharded(self, arch: str, world_size: int, hidden: int | None, value: int) -> ThresholdTable:
+        """The same with an entry of the other table."""
+        return dataclasses.replace(self, sharded=_with(self.sharded, arch, world_size, hidden, value))
 
     def save(self, path: Path) -> None:
         """Write the table as JSON, atomically."""
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         document = {"version": VERSION, "oneshot_max_bytes": self.oneshot, "source": self.source}
+        if self.sharded:
+            document["sharded_min_bytes"] = self.sharded
         temporary.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
         os.replace(temporary, path)
 
 
-BUILT_IN = ThresholdTable(_BUILT_IN, "built in")
+BUILT_IN = ThresholdTable(_BUILT_IN, "built in", _BUILT_IN_SHARDED)
 
 
 def tuned_path() -> Path:
@@ -120,7 +138,12 @@ def load(path: Path | None = None) -> ThresholdTable:
         document = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise ThresholdError(f"cannot read the threshold file {file}: {error}") from error
-    return ThresholdTable(_checked(document, file), str(file))
+    if not isinstance(document, dict) or document.get("version") != VERSION:
+        raise ThresholdError(
+            f"{file} is no threshold table of version {VERSION}: write it anew with `arfusion bench --tune`"
+        )
+    sharded = _checked(document, "sharded_min_bytes", file) if "sharded_min_bytes" in document else {}
+    return ThresholdTable(_checked(document, "oneshot_max_bytes", file), str(file), sharded)
 
 
 def arch_name(capability: tuple[int, int]) -> str:
@@ -128,20 +151,37 @@ def arch_name(capability: tuple[int, int]) -> str:
     return f"sm_{capability[0]}{capability[1]}"
 
 
-def _row(by_hidden: Mapping[str, int], hidden: int) -> int:
-    rows = sorted((0 if key == ANY_HIDDEN else int(key), value) for key, value in by_hidden.items())
+def _found(arch: str, world_size: int, *sources: Rows) -> Mapping[str, int]:
+    """Hidden size to bytes, from the first source that has this architecture (or any) and world size."""
+    for source in sources:
+        for name in (arch, ANY_HIDDEN):
+            by_hidden = source.get(name, {}).get(str(world_size))
+            if by_hidden:
+                return by_hidden
+    return {}
+
+
+def _pairs(by_hidden: Mapping[str, int]) -> list[tuple[int, int]]:
+    return sorted((0 if key == ANY_HIDDEN else int(key), value) for key, value in by_hidden.items())
+
+
+def _row(by_hidden: Mapping[str, int], hidden: int, missing: int) -> int:
+    rows = _pairs(by_hidden)
     below = [value for key, value in rows if key <= hidden]
-    return below[-1] if below else rows[0][1]
+    return below[-1] if below else rows[0][1] if rows else missing
 
 
-def _checked(document: Any, file: Path) -> dict[str, dict[str, dict[str, int]]]:
-    if not isinstance(document, dict) or document.get("version") != VERSION:
-        raise ThresholdError(
-            f"{file} is no threshold table of version {VERSION}: write it anew with `arfusion bench --tune`"
-        )
+def _with(rows: Rows, arch: str, world_size: int, hidden: int | None, value: int) -> Rows:
+    table = {a: {w: dict(h) for w, h in worlds.items()} for a, worlds in rows.items()}
+    key = ANY_HIDDEN if hidden is None else str(hidden)
+    table.setdefault(arch, {}).setdefault(str(world_size), {})[key] = int(value)
+    return table
+
+
+def _checked(document: dict[str, Any], name: str, file: Path) -> dict[str, dict[str, dict[str, int]]]:
     table: dict[str, dict[str, dict[str, int]]] = {}
     try:
-        for arch, worlds in document["oneshot_max_bytes"].items():
+        for arch, worlds in document[name].items():
             for world, by_hidden in worlds.items():
                 if not 2 <= int(world) <= 8 or not by_hidden:
                     raise ValueError(f"world size {world!r}: expected 2 to 8 and at least one entry")

@@ -284,9 +284,11 @@ def _agree(
     """Exchange facts with the other ranks and decide."""
     group = resolve_group(name)
     capability = torch.cuda.get_device_capability(device)
-    table = thresholds.load()
-    # The built-in table is the library's own: nothing to set.
-    rows = [] if table is thresholds.BUILT_IN else table.by_hidden(thresholds.arch_name(capability), group.size())
+    table, world = thresholds.load(), (thresholds.arch_name(capability), group.size())
+    # The built-in tables are the library's own: nothing to set.
+    own = table is thresholds.BUILT_IN
+    rows = [] if own else table.by_hidden(*world)
+    sharded = [] if own else table.sharded_by_hidden(*world)
     facts = Facts(
         host=agreement.host_identity(),
         device=agreement.device_uuid(device),
@@ -295,6 +297,7 @@ def _agree(
         library=lacking,
         bytes=wanted,
         thresholds=tuple((group.size(), hidden, size) for hidden, size in rows),
+        sharded=tuple((group.size(), hidden, size) for hidden, size in sharded),
     )
     everyone = [Facts.from_json(data) for data in agreement.exchange(group, f"{name}/facts", facts.to_json())]
     workspace = Workspace(name, group, device, agreement.decide(everyone))
@@ -389,10 +392,13 @@ def _vote(workspace: Workspace, stage: str, failed: str | None) -> str | None:
 
 def _use_thresholds(everyone: list[Facts]) -> None:
     """All ranks use rank 0's strategy table: the strategy may not depend on a rank's own files."""
-    if any(facts.thresholds != everyone[0].thresholds for facts in everyone):
+    first = everyone[0]
+    if any((facts.thresholds, facts.sharded) != (first.thresholds, first.sharded) for facts in everyone):
         _tell_once("arfusion: the ranks have different strategy tables (thresholds.json); rank 0's is used.")
-    if everyone[0].thresholds:
-        native.use_thresholds(everyone[0].thresholds)
+    if first.thresholds:
+        native.use_thresholds(first.thresholds)
+    if first.sharded:
+        native.use_sharded_thresholds(first.sharded)
 
 
 def _release(workspace: Workspace) -> None:

@@ -15,7 +15,7 @@ def test_crossover(monkeypatch, limit, low, high):
         return (1.0 if message <= limit else 3.0) if flags == Flags.ONESHOT else 2.0
 
     monkeypatch.setattr(tune, "_microseconds", microseconds)
-    assert low <= tune._crossover(None, 4096) <= high
+    assert low <= tune._crossover(None, 4096, Flags.ONESHOT, Flags.TWOSHOT) <= high
 
 
 def test_one_noisy_figure_does_not_decide():

@@ -35,6 +35,24 @@ def test_look_up_takes_the_largest_size_not_above():
     assert table.by_hidden("sm_90", 4) == [(0, 300), (4096, 100), (8192, 200)]
 
 
+def test_sharded_has_its_own_rows():
+    assert BUILT_IN.sharded_min_bytes("sm_90", 2, 4096) == 4 << 20
+    assert BUILT_IN.sharded_min_bytes("sm_90", 2, 5120) == 4 << 20
+    assert BUILT_IN.sharded_min_bytes("sm_90", 2, 2048) == thresholds.NEVER
+    assert BUILT_IN.sharded_min_bytes("sm_90", 4, 4096) == thresholds.NEVER, "not measured"
+    table = BUILT_IN.with_sharded("sm_90", 4, 7168, 77)
+    table.save(thresholds.tuned_path())
+    loaded = thresholds.load()
+    assert loaded.sharded_min_bytes("sm_90", 4, 8192) == 77
+    assert loaded.sharded_by_hidden("sm_90", 2) == BUILT_IN.sharded_by_hidden("sm_90", 2)
+
+
+def test_a_file_without_sharded_rows_keeps_the_built_in_ones():
+    document = {"version": 1, "oneshot_max_bytes": {"sm_90": {"2": {"*": 5}}}}
+    thresholds.tuned_path().write_text(json.dumps(document))
+    assert thresholds.load().sharded_min_bytes("sm_90", 2, 7168) == BUILT_IN.sharded_min_bytes("sm_90", 2, 7168)
+
+
 def test_save_and_load(tmp_path):
     table = BUILT_IN.with_measurement("sm_90", 4, 7168, 12345)
     table.save(thresholds.tuned_path())
@@ -54,6 +72,11 @@ def test_save_and_load(tmp_path):
         {"version": 1, "oneshot_max_bytes": {"sm_90": {"2": {"*": -5}}}},
         {"version": 1, "oneshot_max_bytes": {"sm_90": {"2": {"wide": 5}}}},
         {"version": 1, "oneshot_max_bytes": {"sm_90": {"2": {}}}},
+        {
+            "version": 1,
+            "oneshot_max_bytes": {"sm_90": {"2": {"*": 5}}},
+            "sharded_min_bytes": {"sm_90": {"2": {"*": -5}}},
+        },
     ],
 )
 def test_a_bad_file_is_named_in_the_error(document, tmp_path):

@@ -91,9 +91,8 @@ def compare(env: Env, configs: list[Config], whole: bool = True, runs: int = 2) 
         for index, (a, b) in enumerate(zip(got, first, strict=True)):
             differs = int((a.view(torch.uint8) != b.view(torch.uint8)).sum())
             if differs:
-                env.problems.append(
-                    f"run {number}, output {index}: {differs} bytes differ in {configs[0]}, {len(configs)} sites"
-                )
+                where = f"run {number}, output {index}"
+                env.problems.append(f"{where}: {differs} bytes differ in {configs[0]}, {len(configs)} sites")
 
 
 @case("sharded", "chains")
@@ -105,6 +104,19 @@ def chains(env: Env) -> None:
         compare(env, sites(3, tokens, hidden, dtype), whole=False)
     compare(env, sites(2, 5, 2048, torch.bfloat16))
     compare(env, sites(80, 130, 2048, torch.bfloat16, norms=True))
+
+
+@case("sharded", "narrow")
+def narrow(env: Env) -> None:
+    """Rows whose last 32 vectors are few, with codes that have marks: INT8, e2m1, unclamped e4m3."""
+    int8, nvfp4, unclamped = QuantSpec(QuantFormat.INT8, -1), SPECS[6], QuantSpec(FP8, 0, clamp=False)
+    rows = ((8, (int8, unclamped)), (24, (int8, unclamped)), (264, (int8, unclamped)), (272, (int8, nvfp4)))
+    for dtype, (hidden, specs) in itertools.product((torch.bfloat16, torch.float16, torch.float32), rows):
+        configs = [
+            Config(9, hidden, dtype, spec=specs[number % 2], outputs=("residual_out", "quant_out"), seed=number)
+            for number in range(6)
+        ]
+        compare(env, configs)
 
 
 @case("sharded", "prefill")

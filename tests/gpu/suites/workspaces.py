@@ -87,11 +87,11 @@ def reference_by_flag(env: Env) -> None:
     assert_bits("residual_out", fast["residual_out"], slow["residual_out"])
 
 
-def rows_of(library) -> list[tuple[int, int, int]]:
-    """The strategy table in force."""
-    count = library.arf_get_thresholds(None, 0)
+def rows_of(read) -> list[tuple[int, int, int]]:
+    """A table in force."""
+    count = read(None, 0)
     rows = (c_api.Threshold * count)()
-    library.arf_get_thresholds(rows, count)
+    read(rows, count)
     return sorted((row.world, row.hidden, row.oneshot_max_bytes) for row in rows)
 
 
@@ -103,10 +103,14 @@ def one_copy_of_the_library(env: Env) -> None:
     assert native.load() is library
     from arfusion_pass.ops.schema import SCHEMAS
 
-    assert rows_of(library) == sorted(
-        (int(world), 0 if hidden == "*" else int(hidden), limit)
-        for world, by_hidden in thresholds.BUILT_IN.oneshot["*"].items()
-        for hidden, limit in by_hidden.items()
-    )
+    for read, table in (
+        (library.arf_get_thresholds, thresholds.BUILT_IN.oneshot),
+        (library.arf_get_sharded_thresholds, thresholds.BUILT_IN.sharded),
+    ):
+        assert rows_of(read) == sorted(
+            (int(world), 0 if hidden == "*" else int(hidden), limit)
+            for world, by_hidden in table["*"].items()
+            for hidden, limit in by_hidden.items()
+        )
     lines = library.arf_schemas().decode().split("\n")
     assert sorted(line for line in lines if line) == sorted(name + schema for name, schema in SCHEMAS.items())
