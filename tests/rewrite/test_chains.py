@@ -15,6 +15,7 @@ from torch import fx
 
 import arfusion_pass as arf
 from arfusion_pass.ops.spec import SHARDED_FLAGS, Flags
+from tests import moe_cases
 from tests import quant_cases as q
 from tests.models import fp32_result, gemma, llama, reduce, torch_norm
 from tests.printed_graphs import PrintedGraph
@@ -175,6 +176,31 @@ def pair(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     h, r = block(x, r, w)
     h, r = block(q.static_div(h, w.amax()).to(h.dtype), r, w)
     return q.static_div(h, w.amax()), r
+
+
+@pytest.mark.parametrize("kind", ["finalize", "reduce"])
+def test_moe_prologues_are_members(kind: str) -> None:
+    """Experts' rows in front of a member's all-reduce, the residual's dtype and rows as in its neighbours."""
+
+    def fn(x: Tensor, r: Tensor, w: Tensor, index: Tensor, router: Tensor) -> Tensor:
+        h = x
+        for number in range(3):
+            h = q.static_div(h, w.amax()).to(h.dtype)
+            if number == 1 and kind == "finalize":
+                h = moe_cases.weighted(h, index, router, h)
+            elif number == 1:
+                h = moe_cases.REDUCE["reduced_token"](torch.stack([h, h.neg()]), router.t(), h)
+            h, r = block(h, r, w)
+        return q.static_div(h, w.amax())
+
+    sizes = ((7, HIDDEN), (7, HIDDEN), (HIDDEN,))
+    module = trace(fn, *tensors(*sizes), torch.zeros(7, 2, dtype=torch.int64), *tensors((7, 2)))
+    fused, report = fused_copy(module)
+    assert [site.chain_length for site in report.sites] == [3] * 3, str(report)
+    assert "MoE" in str(report.sites[1].pattern)
+    inputs = random_inputs(module)
+    inputs[3] = torch.randint(0, 7, (7, 2))
+    check_sharded(fused, run(module, inputs), inputs)
 
 
 def test_what_does_not_pay_is_left_replicated() -> None:
