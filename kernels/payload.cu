@@ -10,10 +10,9 @@ namespace {
 
 constexpr int64_t kNever = int64_t{1} << 62;
 
-/* Kept sharded from this message on, tokens * hidden * itemsize, where a chain's marks allow it. No row: never.
- * benchmarks/results/sharded.md, 2 H100s: from here on nothing measured loses by it, a norm alone least of all wins: 14.9
- * against 16.2 us for 4096 x 512, 14.7 and 14.7 for 7168 x 256, 28.3 and 30.0 for 8192 x 512. */
-const arf_threshold kBuiltIn[] = {{2, 0, kNever}, {2, 4096, 4 << 20}, {2, 7168, 7 << 19}, {2, 8192, 8 << 20}};
+/* Kept sharded from this message on, tokens * hidden * itemsize, where a chain's marks allow it. None yet, though measured
+ * (benchmarks/results/sharded.md): how a row's last tile of marks is emptied has changed since the kernels last ran. */
+const arf_threshold kBuiltIn[] = {{2, 0, kNever}};
 std::mutex table_mutex;
 /* Replaced whole and never freed, so that a launch reads it without a lock. */
 std::atomic<const std::vector<arf_threshold>*> table{nullptr};

@@ -47,10 +47,8 @@ _BUILT_IN: dict[str, dict[str, dict[str, int]]] = {
     },
 }
 
-# kBuiltIn in kernels/payload.cu.
-_BUILT_IN_SHARDED: dict[str, dict[str, dict[str, int]]] = {
-    ANY_HIDDEN: {"2": {ANY_HIDDEN: NEVER, "4096": 4 << 20, "7168": 7 << 19, "8192": 8 << 20}},
-}
+# kBuiltIn in kernels/payload.cu: chosen nowhere yet, but by FusionConfig(strategy="sharded") or a tuned file.
+_BUILT_IN_SHARDED: dict[str, dict[str, dict[str, int]]] = {ANY_HIDDEN: {"2": {ANY_HIDDEN: NEVER}}}
 
 Rows = Mapping[str, Mapping[str, Mapping[str, int]]]
 
