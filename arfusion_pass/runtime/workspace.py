@@ -349,6 +349,7 @@ def _allocate(workspace: Workspace, everyone: list[Facts]) -> None:
 
         try:
             tensor = _SymmetricMemory.empty_strided_p2p((size,), (1,), torch.uint8, torch.device("cuda", device))
+            torch.cuda.synchronize(device)  # torch zeroes it on the legacy stream, which ours does not wait for
             tensor.fill_(0xFF)  # the sentinel of an unwritten word, before any peer can write
             torch.cuda.synchronize(device)
         except RuntimeError as error:

@@ -92,12 +92,16 @@ class GuardedBuffer:
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
         count = math.prod(shape) * torch.empty((), dtype=dtype).element_size()
         padded = (count + GUARD - 1) // GUARD * GUARD
-        self._raw = torch.full((padded + 2 * GUARD,), POISON, dtype=torch.uint8, device=device)
-        self._count = count
-        self.tensor = self._raw[GUARD : GUARD + count].view(dtype).view(shape)
+        self._count, self._dtype, self._shape = count, dtype, shape
+        self.move_to(torch.full((padded + 2 * GUARD,), POISON, dtype=torch.uint8, device=device))
+
+    def move_to(self, raw: torch.Tensor) -> None:
+        """Lie in other bytes, as many as ``self.raw`` has; what they hold stays."""
+        self.raw = raw
+        self.tensor = raw[GUARD : GUARD + self._count].view(self._dtype).view(self._shape)
 
     def assert_guards(self, name: str) -> None:
         """Nothing was written outside the tensor."""
-        before, after = self._raw[:GUARD], self._raw[GUARD + self._count :]
+        before, after = self.raw[:GUARD], self.raw[GUARD + self._count :]
         touched = int((before != POISON).sum()), int((after != POISON).sum())
         assert touched == (0, 0), f"{name}: {touched[0]} bytes written before the tensor, {touched[1]} after it"

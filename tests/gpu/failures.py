@@ -103,6 +103,8 @@ def _rank_main(world: int, port: int, folder: Path, rank: int) -> None:
         _expect(RuntimeError, call, f"rank {world - 1}")
         assert float((x + 1).sum()) == 2 * x.numel(), "CUDA no longer works"
         workspace.destroy()
+        torch.ops.arfusion.allreduce_rms_norm(x, None, None, None, "", norm_out=norm)
+        assert bool(torch.isfinite(norm).all()), "the survivor's own kernels no longer work"
     except Exception as error:
         report["error"] = f"{type(error).__name__}: {error}"
     (folder / str(rank)).write_text(json.dumps(report))

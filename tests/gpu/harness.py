@@ -109,6 +109,17 @@ class Env:
 
             dist.barrier(group=self.gloo)
 
+    def agree(self, flag: bool) -> bool:
+        """Whether ``flag`` is set on any rank; all ranks ask."""
+        if self.gloo is None:
+            return flag
+        import torch
+        import torch.distributed as dist
+
+        flags = torch.tensor([flag], dtype=torch.int32)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.gloo)
+        return bool(flags.item())
+
     def verdicts(self, error: str | None) -> list[str | None]:
         """Exchange this case's outcome; adds an error where tensors noted by :meth:`same` differ."""
         import torch

@@ -2,7 +2,10 @@
 
 import importlib
 
-NAMES = ("epilogues", "shapes", "determinism", "graphs", "robustness", "moe", "workspaces", "eager", "sharded", "soak")
+NAMES = (
+    "epilogues", "shapes", "determinism", "graphs", "robustness", "moe", "workspaces", "eager", "sharded", "faults",
+    "soak",
+)  # fmt: skip
 
 
 def load() -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import os
+import time
+from pathlib import Path
 
 import torch
 
@@ -12,6 +16,8 @@ from arfusion_pass.runtime.agreement import Backend, Decision
 from tests.gpu.calls import Config, run, verify
 from tests.gpu.compare import assert_bits
 from tests.gpu.harness import Env, case
+
+CYCLES = int(os.environ.get("ARFUSION_TEST_CYCLES", "1000"))
 
 
 @case("workspaces", "default", worlds=(2, 3, 4, 5, 6, 7, 8))
@@ -51,6 +57,55 @@ def made_anew(env: Env) -> None:
         run(config, env)
     verify(config, env, run(config, env))
     assert free[-1] >= free[1] - (8 << 20), f"memory is lost: {[f >> 20 for f in free]} MiB free"
+
+
+@case("workspaces", "empty", worlds=(2, 3, 4))
+def made_on_a_side_stream(env: Env) -> None:
+    """Every word is empty, whatever stream it is made on: torch's own zeroing of the memory has come before."""
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for _ in range(10):
+            env.barrier()
+            workspace.destroy()
+            made = workspace.prepare(env.group)
+            assert made.tensor is not None
+            filled = int((made.tensor.view(torch.int64) != -1).sum())
+            assert filled == 0, f"{filled} words are not empty"
+
+
+@case("workspaces", "a-thousand", worlds=(2, 3, 4))
+def a_thousand_workspaces(env: Env) -> None:
+    """1,000 made and destroyed, each used once: device memory, file descriptors and host memory come back."""
+    x = torch.ones(16, 4096, dtype=torch.bfloat16, device=env.device)
+    out = torch.empty_like(x)
+    seen: dict[int, tuple[int, int, int]] = {}
+    start = time.monotonic()
+    for cycle in range(CYCLES + 1):
+        torch.cuda.synchronize()
+        env.barrier()
+        workspace.destroy()
+        if cycle in (CYCLES // 10, CYCLES):
+            gc.collect()
+            torch.cuda.empty_cache()
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            seen[cycle] = (
+                torch.cuda.mem_get_info()[0],
+                len(os.listdir("/proc/self/fd")),
+                pages * os.sysconf("SC_PAGESIZE"),
+            )
+            if cycle == CYCLES:
+                break
+        workspace.prepare(env.group, 16, 4096)
+        torch.ops.arfusion.allreduce_rms_norm(x, None, None, None, env.group_name, allreduce_out=out)
+    assert bool((out == env.world).all())
+    (free, files, host), (free_now, files_now, host_now) = seen.values()
+    cycles = CYCLES - CYCLES // 10
+    env.note(
+        f"{CYCLES} in {time.monotonic() - start:.0f} s; over the last {cycles}: device {(free - free_now) >> 10} KiB, "
+        f"{files_now - files} files, host {(host_now - host) / cycles / 1024:.2f} KiB a cycle"
+    )
+    assert free - free_now <= 4 << 20, f"{(free - free_now) >> 20} MiB of device memory are lost"
+    assert files_now <= files, f"{files_now - files} file descriptors are lost"
+    assert host_now - host < cycles * 8192, f"{(host_now - host) >> 20} MiB of host memory are lost"
 
 
 @case("workspaces", "fallback", worlds=(2, 3, 4))
