@@ -58,7 +58,10 @@ def graph_break() -> GraphBreak | None:
 
 
 def breaks_at_collectives() -> list[str]:
-    """Dynamo's graph breaks of this process that are at collectives, in its words."""
+    """Where the graph that Dynamo is compiling goes on after a graph break: this process' breaks at collectives, in its
+    words."""
+    if not known(_resumes):
+        return []
     words = re.compile(r"collective|all_?reduce|reduce_?scatter|all_?gather|process_?group|c10d|async_op", re.I)
     reasons = known(lambda: list(torch._dynamo.utils.counters["graph_break"])) or []
     return [reason.strip().splitlines()[0] for reason in reasons if words.search(reason)]
@@ -90,6 +93,12 @@ def _output() -> Any:
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     return InstructionTranslator.current_tx().output
+
+
+def _resumes() -> bool:
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    return InstructionTranslator.current_tx().f_code.co_name.startswith("torch_dynamo_resume_in")
 
 
 def _graph_break() -> GraphBreak | None:
