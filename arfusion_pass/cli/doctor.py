@@ -8,6 +8,7 @@ Collecting the facts builds nothing, loads nothing and creates no CUDA context b
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import subprocess
@@ -43,6 +44,8 @@ class LibraryState:
     cache: str
     prebuilt: bool
     """``ARFUSION_LIBRARY`` names it."""
+    problem: str | None = None
+    """Why what lies there, or an environment variable, is not used."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +109,7 @@ def collect() -> DoctorFacts:
     )
     nvcc, cxx = build.find_nvcc(), build.find_cxx()
     library = _library_state()
-    problems: list[str] = []
+    problems = [] if library.problem is None else [library.problem]
     try:
         table = thresholds.load().source
     except thresholds.ThresholdError as error:
@@ -147,24 +150,38 @@ def _device(index: int) -> Device:
         index=index,
         name=properties.name,
         capability=f"{properties.major}.{properties.minor}",
-        arch=build.device_arch(index) or "unknown",
+        arch=_arch(index) or "unknown",
         memory_gib=round(properties.total_memory / 2**30, 1),
         multiprocessors=properties.multi_processor_count,
     )
 
 
+def _arch(index: int | None = None) -> str | None:
+    """The architecture to build for, None where ARFUSION_ARCH is none."""
+    with contextlib.suppress(build.BuildError):
+        return build.device_arch(index)
+    return None
+
+
 def _library_state() -> LibraryState:
-    path = build.library_path()
+    path, problem = None, None
+    try:
+        path = build.library_path()
+        if path is not None and path.is_file() and not build.is_usable(path):
+            problem = build.distrust(path) or f"{path} is no library, or one that was cut short: `arfusion build`"
+    except build.BuildError as error:
+        problem = str(error)
     sources = build.source_dir()
     loaded = native.loaded_path()
     return LibraryState(
-        arch=build.device_arch(),
+        arch=_arch(),
         path=None if path is None else str(path),
-        built=path is not None and path.is_file(),
+        built=path is not None and build.is_usable(path),
         loaded=None if loaded is None else str(loaded),
         sources=None if sources is None else str(sources),
         cache=str(build.cache_dir()),
-        prebuilt="ARFUSION_LIBRARY" in os.environ,
+        prebuilt=bool(os.environ.get("ARFUSION_LIBRARY")),
+        problem=problem,
     )
 
 
@@ -177,7 +194,7 @@ def _backend(devices: tuple[Device, ...], library: LibraryState, nvcc: str | Non
     if library.loaded or library.built:
         return "native", f"the kernel library is {'loaded' if library.loaded else 'built'}"
     if library.prebuilt:
-        return "reference", f"ARFUSION_LIBRARY names {library.path}, which is no file"
+        return "reference", f"ARFUSION_LIBRARY names {library.path}, which is no whole library"
     if int(devices[0].capability.split(".")[0]) < 8:
         return "reference", f"the kernels need compute capability 8.0, {devices[0].name} has {devices[0].capability}"
     if os.environ.get("ARFUSION_BUILD", "1") == "0":

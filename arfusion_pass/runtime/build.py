@@ -12,7 +12,8 @@ The cache key is a hash of the sources, the flags, the architecture and the torc
 that a library built in one container is found in another that has none. Environment:
 
 * ``ARFUSION_LIBRARY``: path of a prebuilt library, used as it is.
-* ``ARFUSION_CACHE_DIR``: the cache folder (default ``$XDG_CACHE_HOME/arfusion`` or ``~/.cache/arfusion``).
+* ``ARFUSION_CACHE_DIR``: the cache folder (default ``$XDG_CACHE_HOME/arfusion`` or ``~/.cache/arfusion``). A library
+  in a default folder is loaded only where it and the folder belong to the user or to root and nobody else may write.
 * ``ARFUSION_ARCH``: the architecture to build for where the device's is not wanted.
 * ``ARFUSION_NVCC``, ``CUDA_HOME``, ``CXX``: the compilers.
 * ``MAX_JOBS``: how many compilers run at once (default: the CPU cores this process may use).
@@ -22,7 +23,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import os
 import shutil
@@ -38,6 +38,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
+
+from arfusion_pass.runtime import files
 
 TORCH_TARGET = "0x020b000000000000"
 """The stable ABI that the op library is written to: torch 2.11. One build serves that version and later ones."""
@@ -58,7 +60,6 @@ LINK_FLAGS = ("-Xlinker", "--as-needed", "-Xlinker", "-z,defs", "-Xlinker", "--e
 _SOURCE_SUFFIXES = (".cu", ".cuh", ".h", ".hpp", ".cpp")
 _ARCHITECTURES = {(9, 0): "90a", (10, 0): "100a", (10, 3): "103a", (12, 0): "120a", (12, 1): "121a"}
 _COMPILER_TIMEOUT = 1800.0
-_LOCK_TIMEOUT = 1800.0
 
 
 class BuildError(RuntimeError):
@@ -109,10 +110,30 @@ def cache_dir() -> Path:
         return Path(tempfile.gettempdir()) / f"arfusion-{os.getuid()}"
 
 
+def is_named() -> bool:
+    """Whether the user named the library or the cache folder, which are then taken as they are."""
+    return bool(os.environ.get("ARFUSION_LIBRARY") or os.environ.get("ARFUSION_CACHE_DIR"))
+
+
+def distrust(path: Path) -> str | None:
+    """Why a library that lies at ``path`` must not be loaded, with what to do about it, or None."""
+    if is_named():
+        return None
+    why = files.distrust(path.parent) or files.distrust(path)
+    return why and f"{why}, so what lies in {path.parent} is not loaded. Remove it, or set ARFUSION_CACHE_DIR."
+
+
 def device_arch(device: int | None = None) -> str | None:
-    """The architecture to build for: ``ARFUSION_ARCH``, else that of the given or current device, else None."""
+    """The architecture to build for: ``ARFUSION_ARCH``, else that of the given or current device, else None.
+
+    Raises:
+        BuildError: ``ARFUSION_ARCH`` is no architecture.
+    """
     if explicit := os.environ.get("ARFUSION_ARCH"):
-        return normalise_arch(explicit)
+        try:
+            return normalise_arch(explicit)
+        except ValueError as error:
+            raise BuildError(f"ARFUSION_ARCH: {error}. Correct or unset it.") from None
     if not torch.cuda.is_available():
         return None
     major, minor = torch.cuda.get_device_capability(device)
@@ -202,7 +223,12 @@ def find_toolchain() -> Toolchain:
 def is_built(arch: str | None = None) -> bool:
     """Whether :func:`build` would find the library rather than compile it."""
     path = library_path(arch)
-    return path is not None and path.is_file()
+    return path is not None and is_usable(path)
+
+
+def is_usable(path: Path) -> bool:
+    """Whether the library at ``path`` is there, whole, and nobody else's."""
+    return path.is_file() and files.is_whole_library(path) and distrust(path) is None
 
 
 def build(
@@ -225,13 +251,19 @@ def build(
         verbose: print every command.
 
     Raises:
-        BuildError: no sources, no compiler, no architecture, or the compiler failed (its output is in the message).
+        BuildError: no sources, no compiler, no architecture, a folder of another user's, or the compiler failed (its
+            output is in the message).
     """
     explicit = os.environ.get("ARFUSION_LIBRARY")
     if explicit and not force and output is None:
         path = Path(explicit).expanduser()
         if not path.is_file():
             raise BuildError(f"ARFUSION_LIBRARY is set to {explicit!r}, which is no file. Correct or unset it.")
+        if not files.is_whole_library(path):
+            raise BuildError(
+                f"ARFUSION_LIBRARY is set to {explicit!r}, which is no library, or one that was cut short. Copy it "
+                "anew, or unset it."
+            )
         return path
     arch = device_arch() if arch is None else normalise_arch(arch)
     if arch is None:
@@ -241,46 +273,33 @@ def build(
         raise BuildError("this installation holds no kernel sources (neither arfusion_pass/_kernels nor kernels/).")
     path = cache_dir() / f"libarfusion-sm{arch}-{build_key(folder, arch)}.so"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_cache_folder(path.parent)
+        if force or not is_usable(path):
+            with files.locked(path.with_suffix(".lock")):
+                if force or not is_usable(path):
+                    _compile(folder, arch, path, progress, verbose)
+        if output is not None:
+            target = Path(output)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            files.replace_by_copy(path, target)
+    except files.LockError as error:
+        raise BuildError(str(error)) from None
     except OSError as error:
-        raise BuildError(f"cannot create the cache folder {path.parent}: {error}. Set ARFUSION_CACHE_DIR.") from error
-    if force or not path.is_file():
-        with locked(path.with_suffix(".lock")):
-            if force or not path.is_file():
-                _compile(folder, arch, path, progress, verbose)
-    if output is not None:
-        target = Path(output)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
+        raise BuildError(f"cannot write the library: {error}. Set ARFUSION_CACHE_DIR, or another output.") from error
     return path
 
 
-@contextlib.contextmanager
-def locked(path: Path, timeout: float = _LOCK_TIMEOUT) -> Iterator[None]:
-    """Hold an exclusive lock on ``path`` (released by the system if the process dies); bounded wait."""
+def _make_cache_folder(folder: Path) -> None:
+    """The cache folder, the user's alone unless the user named it."""
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        if is_named():
+            folder.mkdir(parents=True, exist_ok=True)
+        else:
+            files.private_folder(folder)
     except OSError as error:
-        raise BuildError(f"cannot write to the cache folder {path.parent}: {error}. Set ARFUSION_CACHE_DIR.") from error
-    try:
-        start, told = time.monotonic(), False
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                waited = time.monotonic() - start
-                if waited > timeout:
-                    raise BuildError(
-                        f"another process has held {path} for {waited:.0f} s. If none is building, remove that file."
-                    ) from None
-                if waited > 5 and not told:
-                    print("arfusion: another process is building the kernels, waiting for it", file=sys.stderr)
-                    told = True
-                time.sleep(0.05)
-        yield
-    finally:
-        os.close(descriptor)
+        raise BuildError(f"cannot create the cache folder {folder}: {error}. Set ARFUSION_CACHE_DIR.") from error
+    if not is_named() and (why := files.distrust(folder)):
+        raise BuildError(f"{why}, so no library is built there. Remove it, or set ARFUSION_CACHE_DIR.")
 
 
 def _compile(
@@ -298,34 +317,46 @@ def _compile(
         key=lambda unit: unit.stat().st_size,
         reverse=True,
     )
+    jobs_at_once = _max_jobs()
+    prefix = f"build-{path.stem}-"
+    for left_over in path.parent.glob(f"{prefix}*"):  # of a build that was killed: this one holds the lock
+        shutil.rmtree(left_over, ignore_errors=True)
     with contextlib.ExitStack() as stack:
         if progress is None:
             progress = stack.enter_context(_default_progress(arch, len(units) + 1))
-        work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="build-", dir=path.parent)))
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent)))
         stop = threading.Event()
-        pool = stack.enter_context(ThreadPoolExecutor(max_workers=_max_jobs()))
+        pool = stack.enter_context(ThreadPoolExecutor(max_workers=jobs_at_once))
         jobs = {
             pool.submit(_run, _compile_command(tools, unit, work / f"{unit.name}.o", arch), stop, verbose): unit
             for unit in units
         }
         total, failure = len(units) + 1, None
-        for done, job in enumerate(as_completed(jobs), start=1):
-            try:
-                progress(CompileEvent(jobs[job].name, job.result(), done, total))
-            except BuildError as error:
-                stop.set()  # the other compilers are stopped, not waited for
-                failure = failure or error
+        try:
+            for done, job in enumerate(as_completed(jobs), start=1):
+                try:
+                    progress(CompileEvent(jobs[job].name, job.result(), done, total))
+                except BuildError as error:
+                    stop.set()  # the other compilers are stopped, not waited for
+                    failure = failure or error
+        except BaseException:  # Ctrl-C: no further compiler is started
+            stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
         if failure is not None:
             raise failure
         linked = work / path.name
         seconds = _run(_link_command(tools, [work / f"{unit.name}.o" for unit in units], linked), stop, verbose)
+        os.chmod(linked, linked.stat().st_mode & ~0o022)  # a umask of 002 would have the next process distrust it
         os.replace(linked, path)
         progress(CompileEvent("link", seconds, total, total))
 
 
 def _max_jobs() -> int:
     if explicit := os.environ.get("MAX_JOBS"):
-        return max(1, int(explicit))
+        if not explicit.isdecimal() or int(explicit) < 1:
+            raise BuildError(f"MAX_JOBS must be a positive integer, got {explicit!r}. Correct or unset it.")
+        return int(explicit)
     return max(1, len(os.sched_getaffinity(0)))
 
 

@@ -70,7 +70,7 @@ def load() -> ctypes.CDLL:
             path = _find_or_build()
             _library = _open(path)
             _path = path
-        except (build.BuildError, OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             _failure = str(error)
             raise NativeUnavailableError(_failure) from error
         return _library
@@ -127,15 +127,17 @@ def _replace_rows(read: str, write: str, rows: tuple[tuple[int, int, int], ...])
 
 def _find_or_build() -> Path:
     path = build.library_path()
-    if path is not None and path.is_file():
+    if path is not None and build.is_usable(path):
         return path
-    if not torch.cuda.is_available() and "ARFUSION_LIBRARY" not in os.environ:
-        raise NativeUnavailableError("no CUDA device is visible")
-    if os.environ.get("ARFUSION_BUILD", "1") == "0":
-        raise NativeUnavailableError(
-            f"the kernels are not built ({path}) and ARFUSION_BUILD=0 forbids building them on first use: "
-            "run `arfusion build`"
-        )
+    if not os.environ.get("ARFUSION_LIBRARY"):
+        if not torch.cuda.is_available():
+            raise NativeUnavailableError("no CUDA device is visible")
+        if os.environ.get("ARFUSION_BUILD", "1") == "0":
+            why = build.distrust(path) if path is not None and path.is_file() else None
+            raise NativeUnavailableError(
+                f"{why or f'the kernels are not built ({path})'}; ARFUSION_BUILD=0 forbids building them on first use: "
+                "run `arfusion build`"
+            )
     return build.build()
 
 
@@ -144,8 +146,11 @@ def _open(path: Path) -> ctypes.CDLL:
     global _callback
     if other := _mapped_copy(path):
         raise RuntimeError(f"another copy of the kernel library is loaded in this process: {other} (asked for {path})")
-    library = c_api.open_library(path)
-    torch.ops.load_library(str(path))
+    try:
+        library = c_api.open_library(path)
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        raise RuntimeError(f"{path} cannot be loaded: {error}. Build it anew: `arfusion build --force`") from error
     missing = [op for op in SCHEMAS if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", "CUDA")]
     if missing:
         raise RuntimeError(

@@ -151,6 +151,11 @@ def _fallback_ranks(rank: int, world: int, file: str) -> None:
             assert torch.equal(out["scale_out"], want.scales)
             if with_reduced:
                 assert torch.equal(out["allreduce_out"], total)
+        lying = residual.clone()  # an all-reduce's output may lie on the residual, which is still to be read
+        norm = torch.empty(5, 256, dtype=torch.bfloat16)
+        call(*arguments, lying, weight, None, name, allreduce_out=lying, norm_out=norm)
+        assert torch.equal(norm, want.norm.bfloat16())
+        assert torch.equal(lying, total)
         only = torch.empty(5, 256, dtype=torch.bfloat16)
         getattr(ops, fallback.fallback_name(op))(*arguments, None, None, None, name, allreduce_out=only)
         assert torch.equal(only, total)
