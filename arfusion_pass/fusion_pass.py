@@ -15,7 +15,7 @@ from arfusion_pass.compilation import compile_id, graph_break
 from arfusion_pass.config import FusionConfig
 from arfusion_pass.reporting.reports import FusionReport, Reports
 from arfusion_pass.reporting.sites import Site
-from arfusion_pass.rewrite import recording
+from arfusion_pass.rewrite import marking, recording
 from arfusion_pass.rewrite.absence import why_no_all_reduce
 from arfusion_pass.rewrite.chains import Chain, find_chains, mark_chains
 from arfusion_pass.rewrite.commit import Committer, Plan
@@ -127,9 +127,12 @@ def run(graph: fx.Graph, config: FusionConfig) -> FusionReport:
             committer.erase()
             chains = find_chains([call for _, call in written], config)
             mark_chains(chains)
+            marking.stamp(sites, written)
             if recorder is not None:
                 after = recorder.print_graph(graph)
                 recorder.mark(taken, [call for _, call in written])
+        else:
+            marking.stamp(sites, [])
     except Exception as error:
         if config.raise_errors:
             raise

@@ -282,9 +282,9 @@ def input_shape(api: str, name: str, value: Any) -> tuple[int, int]:
 
 
 def need_dense(api: str, name: str, value: torch.Tensor) -> None:
-    """``ValueError`` where ``value`` has no strides, such as a sparse tensor."""
-    if value.layout != torch.strided:
-        raise ValueError(f"{api}: {name} must be a dense tensor, got {value.layout}")
+    """``ValueError`` where ``value`` is no plain memory: a sparse or a quantised tensor."""
+    if value.layout != torch.strided or value.is_quantized:
+        raise ValueError(f"{api}: {name} must be a dense tensor, got {value.layout} {value.dtype}")
 
 
 def need_contiguous(api: str, name: str, value: torch.Tensor) -> None:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.fx
 
+from arfusion_pass.ops.marks import without_mark
+
 _LINE = re.compile(r"^\s*%(?P<name>\S+) \[call_func\] (?P<target>[^(]+)\((?P<args>.*)\)  -> ")
 
 
@@ -33,12 +35,17 @@ def print_graph(graph: torch.fx.Graph) -> str:
             lines.append(f"  return {_argument(node.args[0])}")
             continue
         arguments = [_argument(argument) for argument in node.args]
-        arguments += [f"{name}={_argument(value)}" for name, value in node.kwargs.items()]
+        arguments += [f"{name}={_argument(_shown(name, value))}" for name, value in node.kwargs.items()]
         call = f"{_target(node.target)}({', '.join(arguments)})"
         lines.append(
             f"  %{node.name} [{node.op[:9]}] {call}  -> {_value(node.meta.get('val'))}  users={len(node.users)}"
         )
     return "\n".join(lines) + "\n"
+
+
+def _shown(name: str, value: Any) -> Any:
+    """A fused call's flags without its graph's mark, which every other all-reduce of the graph has a part in."""
+    return without_mark(value) if name == "flags" and isinstance(value, int) else value
 
 
 def op_counts(printed: str) -> collections.Counter[str]:

@@ -113,7 +113,7 @@ class Recorder:
         for replay, call in zip(replays, calls, strict=True):
             flags = call.kwargs["flags"]
             assert isinstance(flags, int)
-            call.update_kwarg("flags", flags | record.add_observer(replay.observe))
+            call.update_kwarg("flags", record.observed(flags, replay.observe))
 
     def add(self, report: FusionReport, replays: list[ReplaySite]) -> None:
         """Keep a graph's report; its fused sites are the replays, in the report's order."""

@@ -15,6 +15,7 @@ import torch
 
 from arfusion_pass.ops import layouts
 from arfusion_pass.ops.layouts import Size
+from arfusion_pass.ops.marks import without_mark
 from arfusion_pass.ops.memory import Rows, row_pitch
 from arfusion_pass.ops.schema import OUTPUT_NAMES
 from arfusion_pass.ops.spec import (
@@ -265,7 +266,8 @@ class _Checker:
     def scalars(self) -> None:
         call = self.call
         flags = call.flags
-        self.need(flags >= 0 and not flags & ~int(ALL_FLAGS), f"flags={flags:#x} has bits that mean nothing")
+        meaningless = flags < 0 or without_mark(flags) & ~int(ALL_FLAGS)
+        self.need(not meaningless, f"flags={flags:#x} has bits that mean nothing")
         exclusive = ((Flags.ONESHOT, Flags.TWOSHOT), (Flags.ONESHOT, Flags.SHARDED), (Flags.TWOSHOT, Flags.SHARDED))
         for one, other in (*exclusive, (Flags.REFERENCE, Flags.FLASHINFER)):
             self.need(not (flags & one and flags & other), f"flags {one.name} and {other.name} exclude each other")

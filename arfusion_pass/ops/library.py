@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from arfusion_pass.groups import resolve_group
-from arfusion_pass.ops import layouts, record, reference
+from arfusion_pass.ops import layouts, marks, record, reference
 from arfusion_pass.ops.checks import FusedCall, check_call
 from arfusion_pass.ops.schema import NAMESPACE, OUTPUT_NAMES, SCHEMAS
 from arfusion_pass.ops.spec import Flags
@@ -52,6 +52,7 @@ def run_reference(op: str, arguments: dict[str, Any]) -> None:
     """Run ``arfusion::op`` on the reference: check, reduce over the group, epilogue, write the outputs given."""
     call = FusedCall.bind(op, arguments)
     check_call(call, eager=True)
+    marks.first_call(call.group_name, call.flags)
     _run(call)
 
 
@@ -124,6 +125,7 @@ def _implementations(name: str) -> tuple[Callable[..., None], Callable[..., None
             return
         call = FusedCall.bind(name, arguments)
         check_call(call, eager=True)
+        marks.first_call(call.group_name, call.flags)
         if not (call.x.is_cuda and native_dispatch(name, arguments)):
             _run(call)
 

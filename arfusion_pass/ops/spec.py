@@ -38,6 +38,8 @@ class Flags(enum.IntFlag):
     * ``RECORD``: hand inputs and outputs to the recorder whose site number stands in bits 32 and up
       (:mod:`arfusion_pass.inspection.replay`), and run as without it.
 
+    In a call that is not recorded, bits 32 and up hold its graph's mark (:mod:`arfusion_pass.ops.marks`), 0 for none.
+
     Rounding inside the MoE prologues (none set: fp32 throughout, one rounding to ``T`` before the exchange):
 
     * ``MOE_ROUND_PRODUCT``: each expert's row times its weight is rounded to ``T``.

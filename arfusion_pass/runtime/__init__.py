@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from arfusion_pass.ops import library
+from arfusion_pass.ops import library, marks
 from arfusion_pass.runtime import native
 
 
@@ -18,6 +18,18 @@ def _dispatch(op: str, arguments: dict[str, Any]) -> bool:
     return dispatch.dispatch(op, arguments)
 
 
+def _agree(group: str, mark: int) -> None:
+    from arfusion_pass.runtime import one_graph
+
+    one_graph.agree(group, mark)
+
+
+def _compiled(group: str, mark: int, steps: tuple[marks.Step, ...]) -> None:
+    from arfusion_pass.runtime import one_graph
+
+    one_graph.publish_missed(group, mark, steps)
+
+
 def _make_workspace(group: str, device: int, tokens: int, hidden: int, dtype: int) -> object:
     from arfusion_pass.runtime import workspace
 
@@ -25,4 +37,5 @@ def _make_workspace(group: str, device: int, tokens: int, hidden: int, dtype: in
 
 
 library.set_dispatcher(_dispatch)
+marks.set_runtime(_agree, _compiled)
 native.set_workspace_maker(_make_workspace)

@@ -14,6 +14,7 @@ import datetime
 import enum
 import json
 import socket
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -109,14 +110,35 @@ def decide(everyone: list[Facts]) -> Decision:
     return Decision(Backend.NATIVE, f"{len(everyone)} GPUs of one host with P2P access")
 
 
-_rounds: dict[tuple[int, str], int] = {}
+class NoAnswerError(RuntimeError):
+    """A rank did not come to an exchange in time.
+
+    Args:
+        rank: the one that did not.
+    """
+
+    def __init__(self, message: str, rank: int):
+        super().__init__(message)
+        self.rank = rank
 
 
-def exchange(group: dist.ProcessGroup, tag: str, payload: Any, timeout: datetime.timedelta | None = None) -> list[Any]:
+_rounds: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[str, int]] = weakref.WeakKeyDictionary()
+
+
+def exchange(
+    group: dist.ProcessGroup,
+    tag: str,
+    payload: Any,
+    timeout: datetime.timedelta | None = None,
+    doing: str = "setting up its workspace",
+) -> list[Any]:
     """Every rank's ``payload`` (plain data), in rank order. Collective; waits at most ``timeout`` (the group's).
 
+    Args:
+        doing: what it is for, for the error.
+
     Raises:
-        RuntimeError: naming the rank that did not come in time.
+        NoAnswerError: naming the rank that did not come in time.
     """
     rank, world = group.rank(), group.size()
     if world == 1:
@@ -125,7 +147,8 @@ def exchange(group: dist.ProcessGroup, tag: str, payload: Any, timeout: datetime
 
     store = _get_process_group_store(group)
     timeout = timeout or group_timeout(group)
-    number = _rounds[id(group), tag] = _rounds.get((id(group), tag), 0) + 1
+    rounds = _rounds.setdefault(group, {})  # of this group, not of an earlier one at its address
+    number = rounds[tag] = rounds.get(tag, 0) + 1
     prefix = f"arfusion/{tag}/{number}"
     store.set(f"{prefix}/{rank}", json.dumps(payload))
     result = []
@@ -134,9 +157,10 @@ def exchange(group: dist.ProcessGroup, tag: str, payload: Any, timeout: datetime
         try:
             store.wait([key], timeout)
         except Exception as error:  # DistStoreError, or the store's own: the peer is gone, or never came
-            raise RuntimeError(
-                f"arfusion: rank {peer} of group {tag!r} did not answer rank {rank} within "
-                f"{timeout.total_seconds():.0f} s while its workspace was being set up ({error})"
+            raise NoAnswerError(
+                f"arfusion: rank {peer} of group {tag!r} did not answer rank {rank}, which is {doing}, within "
+                f"{timeout.total_seconds():.0f} s ({error})",
+                peer,
             ) from error
         result.append(json.loads(store.get(key)))
     return result

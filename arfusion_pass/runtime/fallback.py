@@ -12,8 +12,9 @@ Here the summation order, and so the last bit of a sum, is the process group's, 
 
 ``arfusion::_python_<op>`` runs a call whose flags say ``REFERENCE``, ``FLASHINFER`` or ``RECORD``.
 
-``arfusion::_first_<op>`` runs nothing: it raises what is wrong with a call. The op library asks it at the first call of
-each kind, and wherever it refuses one itself, so that a call is refused in the same words on every back-end.
+``arfusion::_first_<op>`` runs nothing: it raises what is wrong with a call, or with the ranks' graphs
+(:mod:`arfusion_pass.runtime.one_graph`). The op library asks it at the first call of each kind, and wherever it refuses
+one itself, so that a call is refused in the same words on every back-end.
 
 torch keeps no exception that leaves an op on its way through C++: each tells the library of it first.
 """
@@ -27,7 +28,7 @@ import torch
 import torch.distributed as dist
 
 from arfusion_pass.groups import resolve_group
-from arfusion_pass.ops import record
+from arfusion_pass.ops import marks, record
 from arfusion_pass.ops.checks import FusedCall, check_call
 from arfusion_pass.ops.library import fused_op, run_reference
 from arfusion_pass.ops.schema import NAMESPACE, SCHEMAS
@@ -110,7 +111,9 @@ def _first_op(op: str) -> Callable[..., None]:
     bind = _binder(op)
 
     def first(*args: Any, **kwargs: Any) -> None:
-        check_call(FusedCall.bind(op, bind(*args, **kwargs)), eager=True)
+        call = FusedCall.bind(op, bind(*args, **kwargs))
+        check_call(call, eager=True)
+        marks.first_call(call.group_name, call.flags)
 
     return first
 
@@ -124,6 +127,7 @@ def _python_op(op: str) -> Callable[..., None]:
         if int(arguments["flags"]) & Flags.RECORD:
             record.observe(arguments, lambda plain: fused_op(op)(**plain))
         elif int(arguments["flags"]) & Flags.FLASHINFER:
+            marks.first_call(arguments["group_name"], int(arguments["flags"]))
             flashinfer.run(op, arguments)
         else:
             run_reference(op, arguments)

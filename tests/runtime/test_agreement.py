@@ -61,7 +61,10 @@ def _ranks(rank: int, world: int, file: str) -> None:
         assert agreement.exchange(sub, "tp:0", rank) == [0, 1]
     dist.barrier()
     if rank == 0:  # nobody else comes: bounded, and the missing rank is named
-        with pytest.raises(RuntimeError, match="rank 1 of group 'late' did not answer rank 0 within 1 s"):
+        with pytest.raises(
+            RuntimeError,
+            match="rank 1 of group 'late' did not answer rank 0, which is setting up its workspace, within 1 s",
+        ):
             agreement.exchange(group, "late", 0, datetime.timedelta(seconds=1))
     dist.barrier()
     dist.destroy_process_group()

@@ -33,7 +33,7 @@ def test_a_recorded_call_is_handed_to_its_observer():
         run(arguments)
         seen.append((arguments["flags"], arguments["x"].clone(), arguments["norm_out"].clone()))
 
-    flags = record.add_observer(observer) | int(Flags.ROUND_BEFORE_WEIGHT)
+    flags = record.observed(int(Flags.ROUND_BEFORE_WEIGHT), observer)
     x = torch.randn(3, 64, dtype=torch.bfloat16)
     weight = torch.randn(64, dtype=torch.bfloat16)
     norm, plain = torch.empty_like(x), torch.empty_like(x)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
+import pytest
 import torch
 
+from arfusion_pass.ops import marks
 from arfusion_pass.ops.spec import Flags, QuantFormat, QuantSpec
 from tests.gpu.calls import (
     Config,
@@ -38,8 +41,6 @@ class Captured:
             launch(config, self.env, x, shared, result)
 
     def refill(self, seed: int) -> None:
-        import dataclasses
-
         self.configs = [dataclasses.replace(c, seed=seed * 1000 + n) for n, c in enumerate(self.configs)]
         for config, x, shared in zip(self.configs, self.inputs, self.shared, strict=True):
             x.copy_(rank_input(config, self.env.rank, self.env.device))
@@ -178,3 +179,29 @@ def under_torch_compile(env: Env) -> None:
         assert_bits("norm", got[1], want[1])
         assert_bits("residual", got[0], want[0])
         env.same(*got)
+
+
+@case("graphs", "marks", worlds=(2, 3, 4))
+def ranks_compare_their_marks(env: Env) -> None:
+    """A new mark is compared inside a capture as outside; where ranks differ, each raises and none waits."""
+    config = Config(8, 4096)
+    want = run(config, env).snapshot()
+    torch.cuda.synchronize()
+    steps = [marks.Step(True, "bfloat16 [..., 4096]", "all_reduce")]
+    marked = dataclasses.replace(config, flags=config.flags | marks.mark_of(steps) << marks.MARK_SHIFT)
+    x, shared = rank_input(config, env.rank, env.device), shared_inputs(config, env.device)
+    result = allocate(config, env.device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        launch(marked, env, x, shared, result)
+    for _ in range(3):
+        graph.replay()
+    for name, tensor in want.items():
+        assert_bits(name, result[name], tensor)
+    mine = [*steps, marks.Step(env.rank != 0, "", "all_reduce_1: another reads it")]
+    marks.remember(env.group_name, marks.mark_of(mine), mine)
+    differing = dataclasses.replace(config, flags=config.flags | marks.mark_of(mine) << marks.MARK_SHIFT)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"do not run one graph: .*rank 0: missed, all_reduce_1: "):
+            launch(differing, env, x, shared, result)
+    verify(config, env, run(config, env))

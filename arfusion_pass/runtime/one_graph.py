@@ -1,0 +1,144 @@
+"""Whether all ranks of a group run one graph: their marks (:mod:`arfusion_pass.ops.marks`), compared at first use.
+
+Where one rank's site was fused and another's was not, the one would exchange in a fused kernel and the other in an
+all-reduce, each waiting for the other until a timeout. So the first call of every mark compares it over the group,
+through the group's store: nothing on the device, nothing in a replayed CUDA graph, and for later calls a look into a
+set. What the ranks have in common is the order of a group's fused and missed all-reduces; what is fused around them,
+which outputs are written and where a graph ends may differ.
+
+A rank without a fused call never comes here: what its pass missed it leaves in the store, for the error of those that
+wait for it. ``ARFUSION_AGREEMENT=0``, on all ranks, switches the comparison off.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import threading
+import weakref
+from typing import Any
+
+import torch.distributed as dist
+
+from arfusion_pass.groups import find_group, resolve_group
+from arfusion_pass.ops import marks
+from arfusion_pass.ops.marks import Step
+from arfusion_pass.runtime import agreement
+
+log = logging.getLogger("arfusion_pass")
+
+
+class _Compared:
+    """What a group's ranks have compared so far."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()  # one a group: a thread that waits for one must not hold up another
+        self.problems: dict[int, str | None] = {}
+        self.over = False
+
+
+_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, _Compared] = weakref.WeakKeyDictionary()
+
+
+def agree(name: str, mark: int) -> None:
+    """Compare ``mark`` with the other ranks' at its first call in group ``name``. Collective then.
+
+    Raises:
+        RuntimeError: the ranks' graphs do not fit together, on every rank that came; or a rank did not come within the
+            group's timeout. Says which ranks, which all-reduces, and why those were missed.
+    """
+    group = resolve_group(name)
+    compared = _groups.get(group)
+    if compared is not None and compared.problems.get(mark, "") is None:
+        return
+    if group.size() == 1 or is_fake(group) or os.environ.get("ARFUSION_AGREEMENT", "1") == "0":
+        return
+    compared = _groups.setdefault(group, _Compared())
+    with compared.lock:
+        if mark not in compared.problems:
+            compared.problems[mark] = None if compared.over else _compare(name, group, compared, mark)
+        problem = compared.problems[mark]
+    if problem is not None:
+        raise RuntimeError(problem)
+
+
+def publish_missed(name: str, mark: int, steps: tuple[Step, ...]) -> None:
+    """A graph was compiled: where nothing of the group's was fused in it, leave a note for those that wait."""
+    if mark or not dist.is_available() or not dist.is_initialized():
+        return
+    group = find_group(name)
+    if group is None or group.size() == 1 or is_fake(group):
+        return
+    try:
+        text = "; ".join(step.text for step in steps)
+        dist.distributed_c10d._get_process_group_store(group).set(_note(name, group.rank()), text)
+    except Exception as error:  # the note only explains an error of others: never a reason to fail a compilation
+        log.debug("arfusion: what was missed could not be left in the store of group %r: %s", name, error)
+
+
+def is_fake(group: dist.ProcessGroup) -> bool:
+    """Whether ``group`` is torch's fake process group, whose other ranks do not exist."""
+    try:
+        return dist.get_backend(group) == "fake"
+    except (RuntimeError, ValueError, KeyError):
+        return False
+
+
+def _note(name: str, rank: int) -> str:
+    return f"arfusion/{name}/missed/{rank}"
+
+
+def _compare(name: str, group: dist.ProcessGroup, compared: _Compared, mark: int) -> str | None:
+    """The sentence that all ranks raise, or None."""
+    steps = marks.steps_of(mark)
+    mine: dict[str, Any] = {"mark": mark, "steps": None}
+    if steps is not None:
+        mine["steps"] = [[step.key, step.text] for step in steps]
+    try:
+        everyone = agreement.exchange(group, f"{name}/graph", mine, doing="comparing what the pass fused")
+    except agreement.NoAnswerError as error:
+        return f"{error}{_why_absent(name, group, error.rank)}"
+    if all(other["mark"] == mark for other in everyone):
+        return None
+    problem = difference([other["steps"] for other in everyone])
+    if problem is not None:
+        return f"arfusion: the ranks of group {name!r} do not run one graph: {problem}"
+    compared.over = True
+    if group.rank() == 0:
+        log.warning(
+            "arfusion: the ranks of group %r end their graphs in different places; from here on it is not compared "
+            "whether they fuse alike",
+            name,
+        )
+    return None
+
+
+def difference(everyone: list[list[list[str]] | None]) -> str | None:
+    """What stands against it that these ranks' graphs run together, or None where none contradicts another.
+
+    Args:
+        everyone: by rank, ``[key, text]`` of each all-reduce in order; None where the graph came from a cache.
+    """
+    unknown = [rank for rank, steps in enumerate(everyone) if steps is None]
+    if unknown:
+        ranks = ", ".join(map(str, unknown))
+        return (
+            f"they differ, and rank {ranks} loaded its graph from Inductor's cache, which does not say how. Run all "
+            "ranks with TORCHINDUCTOR_FORCE_DISABLE_CACHES=1 to see it"
+        )
+    for position, row in enumerate(itertools.zip_longest(*(steps or [] for steps in everyone))):
+        there = {rank: step for rank, step in enumerate(row) if step is not None}
+        if len({step[0] for step in there.values()}) > 1:
+            texts = "; ".join(f"rank {rank}: {key}, {text}" for rank, (key, text) in there.items())
+            return f"all-reduce {position + 1} of the graph is not the same on all of them ({texts})"
+    return None
+
+
+def _why_absent(name: str, group: dist.ProcessGroup, rank: int) -> str:
+    """What the rank that did not come said when it compiled."""
+    store = dist.distributed_c10d._get_process_group_store(group)
+    key = _note(name, rank)
+    if store.check([key]):
+        return f". It has compiled a graph without a fused call: {store.get(key).decode()}"
+    return ". All ranks have to run one graph, and to come to it within the group's timeout"
