@@ -129,7 +129,7 @@ def allreduce_fusion(
     api = "allreduce_fusion"
     workspace = open_workspace(api, workspace)
     member = as_pattern(api, pattern)
-    flags = launch_flags(use_oneshot, launch_with_pdl, trigger_completion_at_end)
+    flags = launch_flags(api, use_oneshot, launch_with_pdl, trigger_completion_at_end)
     if member in (Pattern.kMoEReductionARResidualRMSNorm, Pattern.kMoEFinalizeARResidualRMSNorm):
         epilogue = moe.Epilogue(
             residual_in=residual_in,

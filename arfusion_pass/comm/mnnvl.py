@@ -149,7 +149,7 @@ def _begin(api: str, input: Any, workspace: Any, launch_with_pdl: bool, strategy
     shape = input_shape(api, "input", input)
     chosen = as_strategy(api, strategy)
     use_oneshot = None if chosen == Strategy.AUTO else chosen == Strategy.ONESHOT
-    return Request(api, found, "input", input, *shape), launch_flags(use_oneshot, launch_with_pdl)
+    return Request(api, found, "input", input, *shape), launch_flags(api, use_oneshot, launch_with_pdl)
 
 
 def _launch(

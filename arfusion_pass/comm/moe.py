@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from arfusion_pass.comm.fusion_workspace import AllReduceFusionWorkspace
-from arfusion_pass.comm.request import Quantised, Request, launch_flags, open_workspace
+from arfusion_pass.comm.request import Quantised, Request, launch_flags, open_workspace, real, truth
 from arfusion_pass.ops.flashinfer_specs import FP8, STATIC_FP8, TOKEN_FP8, nvfp4
 
 log = logging.getLogger("arfusion_pass")
@@ -80,7 +80,9 @@ class Epilogue:
             )
         normed = self.norm_out is not None or self.quant_out is not None
         unread = not normed and self.residual_out is None and self.residual_in is None
-        residual = request.residual("residual_in", self.residual_in, self.without_residual or unread)
+        residual = request.residual(
+            "residual_in", self.residual_in, truth(request.api, "without_residual", self.without_residual) or unread
+        )
         either = (request.dtype, torch.float32)
         weight = request.gamma(self.name("gamma"), self.gamma) if normed or self.gamma is not None else None
         request.launch(
@@ -138,6 +140,7 @@ def reduce(
     scales = request.tensor(name, scale_input, (torch.float32,), f"[{experts}, {tokens}]")
     if expert_major is None:
         expert_major = _expert_major(tuple(scales.shape), experts, tokens)
+    expert_major = truth(api, "moe_reduction_expert_major", expert_major)
     shape = (experts, tokens) if expert_major else (tokens, experts)
     if scales.numel() != experts * tokens or (scales.dim() == 2 and tuple(scales.shape) != shape):
         request.fail(
@@ -196,7 +199,7 @@ def finalize(
         if weights.numel() != index.numel() or (weights.dim() > 1 and weights.shape[-1] != index.shape[1]):
             request.fail(f"expert_scale_factor must be {needed}, got {list(weights.shape)}")
         weights = weights.view(index.shape)
-    factor = 1.0 if routed_scaling_factor is None else float(routed_scaling_factor)
+    factor = 1.0 if routed_scaling_factor is None else real(api, "routed_scaling_factor", routed_scaling_factor)
     if not -math.inf < factor < math.inf:
         request.fail(f"routed_scaling_factor must be finite, got {factor}")
     added = request.optional_rows("shared_expert_output", shared)
@@ -247,7 +250,7 @@ def trtllm_moe_allreduce_fusion(
         without_residual=without_residual,
         scale_factor=scale_factor,
         layout_code=layout_code,
-        flags=launch_flags(None, launch_with_pdl),
+        flags=launch_flags(api, None, launch_with_pdl),
         allreduce_out=moe_allreduce_out,
         residual_out=residual_out,
         norm_out=norm_out,
@@ -309,7 +312,7 @@ def trtllm_moe_finalize_allreduce_fusion(
         without_residual=without_residual,
         scale_factor=scale_factor,
         layout_code=layout_code,
-        flags=launch_flags(None, launch_with_pdl),
+        flags=launch_flags(api, None, launch_with_pdl),
         allreduce_out=moe_allreduce_out,
         residual_out=residual_out,
         norm_out=norm_out,

@@ -108,6 +108,7 @@ class Request:
 
     def residual(self, name: str, value: Any, without: bool) -> torch.Tensor | None:
         """The residual to add, ``T`` or fp32; None only where the caller said that there is none."""
+        without = truth(self.api, "without_residual", without)
         if value is None and without:
             return None
         if value is not None and without:
@@ -166,7 +167,7 @@ class Request:
             return (tensor.float() if tensor.dtype == torch.float64 else tensor), 1.0
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             self.fail(f"{name} is needed ({what}), a float or a tensor of one element, got {value!r}")
-        number = float(value)
+        number = real(self.api, name, value)
         if not 0.0 < number < math.inf:  # comparisons, which a symbolic float of the compiler has too
             self.fail(f"{name} must be positive and finite ({what}), got {number}")
         return None, number
@@ -248,8 +249,8 @@ class Request:
             weight,
             quantised.scale,
             workspace.group_name,
-            _real(self.api, "the epsilon", epsilon),
-            _real(self.api, "weight_bias", weight_bias),
+            real(self.api, "the epsilon", epsilon),
+            real(self.api, "weight_bias", weight_bias),
             flags | workspace.flags,
             quantised.spec.pack() if torch.compiler.is_compiling() else _packed(quantised.spec),
             quantised.spec.bound,
@@ -296,20 +297,35 @@ def need_contiguous(api: str, name: str, value: torch.Tensor) -> None:
         )
 
 
-def launch_flags(use_oneshot: bool | None, launch_with_pdl: bool, trigger_completion_at_end: bool = True) -> int:
+def truth(api: str, name: str, value: Any) -> bool:
+    """``value`` as True or False; ``ValueError`` for a tensor, whose truth may be undefined, or cost a wait."""
+    if isinstance(value, torch.Tensor):
+        raise ValueError(f"{api}: {name} must be True or False, got a tensor {list(value.shape)}")
+    return bool(value)
+
+
+def launch_flags(
+    api: str, use_oneshot: bool | None, launch_with_pdl: bool, trigger_completion_at_end: bool = True
+) -> int:
     """FlashInfer's control arguments as flags of a fused op."""
+    use_oneshot = use_oneshot if use_oneshot is None else truth(api, "use_oneshot", use_oneshot)
+    launch_with_pdl = truth(api, "launch_with_pdl", launch_with_pdl)
+    trigger_completion_at_end = truth(api, "trigger_completion_at_end", trigger_completion_at_end)
     flags = 0 if use_oneshot is None else _ONESHOT if use_oneshot else _TWOSHOT
     if not launch_with_pdl:
         return flags | _NO_PDL
     return flags if trigger_completion_at_end else flags | _TRIGGER_EARLY
 
 
-def _real(api: str, name: str, value: Any) -> float:
+def real(api: str, name: str, value: Any) -> float:
     if type(value) is float:
         return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ValueError(f"{api}: {name} must be a number, got {value!r}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{api}: {name} must be finite in fp32, got an integer of {len(str(value))} digits") from None
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -56,6 +56,7 @@ def run_reference(op: str, arguments: dict[str, Any]) -> None:
     _run(call)
 
 
+@torch.no_grad()  # as kernels write: into a tensor that requires a gradient too
 def _run(call: FusedCall) -> None:
     group = resolve_group(call.group_name) if call.group_name else None
     outputs = call.outputs
