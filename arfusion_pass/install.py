@@ -9,7 +9,7 @@ from typing import Any
 import torch._inductor
 from torch import fx
 from torch._inductor import config as inductor_config
-from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.custom_graph_pass import CustomGraphPass, CustomInferenceAwareGraphPass
 
 from arfusion_pass.config import FusionConfig
 from arfusion_pass.fusion_pass import AllReduceFusionPass
@@ -23,7 +23,7 @@ class PassChain(CustomGraphPass):
     Its ``uuid`` is that of all members, or None (no caching) if one of them has none.
     """
 
-    def __init__(self, *passes: Callable[[fx.Graph], None]) -> None:
+    def __init__(self, *passes: Callable[..., None]) -> None:
         self.passes = passes
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -32,15 +32,30 @@ class PassChain(CustomGraphPass):
 
     def uuid(self) -> Any:
         keys = [member.uuid() if isinstance(member, CustomGraphPass) else None for member in self.passes]
-        return None if None in keys else tuple(keys)
+        return tuple(keys) if all(keys) else None
+
+
+class InferenceAwarePassChain(PassChain, CustomInferenceAwareGraphPass):
+    """The same with members that want to know whether the graph is for inference: torch tells this chain, as one of
+    their kind, and the chain tells them."""
+
+    def __call__(self, graph: fx.Graph, is_inference: bool = True) -> None:
+        for member in self.passes:
+            if isinstance(member, CustomInferenceAwareGraphPass):
+                member(graph, is_inference)
+            else:
+                member(graph)
 
 
 def chained(existing: Any, fusion: AllReduceFusionPass) -> Any:
-    """``fusion`` behind whatever is installed already: nothing, a pass, a callable, or a list of them."""
-    members = list(existing) if isinstance(existing, (list, tuple)) else [existing] if existing is not None else []
+    """``fusion`` behind whatever is installed already: nothing, a pass of any of torch's kinds, a callable, a list."""
+    members = list(existing) if isinstance(existing, (list, tuple)) else [existing]
     flat = [inner for member in members for inner in (member.passes if isinstance(member, PassChain) else (member,))]
-    flat = [member for member in flat if not isinstance(member, AllReduceFusionPass)]
-    return PassChain(*flat, fusion) if flat else fusion
+    flat = [member for member in flat if member is not None and not isinstance(member, AllReduceFusionPass)]
+    if not flat:
+        return fusion
+    aware = any(isinstance(member, CustomInferenceAwareGraphPass) for member in flat)
+    return (InferenceAwarePassChain if aware else PassChain)(*flat, fusion)
 
 
 def inductor_options(config: FusionConfig | None = None, *, mode: str | None = None, **options: Any) -> dict[str, Any]:
@@ -70,7 +85,8 @@ def inductor_options(config: FusionConfig | None = None, *, mode: str | None = N
 def enable(config: FusionConfig | None = None) -> Iterator[AllReduceFusionPass]:
     """Everything that Inductor compiles inside the context is fused; a pass installed before keeps running.
 
-    Note that ``torch.compile`` compiles at the first call, which must be inside.
+    ``torch.compile`` compiles at the first call, which must be inside. The context is the calling thread's and process's
+    own: spawned children and worker threads do not see it, they enter their own (or take :func:`inductor_options`).
 
     Yields:
         the pass, with its reports.

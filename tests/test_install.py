@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import fx
 from torch._inductor import config as inductor_config
-from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.custom_graph_pass import CustomGraphPass, CustomInferenceAwareGraphPass
 
 import arfusion_pass as arf
 from arfusion_pass.install import HOOK, PassChain, chained
@@ -69,6 +70,59 @@ def test_chains_a_custom_pass(module: fx.GraphModule) -> None:
         assert installed().uuid() == ("other", fusion.uuid())
     seen.clear()
     assert PassChain(Other(seen, None), arf.AllReduceFusionPass()).uuid() is None
+
+
+class Aware(CustomInferenceAwareGraphPass):
+    """A pass of torch's kind that is told whether the graph is for inference."""
+
+    def __init__(self, seen: list[Any]) -> None:
+        self.seen = seen
+
+    def __call__(self, graph: fx.Graph, is_inference: bool) -> None:
+        self.seen.append(is_inference)
+
+    def uuid(self) -> Any:
+        return "aware"
+
+
+@pytest.mark.parametrize("way", ["enable", "options", "options beside", "list", "tuple", "nested"])
+def test_chains_an_inference_aware_pass(way: str, world: None) -> None:
+    """Every compile hands it what it asks for, whatever else is in the chain; ours runs behind it."""
+    seen: list[Any] = []
+    aware = Aware(seen)
+    existing = {"list": [Other([]), aware], "tuple": (aware, lambda graph: None)}.get(way, aware)
+    if way in ("list", "tuple") and not TAKES_LISTS:
+        pytest.skip("this torch takes no lists of passes")
+    model = lambda x, w: llama(reduce(x), w, 1e-6)  # noqa: E731
+    inputs = [tensor.zero_() for tensor in tensors((4, 32), (32,))]
+    torch._dynamo.reset()
+    with inductor_config.patch({"fx_graph_cache": False}), torch.no_grad():
+        if way == "options beside":
+            options = arf.inductor_options(**{HOOK: aware})
+            torch.compile(model, options=options)(*inputs)
+            fusion = options[HOOK].passes[-1]
+        else:
+            with inductor_config.patch({HOOK: existing}):
+                if way == "options":
+                    options = arf.inductor_options()
+                    torch.compile(model, options=options)(*inputs)
+                    fusion = options[HOOK].passes[-1]
+                else:
+                    with contextlib.ExitStack() as stack:
+                        for _ in range(2 if way == "nested" else 1):
+                            fusion = stack.enter_context(arf.enable())
+                        torch.compile(model)(*inputs)
+    assert seen == [True]
+    assert fusion.reports.matched_count == 1
+
+
+def test_key_of_an_inference_aware_chain() -> None:
+    """The key is made of all members' keys, and there is none where one has none."""
+    fusion = arf.AllReduceFusionPass()
+    assert chained(Aware([]), fusion).uuid() == ("aware", fusion.uuid())
+    assert chained([Aware([]), print], fusion).uuid() is None
+    for nothing in (None, [], (), [None]):
+        assert chained(nothing, fusion) is fusion
 
 
 def test_chains_a_callable(module: fx.GraphModule) -> None:
