@@ -85,8 +85,9 @@ def inductor_options(config: FusionConfig | None = None, *, mode: str | None = N
 def enable(config: FusionConfig | None = None) -> Iterator[AllReduceFusionPass]:
     """Everything that Inductor compiles inside the context is fused; a pass installed before keeps running.
 
-    ``torch.compile`` compiles at the first call, which must be inside. The context is the calling thread's and process's
-    own: spawned children and worker threads do not see it, they enter their own (or take :func:`inductor_options`).
+    ``torch.compile`` compiles at the first call, which must be inside. The context is the own one of the thread and the
+    process that enter it: spawned children and worker threads do not see it (they enter one, or take
+    :func:`inductor_options`).
 
     Yields:
         the pass, with its reports.

@@ -110,7 +110,12 @@ def _on_ranks(nproc: int, as_json: bool, dump: str | None, script: str, argument
     command += ["--json"] if as_json else []
     command += ["--dump", dump] if dump else []
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // nproc)), **os.environ}
-    return subprocess.run([*command, script, *arguments], env=environment, check=False).returncode
+    with subprocess.Popen([*command, script, *arguments], env=environment) as process:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:
+                pass  # the ranks got it as well: they print what they have and end
 
 
 @main.command()

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import runpy
+import signal
 import sys
 import traceback
 
@@ -17,7 +18,7 @@ from arfusion_pass.reporting.reports import Reports
 def run_script(script: str, arguments: list[str], *, as_json: bool = False, dump: str | None = None) -> int:
     """Run ``script`` as ``python script arguments...`` would, with everything that it compiles fused.
 
-    The report is printed by rank 0 (by the environment's ``RANK``), also when the script fails.
+    The report is printed by rank 0 (by the environment's ``RANK``), also when the script fails or is interrupted.
 
     Args:
         script: path of a Python file; runs as ``__main__``.
@@ -26,7 +27,7 @@ def run_script(script: str, arguments: list[str], *, as_json: bool = False, dump
         dump: folder for :func:`arfusion_pass.inspection.debug_dump`, or None.
 
     Returns:
-        the script's exit status; 1 if it raised.
+        the script's exit status; 1 if it raised, 130 if it was interrupted (Ctrl-C).
     """
     import arfusion_pass as arf
 
@@ -46,6 +47,8 @@ def run_script(script: str, arguments: list[str], *, as_json: bool = False, dump
         status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         if isinstance(stop.code, str):
             print(stop.code, file=sys.stderr)
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
     except Exception:
         traceback.print_exc()
         status = 1

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -131,14 +133,45 @@ def test_explain_runs_the_script_as_main_and_reports(tmp_path: Path) -> None:
     assert [graph["matched_count"] for graph in json.loads(report)] == [0]
 
 
+def test_explain_prints_its_report_on_ctrl_c(tmp_path: Path) -> None:
+    """What was compiled until then is reported; the exit status is a shell's for SIGINT."""
+    script = tmp_path / "script.py"
+    interrupt = (
+        "import os, signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it\n"
+        "os.kill(os.getpid(), signal.SIGINT)\n"
+    )
+    script.write_text(SCRIPT.replace("sys.exit(", interrupt + "sys.exit("))
+    done = subprocess.run(
+        [sys.executable, "-m", "arfusion_pass.cli", "explain", "--json", str(script), "3"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+    )
+    assert done.returncode == 130, done.stderr
+    assert [graph["matched_count"] for graph in json.loads(done.stdout.split("\n", 1)[1])] == [0]
+
+
 def test_explain_on_several_ranks_starts_itself_under_torchrun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     commands: list[list[str]] = []
 
-    def record(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        commands.append(command)
-        return subprocess.CompletedProcess(command, 7)
+    class Process(contextlib.nullcontext[Any]):
+        """One that ends with 7, after a Ctrl-C that it got as well."""
 
-    monkeypatch.setattr(subprocess, "run", record)
+        interrupts = 1
+
+        def __init__(self, command: list[str], **_: object) -> None:
+            super().__init__(self)
+            commands.append(command)
+
+        def wait(self) -> int:
+            if self.interrupts:
+                self.interrupts -= 1
+                raise KeyboardInterrupt
+            return 7
+
+    monkeypatch.setattr(subprocess, "Popen", Process)
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     result = CliRunner().invoke(
