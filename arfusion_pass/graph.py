@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -123,8 +123,71 @@ def known_contiguous(tensor: torch.Tensor) -> bool:
 
 
 def is_call(node: Any, *targets: Any) -> bool:
-    """Whether ``node`` calls one of ``targets``."""
-    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
+    """Whether ``node`` calls one of ``targets``, with no argument that its readers would not understand."""
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets and understood(node)
+
+
+def _same_dtype(node: fx.Node, value: Any) -> bool:
+    return value is None or value == dtype_of(node.args[0])
+
+
+def _keeps_layout(node: fx.Node, value: Any) -> bool:
+    return value in (None, torch.contiguous_format, torch.preserve_format)
+
+
+_READ: dict[Any, tuple[str, ...]] = {
+    aten.mean.dim: ("keepdim",),
+    aten.amax.default: ("dim", "keepdim"),
+    aten.amin.default: ("dim", "keepdim"),
+    aten.max.dim: ("keepdim",),
+    aten.clamp.default: ("min", "max"),
+    aten.slice.Tensor: ("dim", "start", "end"),
+    aten.constant_pad_nd.default: ("value",),
+    aten.flatten.using_ints: ("start_dim", "end_dim"),
+    aten.embedding.default: ("scale_grad_by_freq", "sparse"),
+    aten.expand.default: ("implicit",),
+    aten.clone.default: ("memory_format",),
+    aten._to_copy.default: ("dtype", "layout", "device", "pin_memory", "non_blocking", "memory_format"),
+    aten.to.dtype: ("non_blocking", "copy"),
+    aten.copy.default: ("non_blocking",),
+    aten.rms_norm.default: ("weight", "eps"),
+    aten.full.default: ("dtype", "layout", "device", "pin_memory"),
+    aten.scalar_tensor.default: ("dtype", "layout", "device", "pin_memory"),
+    aten.empty.memory_format: ("dtype", "layout", "device", "pin_memory", "memory_format"),
+}
+"""Optional arguments of aten ops that whoever recognises the op reads, or that change no value and no shape. Every
+other one must be at its default for the op to be recognised: ``mean(dtype=bfloat16)`` is not the mean of a norm."""
+
+_ALLOWED: dict[Any, dict[str, Callable[[fx.Node, Any], bool]]] = {
+    aten.mean.dim: {"dtype": _same_dtype},
+    aten.sum.dim_IntList: {"dtype": _same_dtype},
+    aten.to.dtype: {"memory_format": _keeps_layout},
+}
+"""Optional arguments with other values than the default that change nothing."""
+
+
+def understood(node: fx.Node) -> bool:
+    """Whether a call of an aten or prims op gives its operands by position, and no optional argument that its
+    recogniser does not read a value other than the default. Of other ops' arguments their dialects know."""
+    target = node.target
+    schema = getattr(target, "_schema", None)
+    if schema is None or not schema.name.startswith(("aten::", "prims::")):
+        return True
+    read, allowed = _READ.get(target, ()), _ALLOWED.get(target, {})
+    for index, parameter in enumerate(schema.arguments):
+        name = parameter.name
+        if not parameter.has_default_value():
+            if index >= len(node.args) and not parameter.kwarg_only:
+                return False
+            continue
+        value = node.kwargs.get(name, node.args[index] if index < len(node.args) else parameter.default_value)
+        if name in read or value is parameter.default_value:
+            continue
+        if isinstance(value, fx.Node) or (
+            value != parameter.default_value and not (name in allowed and allowed[name](node, value))
+        ):
+            return False
+    return True
 
 
 def argument(node: fx.Node, name: str, default: Any = None) -> Any:
@@ -144,7 +207,9 @@ def argument(node: fx.Node, name: str, default: Any = None) -> Any:
 
 def is_cast(node: Any, dtype: torch.dtype | None = None) -> bool:
     """Whether ``node`` only changes its input's dtype (to ``dtype``, where given)."""
-    if not (isinstance(node, fx.Node) and node.op == "call_function" and node.target in CASTS):
+    if not is_call(node, *CASTS):
+        return False
+    if not _same_device(node, node.args[0]):
         return False
     if dtype_of(node) is None or (dtype is not None and dtype_of(node) != dtype):
         return False
@@ -155,6 +220,11 @@ def is_cast(node: Any, dtype: torch.dtype | None = None) -> bool:
             moved.remove("device")
         return not moved
     return True
+
+
+def _same_device(a: Any, b: Any) -> bool:
+    one, other = tensor_of(a), tensor_of(b)
+    return one is None or other is None or one.device == other.device
 
 
 def widens(node: Any) -> bool:
@@ -397,10 +467,14 @@ def describe(node: fx.Node) -> str:
     return f"{node.name if source is None else source} ({node.target})"
 
 
-def constant(node: Any, finite: bool = True) -> float | None:
+def constant(node: Any, finite: bool = True, operation: fx.Node | None = None) -> float | None:
     """The number that an argument is: a Python number, or a node that holds a constant; else None.
 
-    With ``finite``, None for NaN and for what is beyond fp32 as well: no kernel computes with those.
+    Args:
+        node: the argument.
+        finite: None for NaN and for what is beyond fp32 as well: no kernel computes with those.
+        operation: the call that it is an operand of. Beside a 16-bit tensor CUDA rounds a 0-dim tensor to 16 bits
+            first, and CPU does not: then only a number that this leaves as it is.
     """
     value = None
     if isinstance(node, (int, float)) and not isinstance(node, bool):
@@ -409,8 +483,12 @@ def constant(node: Any, finite: bool = True) -> float | None:
         value = _as_dtype(node.args[1], dtype_of(node))
     elif is_call(node, aten.scalar_tensor.default):
         value = _as_dtype(node.args[0], dtype_of(node))
-    if isinstance(node, fx.Node) and (value is None or is_written(node)):
-        return None
+    if isinstance(node, fx.Node):
+        if value is None or is_written(node):
+            return None
+        low = dtype_of(operation)
+        if low in (torch.bfloat16, torch.float16) and _as_dtype(value, low) != value:
+            return None
     return value if value is not None and (abs(value) <= FP32_MAX or not finite) else None
 
 

@@ -69,6 +69,21 @@ def masked_shared(permuted: Tensor, index: Tensor, weights: Tensor, shared: Tens
     return masked(permuted, index, weights, shared) + shared
 
 
+def masked_at_minus_one(permuted: Tensor, index: Tensor, weights: Tensor, shared: Tensor) -> Tensor:
+    """Only -1 stands for no expert; other negative ones count from the end."""
+    return torch.where((index != -1).unsqueeze(-1), permuted[index] * weights.unsqueeze(-1), 0.0).sum(dim=1)
+
+
+def masked_and_clamped(permuted: Tensor, index: Tensor, weights: Tensor, shared: Tensor) -> Tensor:
+    """Only -1 stands for no expert; other negative ones are row 0."""
+    product = permuted[index.clamp(min=0)] * weights.unsqueeze(-1)
+    return torch.where((index != -1).unsqueeze(-1), product, 0.0).sum(dim=1)
+
+
+def masked_above_minus_one(permuted: Tensor, index: Tensor, weights: Tensor, shared: Tensor) -> Tensor:
+    return torch.where((index > -1).unsqueeze(-1), permuted[index] * weights.unsqueeze(-1), 0.0).sum(dim=1)
+
+
 def one_by_one(permuted: Tensor, index: Tensor, weights: Tensor, shared: Tensor) -> Tensor:
     """Every partial sum in the tensor's dtype."""
     total = permuted[index[:, 0]] * weights[:, 0:1]
@@ -89,6 +104,9 @@ FINALIZE: dict[str, Combine] = {
     "selected": selected,
     "masked": masked,
     "masked_shared": masked_shared,
+    "masked_at_minus_one": masked_at_minus_one,
+    "masked_and_clamped": masked_and_clamped,
+    "masked_above_minus_one": masked_above_minus_one,
     "one_by_one": one_by_one,
 }
 

@@ -216,10 +216,36 @@ def int8_token(h: Tensor) -> tuple[Tensor, Tensor]:
 
 def int8_token_low(h: Tensor) -> tuple[Tensor, Tensor]:
     s = h.abs().amax(-1, keepdim=True).float() / 127
-    return (h * (1.0 / s)).clamp(-127, 127).round().to(torch.int8), s
+    return (h * (1.0 / s)).clamp(-128, 127).round().to(torch.int8), s
+
+
+def int8_symmetric(h: Tensor) -> tuple[Tensor, Tensor]:
+    """With a bound that keeps the scale normal no element is past 127."""
+    v = h.float()
+    s = v.abs().amax(-1, keepdim=True).clamp(min=1e-5) / 127.0
+    return torch.round(v / s).clamp(-127, 127).to(torch.int8), s
+
+
+def int8_unclamped(h: Tensor) -> tuple[Tensor, Tensor]:
+    v = h.float()
+    s = v.abs().amax(-1, keepdim=True).clamp(min=1e-5) / 127.0
+    return torch.round(v * (1.0 / s)).to(torch.int8), s
 
 
 # Not to be matched ----------------------------------------------------------------------------------------------------
+
+
+def int8_symmetric_unbounded(h: Tensor) -> tuple[Tensor, Tensor]:
+    """1 / scale is infinite for a tiny row: what is clamped at -127 here is -128 in the kernels."""
+    s = h.abs().amax(-1, keepdim=True).float() / 127
+    return (h * (1.0 / s)).clamp(-127, 127).round().to(torch.int8), s
+
+
+def int8_subnormal(h: Tensor) -> tuple[Tensor, Tensor]:
+    """Of an fp32 row of subnormal numbers the scale is rounded to half of what it should be."""
+    v = h.float() * 1.0
+    s = v.abs().amax(-1, keepdim=True) / 127.0
+    return torch.round(v / s).clamp(-127, 127).to(torch.int8), s
 
 
 def tensor_dynamic(h: Tensor) -> tuple[Tensor, Tensor]:

@@ -43,6 +43,8 @@ from arfusion_pass.ops.spec import Flags
 
 aten = torch.ops.aten
 
+_INTEGERS = (torch.int32, torch.int64)
+
 
 @dataclasses.dataclass(frozen=True)
 class _Routed:
@@ -53,6 +55,7 @@ class _Routed:
     flags: Flags
     nodes: tuple[fx.Node, ...]
     wraps: bool = False
+    sentinel: bool = False
 
 
 class AtenMoE(Dialect):
@@ -108,6 +111,7 @@ def _prologue(
         flags=parts.flags,
         routed_scaling_factor=factor,
         wraps=parts.wraps,
+        sentinel=parts.sentinel,
         nodes=tuple(dict.fromkeys((*parts.nodes, *nodes))),
     )
 
@@ -124,7 +128,7 @@ def _scaled(node: fx.Node, dtype: torch.dtype | None, rounded: bool) -> tuple[_R
     factor = 1.0
     flags = Flags.NONE
     if is_call(node, aten.mul.Tensor, aten.mul.Scalar):
-        number = constant(node.args[1])
+        number = constant(node.args[1], operation=node)
         if number is not None:
             factor = number
             nodes.append(node)
@@ -203,10 +207,10 @@ def _between(end: Any, start: Any) -> tuple[fx.Node, ...]:
 def _gathered(product: fx.Node, total: fx.Node, dtype: torch.dtype | None) -> _Routed | None:
     """``moe_finalize`` from the ``[T, K, H]`` tensor that is summed over K."""
     nodes: tuple[fx.Node, ...] = (total,)
-    mask = None
+    mask, sentinel = None, False
     if is_call(product, aten.where.self) and constant(product.args[2]) == 0.0:
         nodes = (product, *nodes)
-        mask = _masked_index(product.args[0])
+        mask, sentinel = _masked_index(product.args[0])
         product = product.args[1]  # type: ignore[assignment]
         if mask is None or not isinstance(product, fx.Node):
             return None
@@ -215,23 +219,20 @@ def _gathered(product: fx.Node, total: fx.Node, dtype: torch.dtype | None) -> _R
     if gather is None or dtype_of(gather[0]) != dtype:
         return None
     permuted, index, path = gather
-    wraps = mask is None
-    if mask is not None:
-        if peel_integer(index) is not mask and not (
-            is_call(index, aten.clamp_min.default, aten.clamp.default)
-            and argument(index, "min") == 0
-            and peel_integer(index.args[0]) is mask
-        ):
-            return None
-        index = mask
-    elif is_call(index, aten.clamp_min.default) and argument(index, "min") == 0:
-        wraps = False  # never negative
+    if mask is None:
+        wraps = not _at_least_0(index)  # and if so, never negative
+    elif peel_integer(index) is mask:
+        wraps, index = sentinel, mask
+    elif _at_least_0(index) and peel_integer(index.args[0]) is mask:
+        wraps, index = False, mask
+    else:
+        return None
     inputs = {"permuted_x": permuted, "index": index}
     if weight is not None:
         if not same_shape(weight, index):
             return None
         inputs["expert_scale"] = weight
-    return _Routed("moe_finalize", inputs, flags, (*path, *_between(rows, peel(rows)), *inner, *nodes), wraps)
+    return _Routed("moe_finalize", inputs, flags, (*path, *_between(rows, peel(rows)), *inner, *nodes), wraps, sentinel)
 
 
 def peel_integer(node: Any) -> Any:
@@ -243,16 +244,22 @@ def peel_integer(node: Any) -> Any:
     return node
 
 
-def _masked_index(mask: Any) -> fx.Node | None:
-    """The index ``[T, K]`` of ``unsqueeze(index >= 0, -1)``."""
+def _at_least_0(index: Any) -> bool:
+    """Whether ``index`` is clamped from below by 0, and not from above."""
+    if not is_call(index, aten.clamp_min.default, aten.clamp.default):
+        return False
+    return constant(argument(index, "min")) == 0.0 and argument(index, "max") is None
+
+
+def _masked_index(mask: Any) -> tuple[fx.Node | None, bool]:
+    """The index ``[T, K]`` of ``unsqueeze(index >= 0, -1)``, and whether -1 is the only negative one that is masked."""
     if not is_call(mask, aten.unsqueeze.default) or mask.args[1] not in (-1, 2):
-        return None
+        return None, False
     test = mask.args[0]
-    if is_call(test, aten.ge.Scalar) and constant(test.args[1]) == 0.0:
-        return peel_integer(test.args[0])
-    if is_call(test, aten.ne.Scalar, aten.gt.Scalar) and constant(test.args[1]) == -1.0:
-        return peel_integer(test.args[0])
-    return None
+    for target, bound in ((aten.ge.Scalar, 0.0), (aten.gt.Scalar, -1.0), (aten.ne.Scalar, -1.0)):
+        if is_call(test, target) and constant(test.args[1]) == bound and dtype_of(test.args[0]) in _INTEGERS:
+            return peel_integer(test.args[0]), target is aten.ne.Scalar
+    return None, False
 
 
 def _gather(rows: Any) -> tuple[fx.Node, fx.Node, tuple[fx.Node, ...]] | None:

@@ -12,7 +12,7 @@ leave it. ``[...]`` may be missing, views (reshape, unsqueeze, squeeze) and loss
       [%amax = aten.clamp_min.default(%amax, bound)]
       %scale = aten.div.Tensor(%amax, 448.0)              # INT8: 127; or mul by 1 / 448
       [%scale = aten.clamp_min.default(%scale, bound)]
-      [%scale = exp2(ceil(log2(%scale)))]                 # or a bit form of rounding up to a power of two
+      [%scale = exp2(ceil(log2(%scale)))]                 # no bit form of it: those make a number of NaN
       %y     = aten.div.Tensor(%v, %scale)                # or mul(%v, reciprocal(%scale))
                or mul(%v, mul(reciprocal(%amax), 448.0))  # DeepSeek's 448 / amax; %scale for the output only
       INT8:    %y = aten.round.default(%y)
@@ -101,6 +101,12 @@ def _quantised(norm: fx.Node, node: fx.Node, states: States, hidden: int) -> Qua
     if spec is None or len(state.dtypes) > 1:
         return Refused(f"{describe(node)} ends a quantiser with bounds, groups or roundings that no kernel has", node)
     by = state.scaled.by
+    if isinstance(by, PerUnit) and by.scale_round == ScaleRound.POW2:
+        return Refused(
+            f"{describe(node)} is quantised by a scale that is rounded up to a power of two by its bits: of a NaN that "
+            "makes a number, and the kernels keep it; exp2(ceil(log2(scale))) is fused",
+            node,
+        )
     tail: list[fx.Node] = []
     codes = node
     while not same_shape(codes, norm) and len(codes.users) == 1:

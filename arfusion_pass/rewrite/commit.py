@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from arfusion_pass.graph import describe, is_pure, known_contiguous, mutated_arguments, owners, tensor_of
 from arfusion_pass.ops.checks import FusedCall, check_call
@@ -289,7 +290,7 @@ class Committer:
             return insert(aten.clone.default, (origin,), {"memory_format": torch.contiguous_format}, empty_like(fake))
         args = fx.map_arg(node.args, lambda inner: self._input(inner, insert, replaced))
         vals = fx.map_arg(args, lambda inner: inner.meta["val"])
-        return insert(node.target, args, None, node.target(*vals))  # type: ignore[operator]
+        return insert(node.target, args, None, _computed(node.target, vals))
 
     def _erase(self, site: RaisedSite) -> None:
         """Erase a site's nodes, and what only they read, from the last to the first."""
@@ -323,7 +324,14 @@ def _fake(argument: Any) -> Any:
         return argument
     if "origin" in argument.meta:
         return argument.meta["origin"].meta["val"]
-    return argument.target(*fx.map_arg(argument.args, _fake))  # type: ignore[operator]
+    return _computed(argument.target, fx.map_arg(argument.args, _fake))
+
+
+def _computed(target: Any, args: tuple[Any, ...]) -> Any:
+    """The fake value of an op on fake values; what it makes of numbers by itself is fake as well."""
+    modes = (arg.fake_mode for arg in args if isinstance(arg, FakeTensor))
+    with next(modes, contextlib.nullcontext()):  # type: ignore[call-overload]
+        return target(*args)
 
 
 def _restore(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

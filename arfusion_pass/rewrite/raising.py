@@ -513,9 +513,14 @@ def _prologue_arguments(graph: fx.Graph, prologue: Prologue, origins: dict[fx.No
     if prologue.op == "moe_reduce":
         scale = as_dtype("expert_scale", torch.float32)
         return (given("expert_x"), scale, given("token_input"), int(prologue.flags))
-    index = as_dtype("index", torch.int32)
+    given_index = index = as_dtype("index", torch.int32)
     if prologue.wraps:
         rows = tensor_of(prologue.inputs["permuted_x"]).shape[0]  # type: ignore[union-attr]
         index = graph.call_function(torch.ops.aten.remainder.Scalar, (index, rows))
+    elif prologue.sentinel:
+        index = graph.call_function(torch.ops.aten.clamp_min.default, (index, 0))
+    if prologue.sentinel:
+        some = graph.call_function(torch.ops.aten.ne.Scalar, (given_index, -1))
+        index = graph.call_function(torch.ops.aten.where.ScalarOther, (some, index, -1))
     scale, shared = given("expert_scale"), given("shared")
     return (given("permuted_x"), index, scale, shared, prologue.routed_scaling_factor, int(prologue.flags))

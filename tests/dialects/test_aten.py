@@ -9,9 +9,9 @@ import torch
 
 from arfusion_pass.config import canonical_epsilon
 from tests.models import NORMS, OTHER_ROOTS, Tensor, fp32_result, llama, reduce, torch_norm, unrounded_sum
-from tests.simulate import STRICT, check_fused, check_unchanged, tensors, trace
+from tests.simulate import STRICT, aten, check_fused, check_unchanged, tensors, trace
 
-HIDDEN = 32
+HIDDEN, EPS = 32, 1e-6
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 pytestmark = pytest.mark.usefixtures("world")
@@ -232,3 +232,30 @@ def test_infinite_weight_bias() -> None:
         lambda x, w: (normalised(reduce(x).float()) * (w.float() + bias)).to(x.dtype), *tensors(rows(4), rows())
     )
     check_fused(module, 1)
+
+
+@pytest.mark.parametrize("target", ["mean", "mean's dtype", "add", "sum of residuals"])
+def test_optional_arguments(target: str) -> None:
+    """An argument that a recogniser does not read must be at its default: nothing is taken for what it is not."""
+
+    def model(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        alpha = {"alpha": 2} if target == "sum of residuals" else {}
+        total = aten.add.Tensor(r, reduce(x), **alpha)
+        wide = total.float()
+        dtype = {"mean": torch.bfloat16, "mean's dtype": torch.float64}.get(target)
+        mean = aten.mean.dim(wide * wide, [-1], True, dtype=dtype)
+        plus = aten.add.Tensor(mean, torch.full((), EPS), alpha=2 if target == "add" else 1)
+        return (wide * torch.rsqrt(plus)).to(x.dtype) * w, total
+
+    check_unchanged(trace(model, *tensors(rows(4), rows(4), rows())))
+
+
+def test_optional_arguments_that_change_nothing() -> None:
+    """A mean of fp32 that says so is a mean."""
+
+    def model(x: Tensor, w: Tensor) -> Tensor:
+        wide = reduce(x).float()
+        mean = aten.mean.dim(wide * wide, [-1], True, dtype=torch.float32)
+        return w * (wide * torch.rsqrt(mean + EPS)).to(x.dtype)
+
+    check_fused(trace(model, *tensors(rows(4), rows())), 1)

@@ -18,14 +18,14 @@ pytestmark = pytest.mark.usefixtures("world")
 
 
 def finalize_inputs(dtype: torch.dtype) -> list[Tensor]:
-    """permuted, index (with -1 in it), weights, shared, residual and weight."""
+    """permuted, index (with -1 and -2 in it), weights, shared, residual and weight."""
     generator = torch.Generator().manual_seed(3)
 
     def rand(*sizes: int) -> Tensor:
         return torch.randn(*sizes, generator=generator).to(dtype)
 
     index = torch.randint(-1, ROWS, (TOKENS, SLOTS), generator=generator)
-    index[0, 0] = -1
+    index[0, 0], index[1, 1] = -1, -2
     rows = [rand(TOKENS, HIDDEN) for _ in range(2)]
     return [rand(ROWS, HIDDEN), index, rand(TOKENS, SLOTS), *rows, rand(HIDDEN)]
 

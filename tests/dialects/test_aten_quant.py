@@ -27,7 +27,7 @@ GROUP = {"format": 1, "group": 128}
 INT8 = {"format": 2, "group": -1}
 AMAX, SCALE = 1, 2
 MULTIPLY, RECIPROCAL_RULE = 1, 2
-TENSOR, POW2, POW2_LOG2 = 1, 2, 3
+TENSOR, POW2_LOG2 = 1, 3
 RECIPROCAL, APPLY_MULTIPLY, MAX_OVER_AMAX = 1, 2, 3
 COLUMN, COLUMN_TMA = 1, 2
 
@@ -71,6 +71,8 @@ LOW_BOUND = float(torch.tensor(1e-4).bfloat16())
 LOW = {"scale_round": TENSOR, "in_dtype": True, "bound_on": AMAX, "bound": LOW_BOUND}
 add("token_low", site(q.token_low), TOKEN_NAME, TOKEN | LOW)
 add("int8_token", site(q.int8_token), INT8_NAME, INT8 | {"bound_on": AMAX, "bound": 1e-5})
+add("int8_symmetric", site(q.int8_symmetric), INT8_NAME, INT8 | {"bound_on": AMAX, "bound": 1e-5})
+add("int8_unclamped", site(q.int8_unclamped), INT8_NAME, INT8 | {"bound_on": AMAX, "bound": 1e-5, "apply": RECIPROCAL})
 add("int8_token_low", site(q.int8_token_low), INT8_NAME, INT8 | {"apply": RECIPROCAL})
 
 # One scale a group: spellings, sizes, layouts, powers of two.
@@ -93,8 +95,6 @@ for function, spec in (
     (q.group_tma_deepgemm, GROUP | GROUP_AMAX | {"layout": COLUMN_TMA}),
     (q.group_pow2_log2, POWER | {"scale_round": POW2_LOG2}),
     (q.group_pow2_pow, POWER | {"scale_round": POW2_LOG2}),
-    (q.group_pow2_mask, POWER | {"scale_round": POW2}),
-    (q.group_pow2_bits, POWER | {"scale_round": POW2}),
 ):
     add(function.__name__, site(function), GROUP_NAME, spec)
 add("group_column_4_tokens", site(q.group_column), GROUP_NAME, GROUP | GROUP_AMAX | {"layout": COLUMN}, shape=(4, 512))
@@ -163,6 +163,9 @@ for function, note in (
     (q.group_other_scale, "rev"),
     (q.int8_torchao, "amin"),
     (q.int8_truncated, "convert_element_type"),
+    (q.int8_symmetric_unbounded, "bounds"),
+    (q.group_pow2_mask, "by its bits"),
+    (q.group_pow2_bits, "by its bits"),
 ):
     add(function.__name__, site(function), "FusedAddRMSNorm", None, "residual norm", note=note)
 add("inside_read", q.inside_read, "FusedAddRMSNorm", None, "norm", note="a value inside the quantiser")

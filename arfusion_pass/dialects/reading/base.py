@@ -101,6 +101,8 @@ class Prologue:
         flags: its ``MOE_ROUND_*`` flags.
         routed_scaling_factor: of ``moe_finalize``.
         wraps: whether a negative index means a row counted from the end, as in torch's indexing, and not "none".
+        sentinel: only an index of -1 means "none"; what other negative ones mean ``wraps`` says: a row from the end, or
+            else row 0.
     """
 
     op: str
@@ -110,6 +112,7 @@ class Prologue:
     flags: Flags = Flags.NONE
     routed_scaling_factor: float = 1.0
     wraps: bool = False
+    sentinel: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,6 +28,7 @@ from arfusion_pass.graph import (
     peel,
     same_shape,
     tensor_of,
+    understood,
 )
 from arfusion_pass.ops.quantisers import FP8_MAX, INT8_MAX
 from arfusion_pass.ops.spec import Apply, QuantFormat, ScaleRound, ScaleRule
@@ -47,7 +48,7 @@ def evaluate(node: fx.Node, states: States) -> State | None:
         if isinstance(pair, PerUnit) and pair.kind == Kind.AMAX_AND_INDEX and node.args[1] == 0:
             return pair.to(Kind.AMAX)
         return None
-    if dtype_of(node) is None and node.target is not aten.max.dim:
+    if (dtype_of(node) is None and node.target is not aten.max.dim) or not understood(node):
         return None
     if node.target in VIEWS:
         return states.get(node.args[0])
@@ -179,7 +180,7 @@ def _multiply(node: fx.Node, states: States) -> State | None:
     if state_a is None or (isinstance(state_a, PerUnit) and isinstance(state_b, Rows)):
         a, b, state_a, state_b = b, a, state_b, state_a
     if isinstance(state_a, PerUnit):
-        factor = constant(b)
+        factor = constant(b, operation=node)
         if state_b is not None or factor is None:
             return None
         if factor == 1.0:

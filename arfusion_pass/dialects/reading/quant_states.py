@@ -232,16 +232,25 @@ class Codes:
     def _clamp(self) -> bool | None:
         """A spec's ``clamp``; None for bounds that no spec has.
 
-        A whole number made of ``x / (amax / 127)`` is never past 127 in size, so that for INT8 both usual lower
-        bounds, and no clamp, are one; but where scale and quotient are rounded to 16 bits it may be 128.
+        A whole number made of ``x / (amax / 127)`` is never past 127 in size while the scale is a normal number, so
+        that for INT8 both usual lower bounds, and no clamp, are one. A subnormal scale may be off by half of itself,
+        and the reciprocal of one is infinite; where scale and quotient are rounded to 16 bits, 127 may become 128.
+        Then only the clamp that the kernels have is theirs.
         """
         bounds = (self.scaled.lower, self.scaled.upper)
         if self.format == QuantFormat.INT8:
-            by = self.scaled.by
-            coarse = isinstance(by, PerUnit) and by.low is not None and self.scaled.low is not None
-            same = ((-128.0, 127.0),) if coarse else ((-128.0, 127.0), (-127.0, 127.0), (None, None))
+            same = ((-128.0, 127.0), (-127.0, 127.0), (None, None)) if self._stays_within() else ((-128.0, 127.0),)
             return True if bounds in same else None
         return {(None, None): False, (-FP8_MAX, FP8_MAX): True}.get(bounds)
+
+    def _stays_within(self) -> bool:
+        """Whether no finite element of any row can be quantised past the format's largest value."""
+        by, scaled = self.scaled.by, self.scaled
+        if not isinstance(by, PerUnit) or (by.low is not None and scaled.low is not None):
+            return False
+        # 16-bit numbers begin at 2**-133, a 127th of which fp32 still holds to one part in 500.
+        plain = scaled.apply == Apply.DIVIDE and by.rule != ScaleRule.RECIPROCAL and scaled.rows.rounded is not None
+        return by.positive or plain
 
     @property
     def dtypes(self) -> set[torch.dtype]:
