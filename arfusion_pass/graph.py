@@ -355,14 +355,12 @@ def is_pure(node: fx.Node) -> bool:
     return torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ())
 
 
-FUNCTIONAL: frozenset[Any] = frozenset(
-    {
-        torch.ops.higher_order.auto_functionalized,
-        torch.ops.higher_order.auto_functionalized_v2,
-        torch.ops.higher_order.triton_kernel_wrapper_functional,
-    }
-)
-"""Higher-order ops that copy what they would write to."""
+FUNCTIONAL = ("auto_functionalized", "auto_functionalized_v2", "triton_kernel_wrapper_functional")
+"""Names of the higher-order ops that copy what they would write to. By name: torch defines some on first use."""
+
+
+def _is_functional(node: fx.Node) -> bool:
+    return isinstance(node.target, HigherOrderOperator) and node.target.name() in FUNCTIONAL
 
 
 def mutated_arguments(node: fx.Node) -> list[fx.Node]:
@@ -372,7 +370,7 @@ def mutated_arguments(node: fx.Node) -> list[fx.Node]:
     """
     if node.op in ("call_method", "call_module"):
         return list(node.all_input_nodes)
-    if node.op != "call_function" or node.target in FUNCTIONAL:
+    if node.op != "call_function" or _is_functional(node):
         return []
     schema = getattr(node.target, "_schema", None)
     if schema is None:
@@ -409,7 +407,7 @@ def viewed(node: fx.Node) -> list[fx.Node]:
     """The nodes whose memory the result of ``node`` may be: what it is a view of; none for fresh memory."""
     if node.op in ("call_method", "call_module"):
         return list(node.all_input_nodes)
-    if node.op != "call_function" or node.target in FUNCTIONAL:
+    if node.op != "call_function" or _is_functional(node):
         return []
     if node.target in VIEWS or node.target in (operator.getitem, torch.ops._c10d_functional.wait_tensor.default):
         return [node.args[0]] if isinstance(node.args[0], fx.Node) else []

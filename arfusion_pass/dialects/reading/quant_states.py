@@ -183,6 +183,8 @@ class Scaled:
         """After a cast to ``low``. The clamp's bounds are 16-bit values, so clamp and rounding may change places."""
         if self.low not in (None, low):
             return None
+        if self.rint:  # whole numbers of up to 8 bits stay as they are
+            return self if self.lower is not None and self.upper is not None else None
         return dataclasses.replace(self, low=low)
 
     def clamped(self, lower: float | None, upper: float | None) -> Scaled | None:
