@@ -7,7 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from arfusion_pass import groups
 from benchmarks import fuzz
+from tests import random_sites
 from tests.simulate import fake_world
 
 FOUND = (311,)
@@ -23,6 +25,14 @@ def _world() -> Iterator[None]:
 @pytest.mark.parametrize("seed", [*FOUND, *range(1000, 1020)])
 def test_mutant(seed: int) -> None:
     assert fuzz.one_mutant(seed, collections.Counter()) is None
+
+
+def test_engine_norm_of_a_widened_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sum that is widened for an engine's norm is no error of the pass (a drawn graph that once failed)."""
+    monkeypatch.setattr(groups, "_registered", {})
+    random_sites.register()
+    fuzz.register_groups(fuzz.WORLD)
+    assert fuzz.one_of_sites(26, collections.Counter()) is None
 
 
 def test_counts() -> None:

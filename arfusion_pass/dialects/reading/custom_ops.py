@@ -100,7 +100,9 @@ class NormOp:
         if given is not None and weight is None:
             return Refused(f"the weight {describe(given)} of {describe(call.node)} is no [hidden] vector", call.node)
         assert dtype is not None and x_dtype is not None
-        nodes = (*candidate.nodes, *path(candidate.start, start), *call.nodes)
+        casts = (start,) if start is not candidate.start and widens(start) else ()
+        views = path(candidate.start, start.args[0] if casts else start)  # type: ignore[arg-type]
+        nodes = (*candidate.nodes, *views, *casts, *call.nodes)
         norm = call.output(self.norm)
         quant: Quantised | None = None
         if self.quant is not None:
