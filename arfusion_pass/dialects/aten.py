@@ -83,7 +83,7 @@ def _chains(start: fx.Node, dtype: torch.dtype | None) -> Iterator[Norm | Refuse
     roots += [user for user in start.users if widens(user)]
     if dtype_of(start) != torch.float32:
         for square in _squares(start):
-            for low in users_of(square, aten.mean.dim):
+            for low in filter(_is_rooted, users_of(square, aten.mean.dim)):
                 yield Refused(
                     f"{describe(low)} belongs to a norm that is computed in {dtype_of(start)} throughout; the fused "
                     "op computes it in float32: widen its input with .float()",
@@ -100,6 +100,13 @@ def _chains(start: fx.Node, dtype: torch.dtype | None) -> Iterator[Norm | Refuse
                     continue
                 head = (root, square, *mean) if root is not start else (square, *mean)
                 yield from _after_mean(start, root, dtype, mean[-1], head)
+
+
+def _is_rooted(mean: fx.Node) -> bool:
+    """Whether a root of a mean plus something follows: it is a norm's, and no magnitude's."""
+    sums = users_of(mean, aten.add.Tensor, aten.add.Scalar)
+    widened = [user for plus in sums for user in plus.users if is_cast(user)]
+    return any(next(_roots(plus), None) is not None for plus in (*sums, *widened))
 
 
 def _squares(root: fx.Node) -> Iterator[fx.Node]:
