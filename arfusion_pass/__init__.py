@@ -7,6 +7,7 @@ imported when it is first used.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from arfusion_pass import runtime as _runtime  # noqa: F401  (gives the ops thei
 if TYPE_CHECKING:
     from arfusion_pass import comm as comm
     from arfusion_pass import inspection as inspection
+    from arfusion_pass import testing as testing
     from arfusion_pass.config import FusionConfig as FusionConfig
     from arfusion_pass.fusion_pass import AllReduceFusionPass as AllReduceFusionPass
     from arfusion_pass.fusion_pass import fuse as fuse
@@ -47,7 +49,7 @@ _HOMES = {
     "check": "arfusion_pass.runtime.workspace",
     "prepare": "arfusion_pass.runtime.workspace",
 }
-_MODULES = ("comm", "inspection")
+_MODULES = ("comm", "inspection", "testing")
 
 __all__ = [
     "AllReduceFusionPass",
@@ -66,6 +68,7 @@ __all__ = [
     "prepare",
     "register_group",
     "reports",
+    "testing",
 ]
 
 
@@ -77,7 +80,9 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(_HOMES[name]), name)
         globals()[name] = value
         return value
-    raise AttributeError(f"module 'arfusion_pass' has no attribute {name!r}")
+    close = difflib.get_close_matches(name, __all__, 1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    raise AttributeError(f"module 'arfusion_pass' has no attribute {name!r}{hint}")
 
 
 def __dir__() -> list[str]:

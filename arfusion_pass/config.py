@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import os
 import struct
 from collections.abc import Iterable
 from typing import Any, Literal
@@ -72,6 +74,35 @@ class FusionConfig:
         for name in ("quantisers", "reassociate", "pdl", "raise_errors"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"FusionConfig.{name}: expected a bool, got {getattr(self, name)!r}")
+
+    @staticmethod
+    def from_env() -> FusionConfig:
+        """The settings of ``ARFUSION_CONFIG``, a JSON object with any of the fields; the defaults where it is not set.
+
+        A pass that is given no config takes these: ``ARFUSION_CONFIG='{"quantisers": false, "dtypes": ["float16"]}'``.
+
+        Raises:
+            ValueError: where it is no such object, or a setting is not one of these.
+        """
+        text = os.environ.get("ARFUSION_CONFIG", "").strip()
+        if not text:
+            return FusionConfig()
+        try:
+            given = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"ARFUSION_CONFIG={text}: no JSON object: {error}") from error
+        names = [field.name for field in dataclasses.fields(FusionConfig)]
+        unknown = sorted(set(given) - set(names)) if isinstance(given, dict) else None
+        if unknown is None or unknown:
+            what = f"there is no {', '.join(unknown)}" if unknown else "no JSON object"
+            raise ValueError(f"ARFUSION_CONFIG={text}: {what}; expected an object with any of {', '.join(names)}")
+        if isinstance(given.get("dtypes"), list):
+            known = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+            given["dtypes"] = tuple(known.get(str(name).removeprefix("torch."), name) for name in given["dtypes"])
+        try:
+            return FusionConfig(**given)
+        except ValueError as error:
+            raise ValueError(f"ARFUSION_CONFIG={text}: {error}") from error
 
 
 def _items(field: str, value: Any) -> tuple[Any, ...]:

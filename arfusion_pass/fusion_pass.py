@@ -10,9 +10,10 @@ from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import arfusion_pass.ops  # noqa: F401  (a compiled artefact imports nothing: the ops must exist before it runs)
-from arfusion_pass import cache_key, provenance
+from arfusion_pass import cache_key, provenance, publishing
 from arfusion_pass.compilation import compile_id, graph_break
 from arfusion_pass.config import FusionConfig
+from arfusion_pass.reporting.printing import print_graph
 from arfusion_pass.reporting.reports import FusionReport, Reports
 from arfusion_pass.reporting.sites import Site
 from arfusion_pass.rewrite import marking, recording
@@ -25,8 +26,6 @@ from arfusion_pass.rewrite.reassociate import Moves, reassociate
 
 log = logging.getLogger("arfusion_pass")
 
-_all_reports: list[FusionReport] = []
-
 
 class AllReduceFusionPass(CustomGraphPass):
     """Fuses ``all_reduce -> (add +) RMSNorm -> quantise`` in post-grad graphs.
@@ -35,7 +34,7 @@ class AllReduceFusionPass(CustomGraphPass):
     :func:`arfusion_pass.enable`, or by hand.
 
     Args:
-        config: settings; the defaults if None.
+        config: settings; those of ``ARFUSION_CONFIG``, else the defaults, if None.
     """
 
     def __init__(self, config: FusionConfig | None = None) -> None:
@@ -46,15 +45,20 @@ class AllReduceFusionPass(CustomGraphPass):
         """Rewrite ``graph`` in place. Never raises, unless ``config.raise_errors``."""
         report = run(graph, self.config)
         self._reports.append(report)
-        _all_reports.append(report)
+        publishing.publish(report)
+        publishing.called(report)
 
     def uuid(self) -> Any:
         """Inductor's cache key for this pass (:mod:`arfusion_pass.cache_key`); None, no caching, while recording."""
-        return None if recording.active() is not None else cache_key.pass_key(self.config)
+        if recording.active() is not None:
+            return None
+        key = cache_key.pass_key(self.config)
+        publishing.expect(key, self._reports.append)
+        return key
 
     @property
     def reports(self) -> Reports:
-        """One report for each graph this pass has seen, in order."""
+        """One report for each graph this pass has seen or a compile cache kept, in order."""
         return Reports(self._reports)
 
     @property
@@ -76,7 +80,7 @@ def fuse(graph_module: fx.GraphModule, config: FusionConfig | None = None) -> Fu
     if not isinstance(graph_module, fx.GraphModule):
         raise ValueError(f"fuse: expected a torch.fx.GraphModule, got {type(graph_module).__name__}")
     report = run(graph_module.graph, _checked("fuse", config))
-    _all_reports.append(report)
+    publishing.publish(report)
     if report.matched_count:
         graph_module.recompile()
     return report
@@ -85,12 +89,13 @@ def fuse(graph_module: fx.GraphModule, config: FusionConfig | None = None) -> Fu
 def _checked(what: str, config: FusionConfig | None) -> FusionConfig:
     if config is not None and not isinstance(config, FusionConfig):
         raise ValueError(f"{what}: expected a FusionConfig, got {config!r}")
-    return config or FusionConfig()
+    return config or FusionConfig.from_env()
 
 
 def reports() -> Reports:
-    """The reports of every graph that any pass of this process has seen."""
-    return Reports(_all_reports)
+    """The reports of every graph that any pass of this process has seen, or that a compile cache kept."""
+    publishing.settle_ended()
+    return Reports(publishing.all_reports)
 
 
 def run(graph: fx.Graph, config: FusionConfig) -> FusionReport:
@@ -101,7 +106,8 @@ def run(graph: fx.Graph, config: FusionConfig) -> FusionReport:
     written: list[tuple[Plan, fx.Node]] = []
     chains: list[Chain] = []
     recorder = recording.active()
-    before = after = None if recorder is None else recorder.print_graph(graph)
+    printed = recorder is not None or publishing.dumping()
+    before = after = print_graph(graph) if printed else None
     described: list[Site] = []
     taken: list[Any] = []
     moves = Moves()
@@ -128,8 +134,8 @@ def run(graph: fx.Graph, config: FusionConfig) -> FusionReport:
             chains = find_chains([call for _, call in written], config)
             mark_chains(chains)
             marking.stamp(sites, written)
+            after = print_graph(graph) if printed else None
             if recorder is not None:
-                after = recorder.print_graph(graph)
                 recorder.mark(taken, [call for _, call in written])
         else:
             marking.stamp(sites, [])
@@ -153,7 +159,7 @@ def run(graph: fx.Graph, config: FusionConfig) -> FusionReport:
         graph_break=None if broken is None else str(broken),
         seconds=time.perf_counter() - begin,
         note=note,
-        graph=len(_all_reports),
+        graph=len(publishing.all_reports),
         compile_id=compile_id(),
         rank=provenance.rank(),
         before=before,

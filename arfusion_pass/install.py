@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import difflib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -67,8 +69,9 @@ def inductor_options(config: FusionConfig | None = None, *, mode: str | None = N
         **options: further Inductor options. A pass given here, or installed globally, keeps running, before ours.
 
     Raises:
-        ValueError: on an unknown mode.
+        ValueError: on an unknown mode, an option that Inductor does not have, or a ``config`` that is no FusionConfig.
     """
+    _check_options(options)
     expanded: dict[str, Any] = {}
     if mode is not None and mode != "default":
         modes = torch._inductor.list_mode_options()
@@ -79,6 +82,21 @@ def inductor_options(config: FusionConfig | None = None, *, mode: str | None = N
     existing = expanded.get(HOOK, getattr(inductor_config, HOOK))
     expanded[HOOK] = chained(existing, AllReduceFusionPass(config))
     return expanded
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """Torch answers an unknown option with a list of all 600; a FusionConfig field among them is the likely mistake."""
+    fields = {field.name for field in dataclasses.fields(FusionConfig)}
+    known = torch._inductor.list_options()
+    for name, value in options.items():
+        if name in fields:
+            raise ValueError(
+                f"inductor_options: {name} is a setting of the pass: inductor_options(FusionConfig({name}={value!r}))"
+            )
+        if name.replace("-", "_") not in known:
+            close = difflib.get_close_matches(name, known, 3)
+            hint = f"; close to it: {', '.join(close)}" if close else ""
+            raise ValueError(f"inductor_options: Inductor has no option {name!r}{hint}")
 
 
 @contextlib.contextmanager

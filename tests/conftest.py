@@ -8,9 +8,7 @@ import pytest
 
 from tests.simulate import fake_world
 
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--update-golden", action="store_true", help="write tests/golden anew instead of comparing")
+pytest_plugins = ["arfusion_pass.testing.plugin"]
 
 
 @pytest.fixture

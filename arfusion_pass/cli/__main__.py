@@ -2,4 +2,4 @@
 
 from arfusion_pass.cli.commands import main
 
-main()
+main(prog_name="arfusion")

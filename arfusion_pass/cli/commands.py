@@ -1,4 +1,4 @@
-"""The command line: ``arfusion demo | explain | doctor | build | bench``."""
+"""The command line: ``arfusion demo | explain | verify | doctor | build | bench``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import click
@@ -60,16 +61,19 @@ def main() -> None:
     help="What runs the fused calls; auto: our kernels on GPUs, the reference elsewhere.",
 )
 @click.option("--dynamic", is_flag=True, help="Mark token counts dynamic, and try torch.compile(dynamic=True) as well.")
-@click.option("--diff/--no-diff", default=True, show_default=True, help="Print the graph before and after.")
+@click.option("--diff/--no-diff", default=False, show_default=True, help="Print the graph before and after.")
 @click.option("--html", type=click.Path(dir_okay=False, writable=True), help="Also write the diff as a page.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of weights and token ids.")
 def demo(**options: object) -> None:
     """Compile a Llama-like tensor-parallel model without and with the pass, and compare.
 
-    Starts the ranks itself. Prints the report, the graph before and after, each fused site against its subgraph run
-    eagerly, and the whole model's error against a more exact one. Exit status 1 if an all-reduce was missed or a
-    result is not exact.
+    Starts the ranks itself. Prints the report, each fused site against its subgraph run eagerly, the whole model's
+    error against a more exact one, and what a step takes. Exit status 1 if an all-reduce was missed or a result is not
+    exact.
     """
+    page = options["html"]
+    if page is not None and not Path(str(page)).absolute().parent.is_dir():
+        raise click.BadParameter(f"there is no folder {Path(str(page)).absolute().parent}", param_hint="--html")
     from arfusion_pass.demo.run import Options
     from arfusion_pass.demo.run import main as run
 
@@ -86,36 +90,95 @@ def demo(**options: object) -> None:
 @click.option(
     "-n", "--nproc", type=click.IntRange(min=1), help="Start the script on this many ranks, as torchrun does."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="The report as JSON, alone on stdout; the script's goes to stderr."
+)
+@click.option("-o", "--output", type=click.Path(dir_okay=False), help="Write the report to this file, not to stdout.")
+@click.option("--fail-on-missed", is_flag=True, help="Exit status 3 if an all-reduce was missed or none was fused.")
 @click.option("--dump", type=click.Path(file_okay=False), help="Also write graphs, a diff page and depyf's dump there.")
+@click.option("--verdict", type=click.Path(dir_okay=False), hidden=True)
 @click.argument("script", type=click.Path(exists=True, dir_okay=False))
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def explain(nproc: int | None, as_json: bool, dump: str | None, script: str, arguments: tuple[str, ...]) -> None:
+def explain(
+    nproc: int | None,
+    as_json: bool,
+    output: str | None,
+    fail_on_missed: bool,
+    dump: str | None,
+    verdict: str | None,
+    script: str,
+    arguments: tuple[str, ...],
+) -> None:
     """Run SCRIPT with the pass on and print why each all-reduce was fused or not.
 
     ARGUMENTS go to the script. Everything that it compiles is fused; Inductor's caches are off, so that every graph
-    is seen. Under torchrun, or with --nproc, rank 0 prints.
+    is seen. Under torchrun, or with --nproc, rank 0 prints. The exit status is the script's own; 2 if it wants ranks
+    and was given none.
     """
+    if output is not None and not Path(output).absolute().parent.is_dir():
+        raise click.BadParameter(f"there is no folder {Path(output).absolute().parent}", param_hint="--output")
     if nproc is not None:
-        sys.exit(_on_ranks(nproc, as_json, dump, script, arguments))
+        options = [*(["--json"] if as_json else []), *(["--output", output] if output else [])]
+        options += ["--dump", dump] if dump else []
+        sys.exit(_on_ranks(nproc, options, fail_on_missed, [script, *arguments]))
     from arfusion_pass.cli.explain import run_script
 
-    sys.exit(run_script(script, list(arguments), as_json=as_json, dump=dump))
+    status = run_script(
+        script,
+        list(arguments),
+        as_json=as_json,
+        dump=dump,
+        output=output,
+        fail_on_missed=fail_on_missed,
+        verdict=verdict,
+    )
+    sys.exit(status)
 
 
-def _on_ranks(nproc: int, as_json: bool, dump: str | None, script: str, arguments: tuple[str, ...]) -> int:
+def _on_ranks(nproc: int, options: list[str], fail_on_missed: bool, script: list[str]) -> int:
     """``arfusion explain`` once a rank, under torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
-    command += ["-m", "arfusion_pass.cli", "explain"]
-    command += ["--json"] if as_json else []
-    command += ["--dump", dump] if dump else []
+    command += ["-m", "arfusion_pass.cli", "explain", *options]
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // nproc)), **os.environ}
-    with subprocess.Popen([*command, script, *arguments], env=environment) as process:
-        while True:
-            try:
-                return process.wait()
-            except KeyboardInterrupt:
-                pass  # the ranks got it as well: they print what they have and end
+    with tempfile.TemporaryDirectory(prefix="arfusion-explain-") as folder:
+        verdict = Path(folder) / "verdict"
+        if fail_on_missed:
+            command += ["--fail-on-missed", "--verdict", str(verdict)]
+        with subprocess.Popen([*command, *script], env=environment) as process:
+            status = _wait(process)
+        return int(verdict.read_text()) if status == 0 and verdict.is_file() else status
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int:
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            pass  # the ranks got it as well: they print what they have and end
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+@click.option("--fail-on-missed", is_flag=True, help="Exit status 3 if an all-reduce was missed.")
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+def verify(as_json: bool, fail_on_missed: bool, folder: Path) -> None:
+    """Read FOLDER, which a server filled that ran with ARFUSION_DUMP=FOLDER, and say what was fused, layer by layer.
+
+    Exit status 1 if it holds no report, nothing was fused, or the ranks disagree.
+    """
+    from arfusion_pass.cli.explain import MISSED
+    from arfusion_pass.cli.verify import read
+
+    try:
+        verdict = read(folder)
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+    if as_json:
+        reports = [report.to_dict() for report in verdict.reports]
+        click.echo(json.dumps({"ranks": verdict.ranks, "problems": verdict.problems, "reports": reports}, indent=2))
+    else:
+        click.echo(str(verdict))
+    sys.exit(1 if verdict.problems else MISSED if fail_on_missed and verdict.reports.missed else 0)
 
 
 @main.command()

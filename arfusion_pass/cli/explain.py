@@ -5,17 +5,38 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import runpy
 import signal
 import sys
 import traceback
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
 from arfusion_pass.reporting.reports import Reports
 
+MISSED = 3
+"""Exit status of ``--fail-on-missed`` where a site was missed, or there was none."""
+NO_RANKS = 2
+"""Exit status where the script asks for ranks that it was not given."""
 
-def run_script(script: str, arguments: list[str], *, as_json: bool = False, dump: str | None = None) -> int:
+_WANTS_RANKS = re.compile(
+    r"environment variable (RANK|WORLD_SIZE|MASTER_ADDR|MASTER_PORT) expected|^'?(LOCAL_RANK|RANK|WORLD_SIZE)'?$"
+)
+
+
+def run_script(
+    script: str,
+    arguments: list[str],
+    *,
+    as_json: bool = False,
+    dump: str | None = None,
+    output: str | None = None,
+    fail_on_missed: bool = False,
+    verdict: str | None = None,
+) -> int:
     """Run ``script`` as ``python script arguments...`` would, with everything that it compiles fused.
 
     The report is printed by rank 0 (by the environment's ``RANK``), also when the script fails or is interrupted.
@@ -23,11 +44,14 @@ def run_script(script: str, arguments: list[str], *, as_json: bool = False, dump
     Args:
         script: path of a Python file; runs as ``__main__``.
         arguments: its command line.
-        as_json: print JSON instead of the table.
+        as_json: JSON instead of the table; what the script prints goes to stderr, so that stdout is JSON alone.
         dump: folder for :func:`arfusion_pass.inspection.debug_dump`, or None.
+        output: file for the report, or None for stdout.
+        fail_on_missed: give :data:`MISSED` where a site was missed, or none was fused.
+        verdict: file that rank 0 writes that status into, to give 0 itself (torchrun makes 1 of every status); or None.
 
     Returns:
-        the script's exit status; 1 if it raised, 130 if it was interrupted (Ctrl-C).
+        the script's exit status; 1 if it raised, 130 if it was interrupted (Ctrl-C), :data:`NO_RANKS`, :data:`MISSED`.
     """
     import arfusion_pass as arf
 
@@ -35,9 +59,11 @@ def run_script(script: str, arguments: list[str], *, as_json: bool = False, dump
     argv, path = sys.argv, list(sys.path)
     sys.argv = [script, *arguments]
     sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
-    status = 0
+    status, failure = 0, None
     try:
         with contextlib.ExitStack() as stack:
+            if as_json and output is None:
+                stack.enter_context(_stdout_to_stderr())
             stack.enter_context(torch._inductor.config.patch(fx_graph_cache=False))
             if dump is not None:
                 stack.enter_context(arf.inspection.debug_dump(dump))
@@ -49,12 +75,51 @@ def run_script(script: str, arguments: list[str], *, as_json: bool = False, dump
             print(stop.code, file=sys.stderr)
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
-    except Exception:
-        traceback.print_exc()
-        status = 1
+    except Exception as error:
+        failure, status = error, 1
     finally:
         sys.argv, sys.path[:] = argv, path
-    if os.environ.get("RANK", "0") == "0":
-        reports = Reports(arf.reports()[known:])
-        print(json.dumps([report.to_dict() for report in reports], indent=2) if as_json else reports)
+    if failure is not None and _WANTS_RANKS.search(str(failure)) and "RANK" not in os.environ:
+        print(f"{script} wants ranks: start it with `arfusion explain -n 2 {script} ...`", file=sys.stderr)
+        return NO_RANKS
+    if failure is not None:
+        _print_traceback(failure, script)
+    if os.environ.get("RANK", "0") != "0":
+        return status
+    reports = Reports(arf.reports()[known:])
+    if failure is not None and not reports:
+        print(f"{script} failed before anything was compiled", file=sys.stderr)
+        if not as_json:
+            return status
+    text = json.dumps([report.to_dict() for report in reports], indent=2) if as_json else str(reports)
+    if output is None:
+        print(text)
+    else:
+        Path(output).write_text(text + "\n")
+    if fail_on_missed and status == 0 and (reports.missed or not reports.matched_count):
+        if verdict is None:
+            return MISSED
+        Path(verdict).write_text(str(MISSED))
     return status
+
+
+@contextlib.contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """What is written to stdout inside, by whomever, goes to stderr."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def _print_traceback(error: BaseException, script: str) -> None:
+    """The error with the script's frames, without those that started it."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_frame.f_code.co_filename != script:
+        frame = frame.tb_next
+    traceback.print_exception(type(error), error, frame or error.__traceback__)

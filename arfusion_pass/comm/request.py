@@ -81,12 +81,12 @@ class Request:
     def tensor(self, name: str, value: Any, dtypes: Sequence[torch.dtype] | None, needed: str) -> torch.Tensor:
         """``value`` is a contiguous tensor on the call's device, of one of ``dtypes``; ``needed`` is its shape."""
         if not isinstance(value, torch.Tensor):
-            wanted = needed if dtypes is None else f"{' or '.join(map(_name, dtypes))} {needed}"
+            wanted = needed if dtypes is None else f"{' or '.join(dict.fromkeys(map(_name, dtypes)))} {needed}"
             self.fail(f"{name} is needed, a tensor {wanted}, got {value!r}")
         if value.device != self.device:
             self.fail(f"{name} must be on {self.device} as the input is, got {value.device}")
         if dtypes is not None and value.dtype not in dtypes:
-            self.fail(f"{name} must be {' or '.join(map(_name, dtypes))}, got {_name(value.dtype)}")
+            self.fail(f"{name} must be {' or '.join(dict.fromkeys(map(_name, dtypes)))}, got {_name(value.dtype)}")
         need_contiguous(self.api, name, value)
         return value
 

@@ -57,7 +57,7 @@ class Options:
     device: str = "auto"
     backend: Backend = "auto"
     dynamic: bool = False
-    diff: bool = True
+    diff: bool = False
     html: str | None = None
     seed: int = 0
 

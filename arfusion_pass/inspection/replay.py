@@ -24,7 +24,6 @@ import torch.distributed as dist
 from torch import fx
 
 from arfusion_pass.groups import resolve_group
-from arfusion_pass.inspection.graph_diff import print_graph
 from arfusion_pass.ops import record
 from arfusion_pass.ops.reference import ordered_all_reduce, rows_of_owners
 from arfusion_pass.ops.schema import OUTPUT_NAMES
@@ -99,10 +98,6 @@ class Recorder:
     def __init__(self) -> None:
         self.reports: list[FusionReport] = []
         self.sites: list[ReplaySite] = []
-
-    def print_graph(self, graph: fx.Graph) -> str:
-        """The graph as text (:func:`arfusion_pass.inspection.print_graph`)."""
-        return print_graph(graph)
 
     def take(self, plan: Plan) -> ReplaySite:
         """Copy what a plan is about to replace, while it still stands in the graph."""
@@ -400,4 +395,4 @@ def _ordered(value: torch.Tensor) -> torch.Tensor:
     return value.to(torch.int64)
 
 
-__all__ = ["OutputCheck", "Recorder", "SiteCheck", "compare", "print_graph", "recording"]
+__all__ = ["OutputCheck", "Recorder", "SiteCheck", "compare", "recording"]

@@ -39,8 +39,8 @@ class GraphReport(Protocol):
 
 NO_GRAPH = (
     "AllReduce fusion: the pass has seen no graph.\n"
-    "Nothing was compiled while it was on, or a compile cache answered (on a hit the pass is not called; "
-    "TORCHINDUCTOR_FORCE_DISABLE_CACHES=1 shows every graph)."
+    "Nothing was compiled while it was on (torch.compile compiles at the first call), or a compile cache answered that "
+    "holds no report (TORCHINDUCTOR_FORCE_DISABLE_CACHES=1 compiles every graph again)."
 )
 
 
@@ -76,7 +76,7 @@ _Columns = dict[str, Callable[[Site], str]]
 
 
 def _tensor(site: Site) -> str:
-    return f"{site.dtype or ''}[{', '.join(map(str, site.shape))}]" if site.shape else site.dtype or ""
+    return f"{site.dtype or ''}[{','.join(map(str, site.shape))}]" if site.shape else site.dtype or ""
 
 
 def _why(site: Site) -> str:
@@ -150,7 +150,7 @@ def place(sites: Sequence[Site]) -> str:
     source = sites[0].source
     if source is None:
         return f"{module} {_short([site.name for site in sites])}".strip()
-    return f"{module} {source.place}".strip()
+    return f"{module}\n{source.place}".strip()
 
 
 def _rows(reports: Sequence[GraphReport], fused: bool, columns: _Columns) -> dict[tuple[str, ...], list[Site]]:
@@ -185,6 +185,8 @@ def _table(title: str, headers: list[str], rows: dict[tuple[str, ...], list[Site
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="", pad_edge=False)
     table.add_column("sites", justify="right", no_wrap=True)
     shown = [index for index in range(len(headers)) if any(cells[index] for cells in rows)]
+    if len({cells[headers.index("group")] for cells in rows}) == 1:
+        shown.remove(headers.index("group"))
     for index in shown:
         table.add_column(headers[index], overflow="fold", no_wrap=headers[index] in ("pattern", "epsilon"))
     for cells, sites in rows.items():

@@ -17,9 +17,6 @@ from arfusion_pass.rewrite.commit import Plan
 class Recorder(Protocol):
     """What the pass asks of a recorder, in this order, for each graph."""
 
-    def print_graph(self, graph: fx.Graph) -> str:
-        """The graph as text, before the rewrite and after it."""
-
     def take(self, plan: Plan) -> Any:
         """Copy what a plan is about to replace, while it still stands in the graph."""
 

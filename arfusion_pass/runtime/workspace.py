@@ -244,6 +244,10 @@ def _device_index(device: int | torch.device | None) -> int:
         if device.type != "cuda":
             raise ValueError(f"arfusion: a workspace lives on a CUDA device, got {device}")
         device = device.index
+    if device is None and not torch.cuda.is_available():
+        raise ValueError(
+            "arfusion: a workspace lives on a CUDA device, and there is none; the CPU reference needs no workspace"
+        )
     return torch.cuda.current_device() if device is None else device
 
 

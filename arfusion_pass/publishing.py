@@ -1,0 +1,188 @@
+"""What becomes of a report: it is kept for ``arf.reports()``, logged, put into torch's trace, written to a folder, and
+stored beside Inductor's cache, where a warm start finds it.
+
+Nothing here may stop a compilation: what fails is left out.
+
+* The logger ``arfusion_pass``: one line a graph at INFO on rank 0 (DEBUG on the others). ``ARFUSION_LOG=info`` shows
+  it on stderr.
+* ``TORCH_TRACE``: the report as artefact ``arfusion_report``, as text and as JSON; tlparse shows both.
+* ``ARFUSION_DUMP=DIR``: everything that :mod:`arfusion_pass.inspection.dump` writes, in a folder a rank.
+* ``arfusion/`` in Inductor's cache folder (``TORCHINDUCTOR_CACHE_DIR``): the reports of each graph that Dynamo hands
+  over, by a hash of that graph and of the pass's own cache key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from arfusion_pass.compilation import compile_id, graph_key, known, on_compile_end
+from arfusion_pass.provenance import rank
+from arfusion_pass.reporting.advice import NO_GRAD
+from arfusion_pass.reporting.reports import FusionReport, Reports
+from arfusion_pass.reporting.tables import place
+
+log = logging.getLogger("arfusion_pass")
+
+all_reports: list[FusionReport] = []
+"""Of every graph that any pass of this process has seen, cached ones included."""
+
+_LEVELS = ("debug", "info", "warning", "error")
+_DUMPER = "arfusion_pass.inspection.dump"  # imported when it is needed: it draws pages
+_warned: set[str] = set()
+
+
+def publish(report: FusionReport) -> None:
+    """Keep a report and tell everybody who listens."""
+    all_reports.append(report)
+    for tell in (_log, _trace, _dump):
+        known(lambda tell=tell: tell(report))  # type: ignore[misc]
+
+
+def dumping() -> bool:
+    """Whether reports go to a folder, so that graphs have to be printed."""
+    return bool(os.environ.get("ARFUSION_DUMP"))
+
+
+def log_line(report: FusionReport) -> str:
+    """One line on one graph: ``64 of 65 sites fused in graph 3 (0.4 s); 1 missed: ...``."""
+    took = "cached" if report.cached else f"{report.seconds:.1f} s"
+    line = f"{report.matched_count} of {len(report.sites)} sites fused in graph {report.graph} ({took})"
+    missed = report.missed
+    if missed:
+        reasons = [*dict.fromkeys(site.reason for site in missed)]
+        more = f" (and {len(reasons) - 1} other reasons)" if len(reasons) > 1 else ""
+        first = [site for site in missed if site.reason == reasons[0]]
+        where = " ".join(place(first).split())
+        line += f"; {len(missed)} missed: {where}: {reasons[0]}{more}"
+    return line
+
+
+def speak() -> None:
+    """Show the log on stderr where ``ARFUSION_LOG`` names a level."""
+    level = os.environ.get("ARFUSION_LOG", "").lower()
+    if not level:
+        return
+    if level not in _LEVELS:
+        log.warning("arfusion: ARFUSION_LOG=%s is none of %s", level, ", ".join(_LEVELS))
+        return
+    log.setLevel(level.upper())
+    if not log.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(levelname)s %(asctime)s arfusion: %(message)s", "%m-%d %H:%M:%S"))
+        log.addHandler(handler)
+        log.propagate = False
+
+
+def _log(report: FusionReport) -> None:
+    level = logging.INFO if report.sites and report.rank in (None, 0) else logging.DEBUG
+    log.log(level, "%s", log_line(report))
+    if report.rank in (None, 0) and NO_GRAD not in _warned and any(site.advice == NO_GRAD for site in report.missed):
+        _warned.add(NO_GRAD)  # said aloud once: the pass was asked for, and does nothing
+        log.warning("arfusion: %d all-reduces were not fused: %s", len(report.missed), NO_GRAD)
+
+
+def _trace(report: FusionReport) -> None:
+    from torch._logging import trace_structured
+
+    for name, encoding, text in (("arfusion_report", "string", str), ("arfusion_report_json", "json", _json)):
+        trace_structured(
+            "artifact",
+            metadata_fn=lambda name=name, encoding=encoding: {"name": name, "encoding": encoding},  # type: ignore[misc]
+            payload_fn=lambda text=text: text(report),  # type: ignore[misc]
+            expect_trace_id=False,
+        )
+
+
+def _json(report: FusionReport) -> str:
+    return report.to_json()
+
+
+def _dump(report: FusionReport) -> None:
+    if dumping():
+        folder = Path(os.environ["ARFUSION_DUMP"]) / (
+            f"process{os.getpid()}" if report.rank is None else f"rank{report.rank}"
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        importlib.import_module(_DUMPER).write_reports(folder, Reports(all_reports))
+
+
+# Warm starts. On a hit in a compile cache the pass is not called, but it is asked for its key. So each key that is
+# asked for waits for its call; one whose compilation ended without a call was answered from a cache.
+
+
+@dataclasses.dataclass
+class _Waiting:
+    key: str
+    receive: Callable[[FusionReport], None]
+    reports: list[FusionReport] = dataclasses.field(default_factory=list)
+
+
+_compilations: dict[str, _Waiting] = {}
+"""The compilations that are running, by torch's name for them."""
+
+
+def expect(pass_key: Any, receive: Callable[[FusionReport], None]) -> None:
+    """A cache asks for a pass's key: unless the pass is called, ``receive`` gets the reports stored for this graph."""
+    name = compile_id()
+    if name is None or name in _compilations:
+        return
+    key = graph_key(pass_key)
+    if key is not None:
+        _compilations[name] = _Waiting(key, receive)
+
+
+def called(report: FusionReport) -> None:
+    """The pass was called: store what it found beside Inductor's cache."""
+    waiting = _compilations.get(compile_id() or "")
+    if waiting is not None:
+        waiting.reports.append(report)
+        known(lambda: _store(waiting.key, waiting.reports))
+
+
+def settle() -> None:
+    """Deliver the stored reports of the compilations that ended without a call."""
+    ended = list(_compilations.values())
+    _compilations.clear()
+    for waiting in ended:
+        if not waiting.reports:
+            for report in known(lambda waiting=waiting: _load(waiting.key)) or ():  # type: ignore[misc]
+                report = dataclasses.replace(report, cached=True, rank=rank(), graph=len(all_reports))
+                waiting.receive(report)
+                publish(report)
+
+
+def settle_ended() -> None:
+    """:func:`settle`, for a torch that does not tell when a compilation ends. Nothing while one is running."""
+    if compile_id() is None:
+        settle()
+
+
+def _path(key: str) -> Path:
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return Path(cache_dir()) / "arfusion" / f"{key}.json"
+
+
+def _store(key: str, reports: list[FusionReport]) -> None:
+    path = _path(key)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps([report.to_dict() for report in reports]))
+    os.replace(temporary, path)
+
+
+def _load(key: str) -> list[FusionReport]:
+    path = _path(key)
+    return [FusionReport.from_dict(data) for data in json.loads(path.read_text())] if path.is_file() else []
+
+
+speak()
+on_compile_end(settle)
