@@ -25,13 +25,16 @@ CPU = Options(device="cpu", layers=1, hidden=64, tokens=8)
 
 def test_two_ranks_fuse_everything_exactly(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     page = tmp_path / "page.html"
-    assert run.main(dataclasses.replace(CPU, layers=2, html=str(page))) == 0
+    assert run.main(dataclasses.replace(CPU, layers=2, diff=True, html=str(page))) == 0
     text = capsys.readouterr().out
     assert "5 of 5 sites fused, none missed, in 1 graph" in text
     assert re.search(r"_c10d_functional.all_reduce.default +5 +0 +-5", text)
     assert re.search(r"arfusion.allreduce_rms_norm.default +0 +5 +\+5", text)
     assert text.count(" yes\n") == 5
     assert "PASSED" in text
+    assert re.search(
+        r"sites fused +5 of 5\ncalls exact +5 of 5\na step, unfused +[\d.]+ ms\na step, fused +[\d.]+ ms", text
+    )
     assert "all_reduce_4" in page.read_text()
 
 

@@ -93,6 +93,14 @@ def test_import_registers_the_ops_and_loads_no_tools() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("module", ["graph", "inspection.replay", "cli.commands", "demo.run", "comm", "testing"])
+def test_a_module_can_be_the_first_that_is_imported(module: str) -> None:
+    """No module counts on another's imports: torch makes some op namespaces when their file is first imported."""
+    code = f"import arfusion_pass.{module}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_readme_names_what_exists() -> None:
     text = (ROOT / "README.md").read_text()
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -37,6 +38,9 @@ from arfusion_pass.reporting.reports import Reports
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 ERROR_RATIO = 1.1
 """How much larger the fused model's error may be than the unfused one's (the exact contract for whole models)."""
+
+STEPS = 20
+"""How many steps are timed, for their median."""
 
 Logits = torch.Tensor
 Compiled = Callable[[torch.Tensor], Logits]
@@ -92,6 +96,8 @@ def main(options: Options) -> int:
         )
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="arfusion-demo-") as folder:
+        # Before a rank's torch is imported, which warns of a missing NumPy and of drivers: nothing to the demo.
+        os.environ.setdefault("PYTHONWARNINGS", "ignore")
         mp.spawn(_rank_main, (options, folder), nprocs=options.world)
         results = [Result(**json.loads(_result_path(folder, rank).read_text())) for rank in range(options.world)]
     print("\n".join(results[0].text))
@@ -150,7 +156,9 @@ class _Demo:
         # Not taking shapes from an earlier run's profile: the same graph in every run.
         with torch.no_grad(), torch._dynamo.config.patch(automatic_dynamic_local_pgo=False):
             eager = self.model(self.ids[0])
-            unfused = self._compile("without the pass", mark=self.options.dynamic)(self.ids[0])
+            compiled = self._compile("without the pass", mark=self.options.dynamic)
+            unfused = compiled(self.ids[0])
+            unfused_step = self._step(compiled)
             fused, reports, checks = self._fused("with the pass", mark=self.options.dynamic)
             self._expect_all_fused(reports)
             self._print_graphs(reports)
@@ -161,6 +169,7 @@ class _Demo:
                 Comparison.of("unfused, compiled", unfused, exact),
                 Comparison.of("fused, compiled", fused, exact),
             )
+            self._summary(reports, checks, unfused_step, self._fused_step())
             if self.options.dynamic:
                 self._say(section("torch.compile(dynamic=True), where epsilon is a graph input"))
                 fused, reports, _ = self._fused("with dynamic=True", dynamic=True)
@@ -190,6 +199,41 @@ class _Demo:
             if not check.ok:
                 self._fail(f"{what}: rank {self.rank}, site {check.site.name} is not exact: {check.detail}")
         return logits, reports, checks
+
+    def _fused_step(self) -> float:
+        """Milliseconds of a step of the model compiled with the pass and nothing that watches it."""
+        compiled = self._compile("with the pass, to time it", options=self._inductor_options())
+        compiled(self.ids[0])
+        return self._step(compiled)
+
+    def _step(self, compiled: Compiled) -> float:
+        """Milliseconds of one step of a compiled model: the median of some."""
+        times = []
+        for _ in range(STEPS):
+            self._synchronise()
+            begin = time.perf_counter()
+            compiled(self.ids[0])
+            self._synchronise()
+            times.append((time.perf_counter() - begin) * 1e3)
+        return statistics.median(times)
+
+    def _synchronise(self) -> None:
+        if self.options.use_cuda:
+            torch.cuda.synchronize()
+        dist.barrier()
+
+    def _summary(self, reports: Reports, checks: list[SiteCheck], unfused: float, fused: float) -> None:
+        """The small table that everything ends with."""
+        sites = len(reports.fused) + len(reports.missed)
+        rows = [
+            ("sites fused", f"{reports.matched_count} of {sites}"),
+            ("calls exact", f"{sum(check.ok for check in checks)} of {len(checks)}"),
+            ("a step, unfused", f"{unfused:.2f} ms"),
+            ("a step, fused", f"{fused:.2f} ms"),
+        ]
+        text = "\n".join(f"{name:<16}  {value}" for name, value in rows)
+        slow = "" if self.options.use_cuda else "\n(on the CPU the fused ops are torch ops: correct, and no faster)"
+        self._say(section("Summary") + text + slow)
 
     def _inductor_options(self) -> dict[str, Any]:
         return arfusion_pass.inductor_options(arfusion_pass.FusionConfig(backend=self.options.backend))
