@@ -81,6 +81,11 @@ def speak() -> None:
         log.propagate = False
 
 
+def speak_through(name: str) -> None:
+    """Let the log follow the level and the handlers of the logger ``name``: an engine's, which shows no others."""
+    log.parent = logging.getLogger(name)
+
+
 def _log(report: FusionReport) -> None:
     level = logging.INFO if report.sites and report.rank in (None, 0) else logging.DEBUG
     log.log(level, "%s", log_line(report))

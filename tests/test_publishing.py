@@ -96,6 +96,23 @@ def test_one_line_a_graph(caplog: pytest.LogCaptureFixture) -> None:
     assert [record.levelname for record in caplog.records] == ["INFO", "DEBUG", "DEBUG"]
 
 
+def test_an_engines_logger_shows_our_line_at_its_own_level(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM configures the logger ``vllm`` and no other."""
+    lines: list[str] = []
+    engine = logging.getLogger("some_engine")
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    monkeypatch.setattr(engine, "handlers", [handler])
+    monkeypatch.setattr(engine, "propagate", False)
+    monkeypatch.setattr(publishing.log, "parent", publishing.log.parent)
+    publishing.speak_through("some_engine")
+    for level in (logging.WARNING, logging.INFO):
+        engine.setLevel(level)
+        publishing._log(FusionReport((Site("r", "0", True),), rank=0))
+    engine.setLevel(logging.NOTSET)
+    assert lines == ["1 of 1 sites fused in graph 0 (0.0 s)"]
+
+
 @pytest.mark.usefixtures("world")
 def test_a_listener_that_fails_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:

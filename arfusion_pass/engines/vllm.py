@@ -34,6 +34,7 @@ from arfusion_pass import cache_key, groups
 from arfusion_pass.config import FusionConfig
 from arfusion_pass.engines.groups import coordinators
 from arfusion_pass.fusion_pass import AllReduceFusionPass
+from arfusion_pass.publishing import speak_through
 
 CANONICALISING = ("NoOpEliminationPass", "AddRMSNormFusionPass")
 """vLLM's passes that run before ours: they make graphs easier to read and fuse no collective."""
@@ -50,6 +51,7 @@ def register() -> None:
     from vllm.config import VllmConfig
 
     groups.add_source(vllm_groups)
+    speak_through("vllm")
     configure, compute_hash = PostGradPassManager.configure, VllmConfig.compute_hash
     if getattr(configure, "arfusion", False):
         return

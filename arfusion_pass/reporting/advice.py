@@ -16,8 +16,8 @@ NO_GRAD = (
 )
 EPSILON = "make the epsilon a Python number: what a tensor or a buffer holds is not known while the graph is compiled"
 BIAS = (
-    "add the bias before the all-reduce, on one rank alone (as a row-parallel linear with its bias on rank 0 does), or "
-    "leave it out where it is zero"
+    "FusionConfig(reassociate=True) adds the bias to the residual and rounds elsewhere; or add the bias before the "
+    "all-reduce, on one rank alone, as a row-parallel linear with its bias on rank 0 does"
 )
 AVERAGE = "reduce by 'sum' and divide by the group's size before the all-reduce"
 WHOLE = "compile the module that holds the norm in the same graph as the all-reduce"
