@@ -74,7 +74,7 @@ WRONG: list[tuple[int, dict[str, Any], str]] = [
     (1, {"rms_gamma": None}, r"rms_gamma is needed, a tensor bfloat16 or float32 \[64\], got None"),
     (1, {"rms_gamma": torch.ones(H + 1, dtype=BF16)}, r"rms_gamma must be \[hidden_dim\] = \[64\], got \[65\]"),
     (1, {"rms_gamma": torch.ones(H, dtype=torch.float16)}, "rms_gamma must be bfloat16 or float32, got float16"),
-    (1, {"rms_eps": -1.0}, "epsilon must be finite and not negative, got -1.0"),
+    (1, {"rms_eps": -1.0}, "epsilon must be finite in fp32 and not negative, got -1.0"),
     (1, {"rms_eps": None}, "the epsilon must be a number, got None"),
     (1, {"weight_bias": "1"}, "weight_bias must be a number, got '1'"),
     (2, {"scale_factor": None}, r"scale_factor is needed \(the dequantisation scale\), a float or a tensor of one"),
