@@ -37,8 +37,8 @@ def advise(all_reduce: fx.Node, culprit: fx.Node | None, reason: str, broken: Gr
     """
     if trains(all_reduce.graph) and (culprit is None or _reaches_output(culprit) or "output" in reason):
         return NO_GRAD
-    if "epsilon is a graph input" in reason:
-        return EPSILON if culprit is None or not _is_symbolic_number(culprit) else None
+    if reason.startswith("epsilon is") and "mark_dynamic" not in reason:
+        return EPSILON
     if "reduces by 'avg'" in reason:
         return AVERAGE
     if culprit is None:
@@ -68,11 +68,3 @@ def adds_bias(node: fx.Node) -> bool:
 
 def _reaches_output(node: fx.Node) -> bool:
     return node.op == "output" or any(user.op == "output" for user in node.users)
-
-
-def _is_symbolic_number(node: fx.Node) -> bool:
-    """Whether an epsilon was a number before ``dynamic=True`` made an input of it."""
-    while node.op == "call_function" and node.all_input_nodes:
-        node = node.all_input_nodes[0]
-    value = tensor_of(node)
-    return value is None or str(value.dtype) == "torch.float64"
