@@ -62,7 +62,7 @@ def test_metadata(wheel: zipfile.ZipFile) -> None:
     required = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
     assert {line.split(">")[0] for line in required} == {"click", "depyf", "jinja2", "rich", "torch"}
     assert "torch>=2.11" in required, "no upper bound"
-    assert set(metadata.get_all("Provides-Extra", [])) == {"flashinfer", "hf", "test"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {"bench", "docs", "flashinfer", "hf", "test"}
     assert any(item.endswith("licenses/LICENSE") for item in wheel.namelist())
     entry_points = next(item for item in wheel.namelist() if item.endswith("entry_points.txt"))
     parsed = configparser.ConfigParser()

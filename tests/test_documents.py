@@ -1,0 +1,59 @@
+"""The documents keep up with the code: every setting, every public name and every command has its place in them."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+import arfusion_pass as arf
+from arfusion_pass.cli import main
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+
+pytestmark = pytest.mark.skipif(not DOCS.is_dir(), reason="needs the source tree")
+
+
+def test_every_variable_is_documented() -> None:
+    """Each ``ARFUSION_*`` that the package reads stands in ``settings.md``, and none that it does not read."""
+    source = "\n".join(path.read_text() for path in sorted((ROOT / "arfusion_pass").rglob("*.py")))
+    read = set(re.findall(r"[\"'](ARFUSION_[A-Z_]+)[\"']", source))
+    table = set(re.findall(r"^\| `(ARFUSION_[A-Z_]+)`", (DOCS / "settings.md").read_text(), re.MULTILINE))
+    assert read == table
+
+
+def test_every_setting_is_described() -> None:
+    """Each field of ``FusionConfig`` has its line in the class's docstring, which ``settings.md`` shows."""
+    assert "::: arfusion_pass.FusionConfig" in (DOCS / "settings.md").read_text()
+    for field in dataclasses.fields(arf.FusionConfig):
+        assert re.search(rf"^ +{field.name}: ", arf.FusionConfig.__doc__ or "", re.MULTILINE), field.name
+
+
+def test_every_public_name_has_its_place() -> None:
+    """In one of the pages, as ``::: arfusion_pass.<name>``; modules have pages of their own."""
+    pages = "\n".join(path.read_text() for path in DOCS.glob("*.md"))
+    for name in arf.__all__:
+        if name not in ("comm", "inspection", "ops", "testing"):
+            assert f"::: arfusion_pass.{name}\n" in pages + "\n", name
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    """mkdocs would build a page that nobody finds."""
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    for page in DOCS.glob("*.md"):
+        assert page.name in navigation, page.name
+
+
+def test_commands_and_names_in_the_pages_exist() -> None:
+    """``arfusion <command>`` and ``arf.<name>`` in the pages, and Python blocks that compile."""
+    for page in DOCS.glob("*.md"):
+        text = page.read_text()
+        for command in re.findall(r"`arfusion (\w+)", text) + re.findall(r"^arfusion (\w+)", text, re.MULTILINE):
+            assert command in main.commands, (page.name, command)
+        for name in re.findall(r"\barf\.(\w+)", text):
+            assert getattr(arf, name) is not None, (page.name, name)
+        for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+            compile(block, page.name, "exec")
