@@ -13,7 +13,7 @@ import arfusion_pass.ops  # noqa: F401  (a compiled artefact imports nothing: th
 from arfusion_pass import cache_key, provenance, publishing
 from arfusion_pass.compilation import compile_id, graph_break
 from arfusion_pass.config import FusionConfig
-from arfusion_pass.reporting.printing import print_graph
+from arfusion_pass.reporting.printing import print_graph, readable
 from arfusion_pass.reporting.reports import FusionReport, Reports
 from arfusion_pass.reporting.sites import Site
 from arfusion_pass.rewrite import marking, recording
@@ -108,6 +108,7 @@ def run(graph: fx.Graph, config: FusionConfig) -> FusionReport:
     recorder = recording.active()
     printed = recorder is not None or publishing.dumping()
     before = after = print_graph(graph) if printed else None
+    before_code = after_code = readable(graph) if printed else None
     described: list[Site] = []
     taken: list[Any] = []
     moves = Moves()
@@ -134,7 +135,7 @@ def run(graph: fx.Graph, config: FusionConfig) -> FusionReport:
             chains = find_chains([call for _, call in written], config)
             mark_chains(chains)
             marking.stamp(sites, written)
-            after = print_graph(graph) if printed else None
+            after, after_code = (print_graph(graph), readable(graph)) if printed else (None, None)
             if recorder is not None:
                 recorder.mark(taken, [call for _, call in written])
         else:
@@ -164,6 +165,8 @@ def run(graph: fx.Graph, config: FusionConfig) -> FusionReport:
         rank=provenance.rank(),
         before=before,
         after=after,
+        before_code=before_code,
+        after_code=after_code,
     )
     if recorder is not None:
         recorder.add(report, taken)

@@ -59,6 +59,7 @@ def finish(text: Site, plan: Plan, call: fx.Node, chains: list[Chain]) -> Site:
         text,
         fused=True,
         pattern=plan.call.meta["pattern"],
+        call=call.name,
         outputs=tuple(plan.buffers),
         chain=number,
         chain_length=None if chain is None else len(chain),

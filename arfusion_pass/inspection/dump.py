@@ -9,7 +9,8 @@ writes (below ``out/rank0``, ``out/rank1``, ... where there are ranks)
 
 * ``report.txt`` and ``report.json``: fused sites, missed sites and why;
 * ``graph_0.before.txt``, ``graph_0.after.txt``, ``graph_0.diff.txt``: each graph as the pass found and left it;
-* ``diff.html``: the same, side by side;
+* ``diff.html``: every site with its subgraph before and after, and the graphs side by side; beside the ranks' folders
+  an ``index.html`` over them;
 * ``depyf/``: what depyf writes: Dynamo's bytecode as source, every stage of each graph, Inductor's kernels.
 """
 
@@ -26,7 +27,7 @@ import torch.distributed as dist
 
 from arfusion_pass.fusion_pass import reports
 from arfusion_pass.inspection.graph_diff import graph_diff
-from arfusion_pass.inspection.html import diff_page
+from arfusion_pass.inspection.html import diff_page, index_page
 from arfusion_pass.inspection.replay import recording
 from arfusion_pass.reporting.reports import Reports
 
@@ -77,3 +78,12 @@ def write_reports(folder: Path, reports: Reports) -> None:
         (folder / f"graph_{number}.after.txt").write_text(report.after)
         (folder / f"graph_{number}.diff.txt").write_text(graph_diff(report.before, report.after))
     (folder / "diff.html").write_text(diff_page(reports))
+    if _rank() is not None:
+        _replace(folder.parent / "index.html", index_page(folder.parent))
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file that other ranks write too: whole or not at all."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(text)
+    draft.replace(path)

@@ -1,51 +1,33 @@
-"""One self-contained HTML page: the report, and each graph before and after the pass, side by side.
+"""One self-contained HTML page a rank: every site, its subgraph before and after, and each graph side by side.
 
-No script and no request to anywhere; opens from a file. jinja2 fills the page, difflib finds the differences.
+No request to anywhere; opens from a file, light and dark, on a phone too. jinja2 fills the templates beside this file,
+difflib finds the differences.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import jinja2
 
+from arfusion_pass.inspection import excerpts
 from arfusion_pass.inspection.graph_diff import changed_ops, line_matcher
-from arfusion_pass.reporting.reports import FusionReport
+from arfusion_pass.reporting.reports import FusionReport, Reports
+from arfusion_pass.reporting.sites import Site
 from arfusion_pass.reporting.tables import report_table
 
 TITLE = "arfusion-pass: graphs before and after"
 
-_PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
-<style>
-  body { font: 14px/1.5 system-ui, sans-serif; margin: 2rem; color: #1f2328; }
-  pre { background: #f6f8fa; padding: 1rem; overflow-x: auto; }
-  table { border-collapse: collapse; }
-  table.counts td, table.counts th { padding: 0 1rem 0 0; text-align: right; }
-  table.counts td:first-child, table.counts th:first-child { text-align: left; font-family: ui-monospace, monospace; }
-  table.diff { width: 100%; table-layout: fixed; font: 12px/1.5 ui-monospace, monospace; }
-  table.diff td { vertical-align: top; white-space: pre-wrap; overflow-wrap: anywhere; padding: 0 .5rem; }
-  table.diff td.n { width: 3rem; color: #8c959f; text-align: right; }
-  .del { background: #ffebe9; } .add { background: #dafbe1; } .gap td { background: #ddf4ff; color: #57606a; }
-</style></head><body>
-<h1>{{ title }}</h1>
-<pre>{{ table }}</pre>
-{% for graph in graphs %}
-<h2 id="graph-{{ loop.index0 }}">Graph {{ loop.index0 }}</h2>
-{% if not graph.counts %}<p>{{ graph.note or "Unchanged." }}</p>{% else %}
-<table class="counts"><tr><th>op</th><th>before</th><th>after</th><th>change</th></tr>
-{% for name, before, after in graph.counts %}<tr><td>{{ name }}</td><td>{{ before }}</td><td>{{ after }}</td>\
-<td>{{ "%+d" | format(after - before) }}</td></tr>
-{% endfor %}</table>
-<table class="diff"><colgroup><col style="width:3rem"><col><col style="width:3rem"><col></colgroup>
-{% for row in graph.rows %}{% if row.gap %}<tr class="gap"><td colspan="4">{{ row.gap }} unchanged lines</td></tr>
-{% else %}<tr><td class="n">{{ row.old_number }}</td><td class="{{ row.old_class }}">{{ row.old }}</td>\
-<td class="n">{{ row.new_number }}</td><td class="{{ row.new_class }}">{{ row.new }}</td></tr>
-{% endif %}{% endfor %}</table>{% endif %}
-{% endfor %}
-</body></html>
-"""
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    keep_trailing_newline=True,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,21 +43,103 @@ class _Row:
     gap: int = 0
 
 
-def diff_page(reports: Sequence[FusionReport], title: str = TITLE, context: int = 3) -> str:
-    """The page as text. Graphs appear where they were recorded (``FusionReport.before`` and ``.after``)."""
-    graphs = []
-    for report in reports:
+def diff_page(
+    reports: Sequence[FusionReport],
+    title: str = TITLE,
+    context: int = 3,
+    replays: Mapping[tuple[int, str], str] | None = None,
+) -> str:
+    """The page as text. Graphs appear where they were recorded (``FusionReport.before`` and ``.after``).
+
+    Args:
+        reports: one a graph.
+        title: of the page.
+        context: unchanged lines shown around a change.
+        replays: what a replay of a site found (``"exact"``, or what differs), by graph's place and site's name.
+    """
+    graphs, sites = [], []
+    for number, report in enumerate(reports):
         before, after = report.before or "", report.after or ""
         changed = changed_ops(before, after)
         graphs.append(
             {
+                "number": number,
                 "note": report.note or (None if report.before else "The graph was not recorded."),
+                "graph_break": report.graph_break,
                 "counts": changed,
-                "rows": _rows(before.splitlines(), after.splitlines(), context) if changed else [],
+                "rows": _rows(_lines_of(before), _lines_of(after), context) if changed else [],
             }
         )
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    return environment.from_string(_PAGE).render(title=title, table=report_table(reports, width=140), graphs=graphs)
+        sites += _sites(number, report, replays or {})
+    summary = report_table(reports, width=140).partition("\n")[0]
+    template = _TEMPLATES.get_template("page.html.jinja")
+    return template.render(title=title, summary=summary, graphs=graphs, sites=sites)
+
+
+def index_page(folder: Path, title: str = TITLE) -> str:
+    """A page over the ranks' folders below ``folder``: those that hold a ``report.json`` and a ``diff.html``."""
+    rows = []
+    for path in sorted(folder.glob("*/report.json"), key=lambda path: (len(path.parent.name), path.parent.name)):
+        reports = Reports(FusionReport.from_dict(data) for data in json.loads(path.read_text()))
+        rows.append(
+            {
+                "name": path.parent.name,
+                "page": f"{path.parent.name}/diff.html",
+                "graphs": len(reports),
+                "sites": len(reports.fused) + len(reports.missed),
+                "fused": len(reports.fused),
+            }
+        )
+    alike = len({(row["graphs"], row["sites"], row["fused"]) for row in rows}) <= 1
+    summary = "All ranks fused alike." if alike else "The ranks did not fuse alike: they run different graphs."
+    return _TEMPLATES.get_template("index.html.jinja").render(title=title, summary=summary, rows=rows)
+
+
+def _sites(number: int, report: FusionReport, replays: Mapping[tuple[int, str], str]) -> Iterator[dict[str, Any]]:
+    before, after = excerpts.lines(report.before_code or ""), excerpts.lines(report.after_code or "")
+    for site in report.sites:
+        halves = [("before", excerpts.replaced(before, (site.name, *site.nodes)))]
+        if site.fused:
+            halves.append(("after", excerpts.written(after, site.call)))
+        yield {
+            "id": f"graph-{number}-{site.name}",
+            "fused": site.fused,
+            "verdict": "fused" if site.fused else "missed",
+            "layer": site.module or site.name,
+            "place": site.source.place if site.source else "",
+            "tensor": f"{site.dtype or ''}[{', '.join(map(str, site.shape))}]" if site.shape else site.dtype or "",
+            "bytes": _bytes(site),
+            "replay": replays.get((number, site.name), ""),
+            "lines": _lines(site),
+            "halves": [
+                {"title": title, "code": excerpts.code_of(part), "drawing": excerpts.drawing(part)}
+                for title, part in halves
+                if part
+            ],
+        }
+
+
+def _bytes(site: Site) -> str:
+    if site.bytes_unfused is None or site.bytes_fused is None:
+        return ""
+    return f"{site.bytes_unfused / 1e3:,.1f} to {site.bytes_fused / 1e3:,.1f} kB"
+
+
+def _lines(site: Site) -> list[str]:
+    """What the unfolded site says in sentences."""
+    if not site.fused:
+        return [line for line in (site.reason, site.advice) if line]
+    facts = [site.pattern or "", f"writes {', '.join(name.removesuffix('_out') for name in site.outputs)}"]
+    facts += [f"epsilon {site.epsilon:.6g}"] if site.epsilon is not None else []
+    facts += [site.quantiser] if site.quantiser else []
+    facts += [f"{site.strategy} at {site.tokens} tokens"] if site.strategy else []
+    facts += [f"site of chain {site.chain}, {site.chain_length} long"] if site.chain is not None else []
+    return [line for line in ("; ".join(facts) + ".", site.note) if line]
+
+
+def _lines_of(printed: str) -> list[str]:
+    """The printed graph's lines without what each of them says: that it is a call."""
+    return printed.replace(" [call_func]", "").replace("[placehold]", "[placeholder]").splitlines()
 
 
 def _rows(old: list[str], new: list[str], context: int) -> list[_Row]:

@@ -35,6 +35,11 @@ def print_graph(graph: torch.fx.Graph) -> str:
     return "\n".join(lines) + "\n"
 
 
+def readable(graph: torch.fx.Graph) -> str:
+    """The graph as Python, with the user's lines as comments."""
+    return str(graph.python_code("self", verbose=True).src)
+
+
 def _shown(name: str, value: Any) -> Any:
     """A fused call's flags without its graph's mark, which every other all-reduce of the graph has a part in."""
     return without_mark(value) if name == "flags" and isinstance(value, int) else value

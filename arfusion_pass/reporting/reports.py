@@ -25,6 +25,7 @@ class FusionReport:
         cached: whether the graph came from a compile cache and this is the report that was stored with it.
         before, after: the graph as printed before and after; filled only where recording is on
             (:func:`arfusion_pass.inspection.recording`).
+        before_code, after_code: the same as Python, with the user's lines as comments.
     """
 
     sites: tuple[Site, ...] = ()
@@ -37,6 +38,8 @@ class FusionReport:
     graph_break: str | None = None
     before: str | None = dataclasses.field(default=None, repr=False)
     after: str | None = dataclasses.field(default=None, repr=False)
+    before_code: str | None = dataclasses.field(default=None, repr=False)
+    after_code: str | None = dataclasses.field(default=None, repr=False)
 
     @property
     def fused(self) -> tuple[Site, ...]:

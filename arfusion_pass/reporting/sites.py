@@ -22,6 +22,7 @@ class Site:
         pattern: the pattern class that fused it, or None.
         reason: one sentence that says why it was not fused and, where there is one, what to change; None if fused.
         nodes: names of the nodes that the fused call replaces (if missed: that were recognised), in graph order.
+        call: name of the fused call's node; None if missed.
         outputs: which of allreduce_out, residual_out, norm_out, quant_out, scale_out the fused call produces.
         epsilon: of the norm, canonical (a float32's value), or None.
         dtype: of the reduced tensor, such as ``"bfloat16"``, or None where it is unknown.
@@ -50,6 +51,7 @@ class Site:
     pattern: str | None = None
     reason: str | None = None
     nodes: tuple[str, ...] = ()
+    call: str | None = None
     outputs: tuple[str, ...] = ()
     epsilon: float | None = None
     dtype: str | None = None
