@@ -39,7 +39,7 @@ from arfusion_pass.publishing import speak_through
 CANONICALISING = ("NoOpEliminationPass", "AddRMSNormFusionPass")
 """vLLM's passes that run before ours: they make graphs easier to read and fuse no collective."""
 
-CONFIG = FusionConfig()
+CONFIG = FusionConfig.from_env()
 """The plug-in's settings: the pass's, and so part of vLLM's key."""
 
 

@@ -1,4 +1,4 @@
-"""One site's part of a graph that :func:`arfusion_pass.reporting.printing.readable` printed: its lines of code, and a drawing of them.
+"""One site's part of a readable graph (:mod:`arfusion_pass.reporting.printing`): its lines of code, and a drawing.
 
 ::
 

@@ -57,7 +57,8 @@ def diff_page(
         context: unchanged lines shown around a change.
         replays: what a replay of a site found (``"exact"``, or what differs), by graph's place and site's name.
     """
-    graphs, sites = [], []
+    graphs: list[dict[str, Any]] = []
+    sites: list[dict[str, Any]] = []
     for number, report in enumerate(reports):
         before, after = report.before or "", report.after or ""
         changed = changed_ops(before, after)
