@@ -184,9 +184,8 @@ def _numbers(numbers: list[int]) -> str:
 def _table(title: str, headers: list[str], rows: dict[tuple[str, ...], list[Site]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="", pad_edge=False)
     table.add_column("sites", justify="right", no_wrap=True)
-    shown = [index for index in range(len(headers)) if any(cells[index] for cells in rows)]
-    if len({cells[headers.index("group")] for cells in rows}) == 1:
-        shown.remove(headers.index("group"))
+    values = [{cells[index] for cells in rows} for index in range(len(headers))]
+    shown = [i for i, header in enumerate(headers) if any(values[i]) and (header != "group" or len(values[i]) > 1)]
     for index in shown:
         table.add_column(headers[index], overflow="fold", no_wrap=headers[index] in ("pattern", "epsilon"))
     for cells, sites in rows.items():

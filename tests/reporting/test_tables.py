@@ -95,3 +95,9 @@ def test_a_note_and_an_empty_list_say_what_happened() -> None:
 
 def test_a_missing_reason_is_visible() -> None:
     assert "no reason given" in report_table([FusionReport((missed("all_reduce", None),))])
+
+
+def test_a_site_whose_group_is_not_known() -> None:
+    """An all-reduce that no dialect takes (another reduce op) may have no group: its row stands all the same."""
+    text = report_table([FusionReport((Site("all_reduce", "", fused=False, reason="it averages"),))])
+    assert "it averages" in text
