@@ -309,7 +309,10 @@ class Committer:
 def _refused(call: fx.Node, buffers: dict[str, Buffer]) -> str | None:
     """The reason for which the fused op would refuse a call, by its own check on the values that the graph promises."""
     op: torch._ops.OpOverload = call.args[0]  # type: ignore[assignment]
-    arguments = {**{name: _fake(value) for name, value in call.kwargs.items()}, **dict.fromkeys(OUTPUT_NAMES)}
+    try:
+        arguments = {**{name: _fake(value) for name, value in call.kwargs.items()}, **dict.fromkeys(OUTPUT_NAMES)}
+    except RuntimeError:  # a view of symbolic sizes that cannot be worked out here: the op checks it while compiling
+        return None
     arguments.update((role, buffer.like) for role, buffer in buffers.items())
     try:
         check_call(FusedCall.bind(op._opname, arguments), eager=False, certain=True)
