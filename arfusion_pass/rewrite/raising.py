@@ -442,6 +442,12 @@ def _same_strides(a: fx.Node, b: fx.Node) -> bool:
     return all(statically_known_true(x == y) for x, y in strides)
 
 
+def _is_one_row(node: fx.Node) -> bool:
+    """Whether ``node`` holds one row of the hidden size for sure; a symbolic number of rows may be any."""
+    tensor = tensor_of(node)
+    return tensor is not None and statically_known_true(tensor.numel() == tensor.shape[-1])
+
+
 def _raise_site(graph: fx.Graph, site: RaisedSite, index: int, origins: dict[fx.Node, fx.Node]) -> Iterable[fx.Node]:
     """Write one site's IR nodes; gives the values that are read outside of it."""
     assert site.reduced is not None and site.norm is not None
@@ -466,7 +472,8 @@ def _raise_site(graph: fx.Graph, site: RaisedSite, index: int, origins: dict[fx.
         norm_value = call(ir.op.rms_norm.default, reduced, weight, epsilon, dtype, norm.weight_bias, int(norm.flags))
     else:
         residual = origins[norm.residual]
-        if not same_size(norm.residual, norm.operand):  # a bias, as a tensor of its own: the op takes no stride of 0
+        if _is_one_row(norm.residual) and not same_size(norm.residual, norm.operand):
+            # A bias, as a tensor of its own: the op takes no stride of 0.
             row = graph.call_function(torch.ops.aten.reshape.default, (residual, [-1]))
             residual = graph.call_function(torch.ops.aten.copy.default, (x, row))
         both = call(
