@@ -96,7 +96,7 @@ def module_of(node: Any) -> str | None:
         return None
     entry = list(stack.values())[-1]
     path = str(entry[0] if isinstance(entry, (tuple, list)) else entry)
-    path = re.sub(r"^L\[['\"]\w+['\"]\]", "", path)
+    path = re.sub(r"^L\[['\"](?:(?:args|kwargs)['\"]\]\[[^\]]*|\w+['\"])\]", "", path)  # L['self'], L['args'][0]
     path = re.sub(r"(?:\._(?:modules|parameters|buffers))?\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", path)
     return path.strip(".") or None
 
