@@ -59,41 +59,32 @@ class Timer:
         self, graph: torch.cuda.CUDAGraph, iterations: int, replays: int, reset: Callable[[], object] | None = None
     ) -> float:
         """Time of one call in the graph: median over ``replays`` (two more warm up), maximum over ranks."""
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        times = []
-        for replay in range(replays + 2):
-            with torch.cuda.stream(self.stream):
-                if reset is not None:
-                    reset()
-                torch.cuda.synchronize()
-                dist.barrier(group=self._cpu_group)
-                dist.all_reduce(self._tiny)
-                torch.cuda._sleep(LAUNCH_CYCLES)
-                start.record()
-                graph.replay()
-                end.record()
-            torch.cuda.synchronize()
-            if replay >= 2:
-                times.append(start.elapsed_time(end) * 1e3 / iterations)
-        return self.maximum(statistics.median(times))
+        times = [self._replay(graph, reset) / iterations for _ in range(replays + 2)]
+        return self.maximum(statistics.median(times[2:]))
 
     def alternating(self, graphs: dict[str, torch.cuda.CUDAGraph], replays: int) -> dict[str, float]:
         """µs of whole graphs, each replayed once, in turn, ``replays`` times: median, then maximum over ranks."""
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         times: dict[str, list[float]] = {name: [] for name in graphs}
         for _ in range(replays):
             for name, graph in graphs.items():
-                with torch.cuda.stream(self.stream):
-                    torch.cuda.synchronize()
-                    dist.barrier(group=self._cpu_group)
-                    dist.all_reduce(self._tiny)
-                    torch.cuda._sleep(LAUNCH_CYCLES)
-                    start.record()
-                    graph.replay()
-                    end.record()
-                torch.cuda.synchronize()
-                times[name].append(start.elapsed_time(end) * 1e3)
+                times[name].append(self._replay(graph))
         return {name: self.maximum(statistics.median(values)) for name, values in times.items()}
+
+    def _replay(self, graph: torch.cuda.CUDAGraph, reset: Callable[[], None] | None = None) -> float:
+        """µs of one replay on this rank, behind a barrier and a pause in which the host launches it."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with torch.cuda.stream(self.stream):
+            if reset is not None:
+                reset()
+            torch.cuda.synchronize()
+            dist.barrier(group=self._cpu_group)
+            dist.all_reduce(self._tiny)
+            torch.cuda._sleep(LAUNCH_CYCLES)
+            start.record()
+            graph.replay()
+            end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) * 1e3
 
 
 def floor_microseconds(message_bytes: int, world: int) -> float:
