@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import collections
 import logging
-import os
 import random
 import sys
 import time
@@ -20,9 +19,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
-
 import torch
+import torch._inductor.config
 
 import arfusion_pass as arf
 from arfusion_pass.inspection.graph_diff import print_graph
@@ -140,6 +138,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument(f"--{kind}", type=int, default=0, help=f"how many {kind}")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
+    torch._inductor.config.force_disable_caches = True
     logging.disable(logging.ERROR)  # torch logs every mutant that is no graph
     random_sites.register()
     rows = ["| kind | graphs | no graph by itself | sites | fused | with their quantiser | failures | minutes |"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,15 @@ import pytest
 from tests.simulate import fake_world
 
 pytest_plugins = ["arfusion_pass.testing.plugin"]
+ENVIRONMENT = dict(os.environ)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """No module of tests, nor what it imports, leaves a variable behind: it would reach every other test's processes."""
+    changed = {name for name in os.environ.keys() | ENVIRONMENT.keys() if os.environ.get(name) != ENVIRONMENT.get(name)}
+    changed -= {"PYTEST_CURRENT_TEST", "PYTEST_VERSION"}
+    if changed:
+        raise pytest.UsageError(f"importing the tests changed the environment: {', '.join(sorted(changed))}")
 
 
 @pytest.fixture
