@@ -6,14 +6,18 @@ Nothing here may stop a fusion: what cannot be found out is None.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import fx
 
 from arfusion_pass.compilation import GraphBreak, known
 from arfusion_pass.config import canonical_epsilon
 from arfusion_pass.graph import dtype_of, tensor_of
+from arfusion_pass.groups import find_group
 from arfusion_pass.ops.layouts import token_count
+from arfusion_pass.ops.spec import Flags
 from arfusion_pass.reporting import traffic
 from arfusion_pass.reporting.advice import advise
 from arfusion_pass.reporting.sites import MERGED, Site
@@ -21,6 +25,7 @@ from arfusion_pass.rewrite.chains import Chain
 from arfusion_pass.rewrite.commit import Plan
 from arfusion_pass.rewrite.raising import RaisedSite
 from arfusion_pass.rewrite.reassociate import Merged, Moves
+from arfusion_pass.runtime import agreement, thresholds
 from arfusion_pass.source import Source, line_of, module_of
 
 
@@ -64,7 +69,25 @@ def finish(text: Site, plan: Plan, call: fx.Node, chains: list[Chain]) -> Site:
         chain=number,
         chain_length=None if chain is None else len(chain),
         bytes_fused=known(lambda: traffic.fused(call, plan.buffers)),
+        strategy=known(lambda: strategy(text, plan.site, call.kwargs.get("flags"))),
     )
+
+
+def strategy(text: Site, site: RaisedSite, flags: Any) -> str | None:
+    """What the kernels take for a fused site (:attr:`Site.strategy`); None where they do not run it."""
+    x = None if site.reduced is None else tensor_of(site.reduced.x)
+    group = find_group(text.group)
+    if x is None or group is None or x.device.type != "cuda" or flags & (Flags.REFERENCE | Flags.FLASHINFER):
+        return None
+    if not 2 <= group.size() <= agreement.MAX_WORLD:
+        return None
+    arch = thresholds.arch_name(torch.cuda.get_device_capability(x.device))
+    rows = thresholds.load().strategies(arch, group.size(), int(x.shape[-1]), x.dtype.itemsize, flags)
+    tokens = token_count(x.shape)
+    if isinstance(tokens, int):
+        return [name for start, name in rows if start <= max(tokens, 1)][-1]
+    ends = [f" to {start - 1} tokens" for start, _ in rows[1:]] + [" beyond" if len(rows) > 1 else ""]
+    return ", ".join(name + end for (_, name), end in zip(rows, ends, strict=True))
 
 
 def missed(site: RaisedSite, text: Site, note: str | None, broken: GraphBreak | None) -> Site:

@@ -35,8 +35,6 @@ SMALLEST, LARGEST = 16 << 10, 16 << 20
 CALLS, REPLAYS = 50, 7
 LAUNCH_CYCLES = 400_000
 """Of the GPU's clock, some 200 µs: longer than the launch of a graph takes the host."""
-ALWAYS = 1 << 40
-"""What is for small messages was faster at every size measured."""
 MIDDLE = Flags.SHARDED | Flags.RESIDUAL_IN_SHARDED | Flags.RESIDUAL_OUT_SHARDED
 """A call inside a chain, its residual sharded."""
 
@@ -87,7 +85,7 @@ def limit(sizes: Sequence[int], losses: Sequence[float]) -> int:
     sums = [0.0, *itertools.accumulate(losses)]
     count = sums.index(min(sums))  # sizes for the first way
     if count == len(sizes):
-        return ALWAYS
+        return thresholds.ALWAYS  # what is for small messages was faster at every size measured
     return math.isqrt(sizes[count - 1] * sizes[count]) if count else 0
 
 

@@ -133,7 +133,7 @@ def _lines(site: Site) -> list[str]:
     facts = [site.pattern or "", f"writes {', '.join(name.removesuffix('_out') for name in site.outputs)}"]
     facts += [f"epsilon {site.epsilon:.6g}"] if site.epsilon is not None else []
     facts += [site.quantiser] if site.quantiser else []
-    facts += [f"{site.strategy} at {site.tokens} tokens"] if site.strategy else []
+    facts += [site.strategy] if site.strategy else []
     facts += [f"site of chain {site.chain}, {site.chain_length} long"] if site.chain is not None else []
     return [line for line in ("; ".join(facts) + ".", site.note) if line]
 

@@ -40,7 +40,10 @@ class Site:
         advice: what the user can change to have it fused, one sentence, or None.
         shape: of the reduced tensor; a symbolic size is its name. Empty where it is unknown.
         tokens: how many rows it had when it was traced; None where that is unknown.
-        strategy: ``"oneshot"`` or ``"twoshot"``, what the kernels take at ``tokens``; None without a GPU.
+        strategy: how the kernels exchange a fused site's rows, by the table in force when the graph was compiled:
+            ``"oneshot"``, ``"twoshot"`` or ``"sharded"``; of symbolic rows by their number, ``"oneshot to 128 tokens,
+            twoshot beyond"``. None where something else runs the call: on a CPU, in a group that the kernels do not
+            take, on another back-end.
         bytes_unfused, bytes_fused: memory traffic of one rank at ``tokens``, before and after
             (:mod:`arfusion_pass.reporting.traffic` has the formula); None where it is unknown.
     """

@@ -93,6 +93,7 @@ _FUSED: _Columns = {
     "moved": lambda site: "; ".join(_NODE.sub(r"\1", step) for step in site.moved),
     "outputs": lambda site: ", ".join(name.removesuffix("_out") for name in site.outputs),
     "chain of": lambda site: "" if site.chain_length is None else str(site.chain_length),
+    "strategy": lambda site: site.strategy or "",
     "bytes": lambda site: _bytes(site),
     "group": lambda site: site.group,
 }

@@ -26,10 +26,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from arfusion_pass.ops.spec import SHARDED_FLAGS, Flags
 from arfusion_pass.runtime.build import cache_dir
 
 ANY_HIDDEN = "*"
 VERSION = 1
+ALWAYS = 1 << 40
+"""A threshold of so many bytes: one-shot at every size."""
 
 NEVER = 1 << 62
 """More than any message."""
@@ -37,7 +40,7 @@ NEVER = 1 << 62
 # The op library's own table (kBuiltIn in kernels/plan.cu, which says how it was measured); tests/gpu compares the two.
 _BUILT_IN: dict[str, dict[str, dict[str, int]]] = {
     ANY_HIDDEN: {
-        "2": {ANY_HIDDEN: 1 << 40, "4224": 6 << 20},
+        "2": {ANY_HIDDEN: ALWAYS, "4224": 6 << 20},
         "3": {ANY_HIDDEN: 512 << 10},
         "4": {ANY_HIDDEN: 256 << 10},
         "5": {ANY_HIDDEN: 128 << 10},
@@ -46,6 +49,9 @@ _BUILT_IN: dict[str, dict[str, dict[str, int]]] = {
         "8": {ANY_HIDDEN: 64 << 10},
     },
 }
+
+_MOST_SHARDED = 1024 * 16
+"""Bytes of the widest row whose residual a table may have sharded (``keeps_sharded`` in ``kernels/payload.cu``)."""
 
 # kBuiltIn in kernels/payload.cu: chosen nowhere yet, but by FusionConfig(strategy="sharded") or a tuned file.
 _BUILT_IN_SHARDED: dict[str, dict[str, dict[str, int]]] = {ANY_HIDDEN: {"2": {ANY_HIDDEN: NEVER}}}
@@ -83,6 +89,36 @@ class ThresholdTable:
         """The smallest message in bytes for which a chain's residual is sharded; :data:`NEVER` where it never is. By
         the same rule."""
         return _row(_found(arch, world_size, self.sharded, _BUILT_IN_SHARDED), hidden, NEVER)
+
+    def strategies(
+        self, arch: str, world_size: int, hidden: int, itemsize: int, flags: int
+    ) -> tuple[tuple[int, str], ...]:
+        """What a call with these flags takes, by its tokens: ``((1, "oneshot"), (129, "twoshot"))`` is one-shot from one
+        token on and two-shot from 129. Rows in order, the first from one token on.
+
+        The op library's rule (``make_plan`` in ``kernels/plan.cu``) for a workspace that holds the message; in a smaller
+        one what is too much for one-shot may go two-shot sooner.
+        """
+        row = hidden * itemsize
+        if flags & (Flags.ONESHOT | Flags.TWOSHOT):
+            return ((1, "oneshot" if flags & Flags.ONESHOT else "twoshot"),)
+        oneshot = self.oneshot_max_bytes(arch, world_size, hidden)
+        rows = [(1, "oneshot")] if oneshot >= row else []
+        if oneshot < ALWAYS:
+            rows.append((oneshot // row + 1, "twoshot"))
+        sharded = self._sharded_from(arch, world_size, hidden, row, flags)
+        if sharded < ALWAYS:
+            rows = [each for each in rows if each[0] < sharded] + [(sharded, "sharded")]
+        return tuple(rows)
+
+    def _sharded_from(self, arch: str, world_size: int, hidden: int, row: int, flags: int) -> int:
+        """From how many tokens of ``row`` bytes a call's residual is sharded; :data:`NEVER` where it never is."""
+        if not flags & SHARDED_FLAGS:
+            return NEVER
+        if flags & Flags.SHARDED:
+            return 1
+        smallest = self.sharded_min_bytes(arch, world_size, hidden)
+        return NEVER if row > _MOST_SHARDED or smallest >= ALWAYS else max(1, -(-smallest // row))
 
     def by_hidden(self, arch: str, world_size: int) -> list[tuple[int, int]]:
         """``(hidden, bytes)`` pairs in order of hidden; hidden 0 stands for any. What the op library is given."""

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 import arfusion_pass as arf
 from arfusion_pass.reporting.reports import Reports
+from arfusion_pass.runtime import thresholds
+from arfusion_pass.runtime.thresholds import ThresholdTable
 from tests.models import Tensor, gemma, llama, reduce
-from tests.simulate import fused_copy, tensors, trace
+from tests.simulate import STRICT, fused_copy, symbolic, tensors, trace
 
 pytestmark = pytest.mark.usefixtures("world")
 
@@ -71,3 +74,22 @@ def test_recording_keeps_the_graphs() -> None:
         report = fused_copy(module)[1]
     assert "_c10d_functional.all_reduce" in str(report.before)
     assert "arfusion.allreduce_rms_norm" in str(report.after)
+
+
+@pytest.mark.parametrize("tokens", [4, 64, "s"])
+def test_strategy(monkeypatch: pytest.MonkeyPatch, tokens: int | str) -> None:
+    """What the kernels take by the table at static rows, by their number at symbolic ones; nothing on a CPU."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(thresholds, "load", lambda: ThresholdTable({"sm_90": {"2": {"*": 16 * 32 * 2}}}, "test"))
+    wanted = {4: "oneshot", 64: "twoshot", "s": "oneshot to 16 tokens, twoshot beyond"}[tokens]
+
+    def strategies(device: str, config: arf.FusionConfig = STRICT) -> list[str | None]:
+        x, r, w = symbolic((tokens, 32), (tokens, 32), (32,))
+        with x.fake_mode:  # type: ignore[attr-defined]
+            given = [torch.empty(each.shape, dtype=each.dtype, device=device) for each in (x, r, w)]
+        return [site.strategy for site in arf.fuse(trace(model, *given), config).sites]
+
+    assert strategies("cuda") == [wanted, None, None], "of a fused site alone"
+    assert strategies("cuda", arf.FusionConfig(strategy="twoshot")) == ["twoshot", None, None]
+    assert strategies("cuda", arf.FusionConfig(backend="reference")) == [None, None, None]
+    assert strategies("cpu") == [None, None, None]

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from arfusion_pass.ops.spec import Flags
 from arfusion_pass.runtime import thresholds
 from arfusion_pass.runtime.thresholds import BUILT_IN, ThresholdError, ThresholdTable
 
@@ -87,3 +88,26 @@ def test_a_named_file_must_exist(monkeypatch, tmp_path):
     monkeypatch.setenv("ARFUSION_THRESHOLDS", str(tmp_path / "none.json"))
     with pytest.raises(ThresholdError, match=r"none\.json"):
         thresholds.load()
+
+
+def test_strategies_follow_the_kernels_rule():
+    """From how many tokens each strategy is taken; forced, absent and sharded ones included (``make_plan``)."""
+    table = ThresholdTable({"sm_90": {"4": {"*": 1 << 20}, "2": {"*": thresholds.ALWAYS}, "8": {"*": 100}}}, "test")
+    marks = int(Flags.RESIDUAL_IN_SHARDED)
+
+    def rows(world: int, flags: int = 0, hidden: int = 4096) -> tuple[tuple[int, str], ...]:
+        return table.strategies("sm_90", world, hidden, 2, flags)
+
+    assert rows(4) == ((1, "oneshot"), (129, "twoshot"))
+    assert rows(2) == ((1, "oneshot"),), "at every size"
+    assert rows(8) == ((1, "twoshot"),), "not even one row"
+    assert rows(4, int(Flags.ONESHOT) | marks) == ((1, "oneshot"),)
+    assert rows(4, int(Flags.TWOSHOT)) == ((1, "twoshot"),)
+    assert rows(4, marks) == rows(4), "a mark alone shards nothing until the table says so"
+    assert rows(4, int(Flags.SHARDED)) == rows(4), "outside of a chain there is nothing to shard"
+    assert rows(4, int(Flags.SHARDED) | marks) == ((1, "sharded"),)
+    table = table.with_sharded("sm_90", 4, None, (4 << 20) - 1)
+    assert rows(4, marks) == ((1, "oneshot"), (129, "twoshot"), (512, "sharded"))
+    assert rows(4, marks, hidden=16384) == ((1, "oneshot"), (33, "twoshot")), "rows too wide for the table"
+    table = table.with_sharded("sm_90", 4, None, 1)
+    assert rows(4, marks) == ((1, "sharded"),)
