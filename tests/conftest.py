@@ -14,7 +14,7 @@ ENVIRONMENT = dict(os.environ)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """No module of tests, nor what it imports, leaves a variable behind: it would reach every other test's processes."""
+    """No module of tests, nor what it imports, leaves a variable behind: every other test's processes would have it."""
     changed = {name for name in os.environ.keys() | ENVIRONMENT.keys() if os.environ.get(name) != ENVIRONMENT.get(name)}
     changed -= {"PYTEST_CURRENT_TEST", "PYTEST_VERSION"}
     if changed:

@@ -93,11 +93,11 @@ class ThresholdTable:
     def strategies(
         self, arch: str, world_size: int, hidden: int, itemsize: int, flags: int
     ) -> tuple[tuple[int, str], ...]:
-        """What a call with these flags takes, by its tokens: ``((1, "oneshot"), (129, "twoshot"))`` is one-shot from one
-        token on and two-shot from 129. Rows in order, the first from one token on.
+        """What a call with these flags takes, by its tokens: ``((1, "oneshot"), (129, "twoshot"))`` is one-shot from
+        one token on and two-shot from 129.
 
-        The op library's rule (``make_plan`` in ``kernels/plan.cu``) for a workspace that holds the message; in a smaller
-        one what is too much for one-shot may go two-shot sooner.
+        The op library's rule (``make_plan`` in ``kernels/plan.cu``) for a workspace that holds the message; in a
+        smaller one what is too much for one-shot may go two-shot sooner.
         """
         row = hidden * itemsize
         if flags & (Flags.ONESHOT | Flags.TWOSHOT):
