@@ -8,6 +8,9 @@ from typing import Any
 
 from arfusion_pass.reporting.sites import Site
 
+SCHEMA = 1
+"""Version of a report's JSON. It changes where a key goes or means something else; a new key changes nothing."""
+
 
 @dataclasses.dataclass(frozen=True)
 class FusionReport:
@@ -57,8 +60,9 @@ class FusionReport:
         return len(self.fused)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
+        """Plain data, for JSON: ``version`` (:data:`SCHEMA`), the attributes but the graphs, the sites in full."""
         return {
+            "version": SCHEMA,
             "graph": self.graph,
             "compile_id": self.compile_id,
             "rank": self.rank,
@@ -72,7 +76,13 @@ class FusionReport:
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> FusionReport:
-        """The report that :meth:`to_dict` wrote. Keys of another version are ignored."""
+        """The report that :meth:`to_dict` wrote. Keys that this package does not know are ignored.
+
+        Raises:
+            ValueError: where it was written by a later version of the package, whose keys mean something else.
+        """
+        if data.get("version", SCHEMA) > SCHEMA:
+            raise ValueError(f"a report of version {data['version']}; this package reads versions up to {SCHEMA}")
         known = {field.name for field in dataclasses.fields(FusionReport)}
         values: dict[str, Any] = {name: value for name, value in data.items() if name in known}
         return FusionReport(**{**values, "sites": tuple(Site.from_dict(site) for site in data.get("sites", ()))})
