@@ -30,7 +30,8 @@ QUANTISERS = (
     *("group_column", "group_tma", "group_pow2_log2", "group_pow2_bits", "int8_token", "int8_token_low"),
     *("int8_symmetric", "int8_unclamped"),
 )
-NORMS = tuple(name for name in models.NORMS if name != "single_rounding")
+NORMS = tuple(name for name in models.NORMS if name not in models.OTHER_ROOTS)
+"""Those that fuse bit for bit: what is compared are bits."""
 
 
 def original(choose: random.Random) -> fx.GraphModule:
