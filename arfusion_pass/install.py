@@ -11,10 +11,18 @@ from typing import Any
 import torch._inductor
 from torch import fx
 from torch._inductor import config as inductor_config
-from torch._inductor.custom_graph_pass import CustomGraphPass, CustomInferenceAwareGraphPass
+from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from arfusion_pass.config import FusionConfig
 from arfusion_pass.fusion_pass import AllReduceFusionPass
+
+try:
+    from torch._inductor.custom_graph_pass import CustomInferenceAwareGraphPass
+except ImportError:
+
+    class CustomInferenceAwareGraphPass(CustomGraphPass):  # type: ignore[no-redef]
+        """Torch 2.11 has no such kind of pass: nobody's is one."""
+
 
 HOOK = "post_grad_custom_post_pass"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,14 +11,16 @@ import pytest
 import torch
 from torch import fx
 from torch._inductor import config as inductor_config
-from torch._inductor.custom_graph_pass import CustomGraphPass, CustomInferenceAwareGraphPass
+from torch._inductor import custom_graph_pass
+from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import arfusion_pass as arf
-from arfusion_pass.install import HOOK, PassChain, chained
+from arfusion_pass.install import HOOK, CustomInferenceAwareGraphPass, PassChain, chained
 from tests.models import llama, reduce
 from tests.simulate import tensors, trace
 
 TAKES_LISTS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
+TELLS = hasattr(custom_graph_pass, "CustomInferenceAwareGraphPass")
 
 
 class Other(CustomGraphPass):
@@ -85,6 +88,7 @@ class Aware(CustomInferenceAwareGraphPass):
         return "aware"
 
 
+@pytest.mark.skipif(not TELLS, reason="this torch tells no pass whether a graph is for inference")
 @pytest.mark.parametrize("way", ["enable", "options", "options beside", "list", "tuple", "nested"])
 def test_chains_an_inference_aware_pass(way: str, world: None) -> None:
     """Every compile hands it what it asks for, whatever else is in the chain; ours runs behind it."""
@@ -123,6 +127,20 @@ def test_key_of_an_inference_aware_chain() -> None:
     assert chained([Aware([]), print], fusion).uuid() is None
     for nothing in (None, [], (), [None]):
         assert chained(nothing, fusion) is fusion
+
+
+def test_a_torch_without_such_passes(monkeypatch: pytest.MonkeyPatch, module: fx.GraphModule) -> None:
+    """Torch 2.11 has no inference-aware passes: the package does without the name."""
+    monkeypatch.delattr(custom_graph_pass, "CustomInferenceAwareGraphPass", raising=False)
+    spec = importlib.util.find_spec("arfusion_pass.install")
+    assert spec is not None
+    assert spec.loader is not None
+    install = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(install)
+    seen: list[str] = []
+    chain = install.chained(Other(seen), arf.AllReduceFusionPass())
+    chain(module.graph)
+    assert (type(chain), seen) == (install.PassChain, ["other"])
 
 
 def test_chains_a_callable(module: fx.GraphModule) -> None:
