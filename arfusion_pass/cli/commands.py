@@ -12,6 +12,8 @@ from pathlib import Path
 
 import click
 
+import arfusion_pass
+
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -205,7 +207,7 @@ def doctor(as_json: bool) -> None:
     "archs",
     multiple=True,
     metavar="ARCH",
-    help="Such as 90a or sm_100a; repeatable. Default: this machine's GPU.",
+    help="Such as 90a or sm_100a; repeatable. Default: this machine's GPU; of a wheel 80, 90a, 100a and 120a.",
 )
 @click.option("--force", is_flag=True, help="Compile even if the library is there.")
 @click.option(
@@ -214,21 +216,34 @@ def doctor(as_json: bool) -> None:
     type=click.Path(),
     help="Copy the library here too (for a container image: a file; with several --arch: a folder).",
 )
+@click.option(
+    "--wheel",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Make the wheel arfusion-pass-kernels of the libraries there, for machines without nvcc. Needs hatchling.",
+)
 @click.option("-v", "--verbose", is_flag=True, help="Print every compiler command.")
-def build(archs: tuple[str, ...], force: bool, output: str | None, verbose: bool) -> None:
+def build(archs: tuple[str, ...], force: bool, output: str | None, wheel: Path | None, verbose: bool) -> None:
     """Compile the CUDA kernels ahead of their first use. Needs nvcc, but no GPU where --arch is given."""
     try:
+        from arfusion_pass.runtime import prebuilt
         from arfusion_pass.runtime.build import BuildError
         from arfusion_pass.runtime.build import build as build_library
     except ImportError as error:
         raise click.ClickException(f"this installation holds no native backend ({error})") from error
-    for arch in archs or (None,):
-        target = Path(output) / f"libarfusion-sm{arch}.so" if output and len(archs) > 1 else output
-        try:
-            path = build_library(arch, force=force, output=target, verbose=verbose)
-        except (BuildError, ValueError) as error:
-            raise click.ClickException(str(error)) from error
-        click.echo(str(target or path))
+    try:
+        if wheel is not None:
+            prebuilt.check_builder()
+            archs = archs or prebuilt.ARCHITECTURES
+        paths = []
+        for arch in archs or (None,):
+            target = Path(output) / f"libarfusion-sm{arch}.so" if output and len(archs) > 1 else output
+            paths.append(build_library(arch, force=force, output=target, verbose=verbose))
+            click.echo(str(target or paths[-1]), err=wheel is not None)
+        if wheel is not None:
+            click.echo(str(prebuilt.write_wheel(paths, wheel, arfusion_pass.__version__)))
+    except (BuildError, prebuilt.WheelError, ValueError) as error:
+        raise click.ClickException(str(error)) from error
 
 
 @main.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from arfusion_pass.runtime import build, native, thresholds
+from arfusion_pass.runtime import build, native, prebuilt, thresholds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +44,8 @@ class LibraryState:
     cache: str
     prebuilt: bool
     """``ARFUSION_LIBRARY`` names it."""
+    wheel: str | None = None
+    """The version of the installed ``arfusion-pass-kernels`` that it is a part of."""
     problem: str | None = None
     """Why what lies there, or an environment variable, is not used."""
 
@@ -81,6 +83,8 @@ class DoctorFacts:
         links = "".join(f"\n  {' '.join('x' if ok else '-' for ok in row)}" for row in self.p2p)
         library = self.library
         state = "loaded" if library.loaded else "built" if library.built else "not built"
+        origin = f" ({prebuilt.DISTRIBUTION} {library.wheel})" if library.wheel else ""
+        where = f"{state}, {library.path}{origin}" if library.path else "unknown: no GPU and no ARFUSION_ARCH"
         rows = [
             ("python", self.python),
             ("torch", f"{self.torch} (CUDA {self.cuda or 'none'}, NCCL {self.nccl or 'none'})"),
@@ -90,7 +94,7 @@ class DoctorFacts:
             ("GPUs", "\n  ".join(["", *(f"{d.index}: {d.name}, sm_{d.arch}" for d in self.devices)]) or "none"),
             ("P2P access", links or "none"),
             ("kernel sources", library.sources or "none"),
-            ("kernel library", f"{state}, {library.path}" if library.path else "unknown: no GPU and no ARFUSION_ARCH"),
+            ("kernel library", where),
             ("cache", library.cache),
             ("strategy table", self.thresholds),
             ("backend", f"{self.backend}: {self.reason}"),
@@ -166,7 +170,7 @@ def _arch(index: int | None = None) -> str | None:
 def _library_state() -> LibraryState:
     path, problem = None, None
     try:
-        path = build.library_path()
+        path, problem = build.library_path(), build.why_not_installed()
         if path is not None and path.is_file() and not build.is_usable(path):
             problem = build.distrust(path) or f"{path} is no library, or one that was cut short: `arfusion build`"
     except build.BuildError as error:
@@ -181,6 +185,7 @@ def _library_state() -> LibraryState:
         sources=None if sources is None else str(sources),
         cache=str(build.cache_dir()),
         prebuilt=bool(os.environ.get("ARFUSION_LIBRARY")),
+        wheel=prebuilt.version() if path is not None and prebuilt.holds(path) else None,
         problem=problem,
     )
 

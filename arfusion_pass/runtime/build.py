@@ -6,12 +6,15 @@ g++ (``*.cpp`` against torch's stable ABI) if it is not there yet. Nothing is co
 is built on first use, or ahead of time by ``arfusion build`` (which needs no GPU when it is given an architecture).
 
     path = build(arch="90a")                     # what ``arfusion build --arch 90a`` does
-    path = library_path()                        # where it is, or would be; None where ARFUSION_LIBRARY is bad
+    path = library_path()                        # where it is, or would be; None where nothing says for what GPU
 
 The cache key is a hash of the sources, the flags, the architecture and the torch ABI target; not of the compiler, so
-that a library built in one container is found in another that has none. Environment:
+that a library built in one container is found in another that has none.
 
-* ``ARFUSION_LIBRARY``: path of a prebuilt library, used as it is.
+A library of the same key in an installed ``arfusion-pass-kernels`` (:mod:`arfusion_pass.runtime.prebuilt`) serves where
+the cache has none. Environment:
+
+* ``ARFUSION_LIBRARY``: path of a built library, used as it is.
 * ``ARFUSION_CACHE_DIR``: the cache folder (default ``$XDG_CACHE_HOME/arfusion`` or ``~/.cache/arfusion``). A library
   in a default folder is loaded only where it and the folder belong to the user or to root and nobody else may write.
 * ``ARFUSION_ARCH``: the architecture to build for where the device's is not wanted.
@@ -39,7 +42,7 @@ from pathlib import Path
 
 import torch
 
-from arfusion_pass.runtime import files
+from arfusion_pass.runtime import files, prebuilt
 
 TORCH_TARGET = "0x020b000000000000"
 """The stable ABI that the op library is written to: torch 2.11. One build serves that version and later ones."""
@@ -117,7 +120,7 @@ def is_named() -> bool:
 
 def distrust(path: Path) -> str | None:
     """Why a library that lies at ``path`` must not be loaded, with what to do about it, or None."""
-    if is_named():
+    if is_named() or prebuilt.holds(path):
         return None
     why = files.distrust(path.parent) or files.distrust(path)
     return why and f"{why}, so what lies in {path.parent} is not loaded. Remove it, or set ARFUSION_CACHE_DIR."
@@ -175,15 +178,28 @@ def build_key(folder: Path, arch: str) -> str:
 def library_path(arch: str | None = None) -> Path | None:
     """Where the library for ``arch`` (default: the device's) is, or would be built; None where neither is known.
 
-    ``ARFUSION_LIBRARY`` wins over everything.
+    ``ARFUSION_LIBRARY`` wins over everything, the cache over an installed wheel.
     """
     if explicit := os.environ.get("ARFUSION_LIBRARY"):
         return Path(explicit).expanduser()
+    name = library_name(arch)
+    if name is None:
+        return None
+    path = cache_dir() / name
+    return path if is_usable(path) else prebuilt.find(name) or path
+
+
+def library_name(arch: str | None = None) -> str | None:
+    """What the library for ``arch`` (default: the device's) is called; None where that, or the sources, are missing."""
     arch = device_arch() if arch is None else normalise_arch(arch)
     folder = source_dir()
-    if arch is None or folder is None:
-        return None
-    return cache_dir() / f"libarfusion-sm{arch}-{build_key(folder, arch)}.so"
+    return None if arch is None or folder is None else f"libarfusion-sm{arch}-{build_key(folder, arch)}.so"
+
+
+def why_not_installed() -> str | None:
+    """Why an ``arfusion-pass-kernels`` that is installed does not serve this machine; None where it does, or is not."""
+    name = library_name()
+    return None if name is None else prebuilt.why_not(name)
 
 
 def find_nvcc() -> str | None:
@@ -207,15 +223,16 @@ def find_cxx() -> str | None:
     return next((found for name in ("g++", "c++", "clang++") if (found := shutil.which(name))), None)
 
 
-def find_toolchain() -> Toolchain:
-    """The compilers, or a :class:`BuildError` that says which is missing and what to do about it."""
+def find_toolchain(note: str | None = None) -> Toolchain:
+    """The compilers, or a :class:`BuildError` that says which is missing and what to do about it, with ``note``."""
     nvcc, cxx = find_nvcc(), find_cxx()
     missing = [name for name, path in (("nvcc (CUDA 12.8 or later)", nvcc), ("a C++17 compiler", cxx)) if path is None]
     if nvcc is None or cxx is None:
         raise BuildError(
             f"{' and '.join(missing)} not found, so the arfusion kernels cannot be compiled here. Install the CUDA "
-            "toolkit (or set CUDA_HOME / ARFUSION_NVCC / CXX), or build the library on another machine with "
-            "`arfusion build --arch ARCH` and set ARFUSION_LIBRARY to its path."
+            "toolkit (or set CUDA_HOME / ARFUSION_NVCC / CXX), or build the library on another machine: "
+            "`arfusion build --wheel DIR` makes a wheel to install here, `arfusion build --arch ARCH` a file that "
+            f"ARFUSION_LIBRARY names.{f' {note}' if note else ''}"
         )
     return Toolchain(nvcc, cxx)
 
@@ -271,10 +288,13 @@ def build(
     folder = source_dir()
     if folder is None:
         raise BuildError("this installation holds no kernel sources (neither arfusion_pass/_kernels nor kernels/).")
-    path = cache_dir() / f"libarfusion-sm{arch}-{build_key(folder, arch)}.so"
+    name = f"libarfusion-sm{arch}-{build_key(folder, arch)}.so"
+    path = cache_dir() / name
+    if not force and not is_usable(path) and (installed := prebuilt.find(name)) and is_usable(installed):
+        path = installed
     try:
-        _make_cache_folder(path.parent)
         if force or not is_usable(path):
+            _make_cache_folder(path.parent)
             with files.locked(path.with_suffix(".lock")):
                 if force or not is_usable(path):
                     _compile(folder, arch, path, progress, verbose)
@@ -311,7 +331,7 @@ def _compile(
         raise BuildError(
             f"the op library needs torch 2.11 or later (its stable ABI); this is torch {torch.__version__}."
         )
-    tools = find_toolchain()
+    tools = find_toolchain(prebuilt.why_not(path.name))
     units = sorted(
         (unit for unit in source_files(folder) if unit.suffix in (".cu", ".cpp")),
         key=lambda unit: unit.stat().st_size,

@@ -133,10 +133,10 @@ def _find_or_build() -> Path:
         if not torch.cuda.is_available():
             raise NativeUnavailableError("no CUDA device is visible")
         if os.environ.get("ARFUSION_BUILD", "1") == "0":
-            why = build.distrust(path) if path is not None and path.is_file() else None
+            why = build.distrust(path) if path is not None and path.is_file() else build.why_not_installed()
             raise NativeUnavailableError(
-                f"{why or f'the kernels are not built ({path})'}; ARFUSION_BUILD=0 forbids building them on first use: "
-                "run `arfusion build`"
+                f"{(why or f'the kernels are not built ({path})').rstrip('.')}; ARFUSION_BUILD=0 forbids building them "
+                "on first use: run `arfusion build`"
             )
     return build.build()
 
