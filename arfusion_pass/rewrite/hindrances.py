@@ -37,12 +37,16 @@ from arfusion_pass.graph import (
     widens,
     without_views,
 )
+from arfusion_pass.rewrite.reductions import in_whole_rows, row_lengths
 
 Reductions = Mapping[fx.Node, Reduced]
 """A graph's all-reduces that could be fused, by the nodes that hold the result."""
 
 PROJECTIONS = (aten.mm.default, aten.addmm.default, aten.linear.default, aten._scaled_mm.default)
 """Behind one of these another layer begins."""
+
+DEVIATIONS = (aten.var_mean.correction, aten.var.correction, aten.native_layer_norm.default)
+ROOTS = (aten.rsqrt.default, aten.sqrt.default)
 
 FARTHEST = 24
 """Nodes between an all-reduce and a norm, from which on the norm is somebody else's."""
@@ -97,7 +101,7 @@ def why_no_norm(reduced: Reduced, reductions: Reductions) -> tuple[Hindrance | N
     readers = dict(_readers(*reduced.values))
     for reader, operand in readers.items():
         hindrance = hindrance_of(reduced, reader, operand, reductions)
-        norm = None if hindrance is None else _norm_behind(reader, reductions)
+        norm = None if hindrance is None else _norm_behind(reader, reductions, row_lengths(reduced.x))
         if hindrance is not None and norm is not None:
             advice = _ADVICE[hindrance.kind]
             reason = f"{describe(reader)} stands between it and the norm {describe(norm.result)}{advice}"
@@ -202,10 +206,10 @@ def following(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     return None if reader is None or reader.op == "output" else (reader, operand)
 
 
-def _norm_behind(node: fx.Node, reductions: Reductions) -> Norm | None:
-    """A norm that reads ``node``, or one behind further linear steps."""
+def _norm_behind(node: fx.Node, reductions: Reductions, lengths: set[int] | None) -> Norm | None:
+    """A norm that reads whole rows of ``node``, or one behind further linear steps."""
     while True:
-        for norm in _norms_of(node):
+        for norm in _norms_of(node, lengths):
             if isinstance(norm, Norm):
                 return norm
         step = following(node)
@@ -214,10 +218,11 @@ def _norm_behind(node: fx.Node, reductions: Reductions) -> Norm | None:
         node = step[0]
 
 
-def _norms_of(node: fx.Node) -> Iterator[Norm | Refused]:
+def _norms_of(node: fx.Node, lengths: set[int] | None) -> Iterator[Norm | Refused]:
     for view in views_of(node):
         for dialect in DIALECTS:
-            yield from dialect.norms(view)
+            for norm in dialect.norms(view):
+                yield in_whole_rows(norm, view, lengths)
 
 
 def _readers(*nodes: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
@@ -234,20 +239,37 @@ def _nearest_norm(reduced: Reduced) -> tuple[str, fx.Node | None] | None:
     no fused call has: the residual add itself is none."""
     came: dict[fx.Node, fx.Node | None] = dict.fromkeys(reduced.values)
     queue = collections.deque(came)
+    lengths = row_lengths(reduced.x)
+    other: tuple[str, fx.Node] | None = None
     while queue and len(came) < FARTHEST + len(reduced.values):
         node = queue.popleft()
         if came[node] is not None:
-            for norm in _norms_of(node):
+            for norm in _norms_of(node, lengths):
                 steps = [node]
                 while (previous := came[steps[-1]]) is not None and came[previous] is not None:
                     steps.append(previous)
                 return _blame(steps[::-1], norm)
         for reader, _ in _readers(node):
+            other = other or _other_norm(reader)
             computes = reader.op == "call_function" and tensor_of(reader) is not None
             ends = str(getattr(reader.target, "namespace", "")).startswith("_c10d") or is_call(reader, *PROJECTIONS)
             if computes and not ends and reader not in came:
                 came[reader] = node
                 queue.append(reader)
+    return other
+
+
+def _other_norm(node: fx.Node) -> tuple[str, fx.Node] | None:
+    """What to say of a norm that is none of ours, from the step that makes it one."""
+    if node.op == "call_function" and node.target in DEVIATIONS:  # with whatever arguments
+        return f"{describe(node)} belongs to a LayerNorm, which subtracts the mean; RMSNorm is fused", node
+    power = constant(node.args[1]) if is_call(node, aten.pow.Tensor_Scalar) else None
+    if is_call(node, *ROOTS) or power in (0.5, -0.5):
+        reason = (
+            f"{describe(node)} belongs to no known RMSNorm: x * rsqrt(mean(x * x) + epsilon) over the last "
+            "dimension, with or without a weight"
+        )
+        return reason, node
     return None
 
 

@@ -43,7 +43,7 @@ from arfusion_pass.graph import (
 from arfusion_pass.ops.layouts import token_count
 from arfusion_pass.rewrite.hindrances import Hindrance, sum_before, why_no_norm
 from arfusion_pass.rewrite.output_views import codes_layout, scale_layout
-from arfusion_pass.rewrite.reductions import check_reduced, in_its_own_dtype, row_lengths
+from arfusion_pass.rewrite.reductions import check_reduced, in_its_own_dtype, in_whole_rows, row_lengths
 
 
 @dataclasses.dataclass
@@ -234,16 +234,9 @@ def _norms(site: RaisedSite, config: FusionConfig) -> list[tuple[Norm, str]]:
     lengths = row_lengths(site.reduced.x)
     for held in site.reduced.values:
         for value in views_of(held):
-            part = lengths is not None and isinstance(last_dim(value), int) and last_dim(value) not in lengths
             for dialect in DIALECTS:
-                for norm in dialect.norms(value):
-                    if part and isinstance(norm, Norm):
-                        reason = (
-                            f"the norm {describe(norm.result)} normalises rows of {last_dim(value)} in "
-                            f"{describe(value)}, such as one head's, parts of the all-reduce's of {max(lengths or ())}"
-                        )
-                        reasons.append((reason, norm.result))
-                        continue
+                for found in dialect.norms(value):
+                    norm = in_whole_rows(found, value, lengths)
                     reason = norm.reason if isinstance(norm, Refused) else _check_norm(site.reduced, norm, config)
                     if reason is not None:
                         reasons.append((reason, norm.node if isinstance(norm, Refused) else norm.result))

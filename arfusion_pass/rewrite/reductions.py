@@ -8,11 +8,12 @@ import torch
 from torch import fx
 
 from arfusion_pass.config import DTYPES
-from arfusion_pass.dialects import Reduced
+from arfusion_pass.dialects import Norm, Reduced, Refused
 from arfusion_pass.graph import (
     describe,
     dtype_of,
     is_cast,
+    last_dim,
     path,
     same_shape,
     source_of,
@@ -90,3 +91,16 @@ def row_lengths(x: fx.Node) -> set[int] | None:
             lengths.add(sizes[-1])
         view = source_of(view)
     return lengths
+
+
+def in_whole_rows(norm: Norm | Refused, value: fx.Node, lengths: set[int] | None) -> Norm | Refused:
+    """A norm of ``value``; Refused where it normalises parts of the rows of a reduced tensor, whose rows have one of
+    ``lengths``."""
+    hidden = last_dim(value)
+    if isinstance(norm, Refused) or lengths is None or not isinstance(hidden, int) or hidden in lengths:
+        return norm
+    return Refused(
+        f"the norm {describe(norm.result)} normalises rows of {hidden} in {describe(value)}, such as one head's, parts "
+        f"of the all-reduce's of {max(lengths)}",
+        norm.result,
+    )

@@ -1,0 +1,262 @@
+"""The statistic of a norm in aten ops: from the squares of a row to what the row is multiplied by, or divided by.
+
+    %square = aten.pow.Tensor_Scalar(%wide, 2)          # or mul(wide, wide), of abs(wide) too
+    %mean   = aten.mean.dim(%square, [-1], True)        # or a sum over H, or a magnitude's square over H
+    %plus   = aten.add.Tensor(%mean, 1e-06)             # absent: epsilon is 0
+    %rsqrt  = aten.rsqrt.default(%plus)                 # or pow(-0.5), or sqrt (or pow(0.5)) and its reciprocal
+
+A dimension that was dropped may come back anywhere in between. What is nearly such a statistic is refused with what
+it does instead: an epsilon beside the root, a floor in its place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import fx
+
+from arfusion_pass.dialects.reading.base import Refused
+from arfusion_pass.dialects.reading.operands import epsilon_reason
+from arfusion_pass.graph import (
+    argument,
+    constant,
+    describe,
+    dtype_of,
+    is_call,
+    last_dim,
+    other_operand,
+    peel,
+    source_of,
+    statically_equal,
+    tensor_of,
+    users_of,
+    widens,
+)
+
+aten = torch.ops.aten
+
+_FLOORS = (aten.clamp_min.default, aten.clamp.default, aten.maximum.default)
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistic:
+    """``(factor * mean of a row's squares) ** power`` at ``node``, with the nodes from the squares to it."""
+
+    node: fx.Node
+    factor: float
+    power: float
+    nodes: tuple[fx.Node, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Inverse:
+    """``1 / sqrt(mean of squares + epsilon)`` at ``node``, or the root itself where rows are divided by it."""
+
+    node: fx.Node
+    epsilon: float
+    divides: bool
+    nodes: tuple[fx.Node, ...]
+
+
+def inverses(root: fx.Node) -> Iterator[Inverse | Refused]:
+    """Everything that the rows of ``root`` may be normalised by, computed from their own squares."""
+    for statistic in _statistics(root):
+        if isinstance(statistic, Refused):
+            yield statistic
+        elif math.isclose(statistic.factor, 1.0, rel_tol=1e-6):
+            yield from _inverses(statistic, root)
+        else:
+            yield from _floored(statistic, root)
+
+
+def squares(root: fx.Node) -> Iterator[tuple[fx.Node, ...]]:
+    """The nodes to each square of ``root``: other lossless casts of the same value among them."""
+    for user in list(root.users):
+        if is_call(user, aten.abs.default):
+            yield from ((user, *nodes) for nodes in squares(user))
+        elif (is_call(user, aten.pow.Tensor_Scalar) and constant(user.args[1]) == 2.0) or is_call(
+            user, aten.square.default
+        ):
+            yield (user,)
+        elif is_call(user, aten.mul.Tensor) and dtype_of(user) == dtype_of(root):
+            operands = list(dict.fromkeys(user.args))
+            if all(peel(operand) is peel(root) for operand in operands):
+                casts = (operand for operand in operands if isinstance(operand, fx.Node) and operand is not root)
+                yield (*casts, user)
+
+
+def is_rooted(mean: fx.Node) -> bool:
+    """Whether a root of a mean plus something follows: it is a norm's, and no magnitude's."""
+    plus = users_of(mean, aten.add.Tensor, aten.add.Scalar)
+    widened = [user for each in plus for user in each.users if widens(user) or dtype_of(user) == torch.float32]
+    return any(next(_roots(each), None) is not None for each in (*plus, *widened))
+
+
+def _statistics(root: fx.Node) -> Iterator[Statistic | Refused]:
+    """What is a power of a multiple of the mean of a row's squares, over every step that keeps it one."""
+    stack: list[Statistic] = []
+    for nodes in squares(root):
+        for user in list(nodes[-1].users):
+            first = _reduced(user, nodes)
+            if isinstance(first, Refused):
+                yield first
+            elif first is not None:
+                stack.append(first)
+    while stack:
+        current = stack.pop()
+        yield current
+        stack += [after for user in list(current.node.users) if (after := _step(current, user)) is not None]
+
+
+def _reduced(node: fx.Node, nodes: tuple[fx.Node, ...]) -> Statistic | Refused | None:
+    """The mean or the sum of squares over the whole last dimension; Refused for a mean over others."""
+    if not is_call(node, aten.mean.dim, aten.sum.dim_IntList) or dtype_of(node) != dtype_of(nodes[-1]):
+        return None
+    tensor, dims = tensor_of(nodes[-1]), argument(node, "dim")
+    if tensor is None or dims is None:
+        return None
+    is_mean = node.target is aten.mean.dim
+    if [dim % tensor.dim() for dim in dims] != [tensor.dim() - 1]:
+        return (
+            Refused(
+                f"{describe(node)} takes the mean over dimensions {list(dims)}; only a norm over the whole last "
+                "dimension is fused",
+                node,
+            )
+            if is_mean
+            else None
+        )
+    return Statistic(node, 1.0 if is_mean else last_dim(nodes[-1]) or math.nan, 1.0, (*nodes, node))
+
+
+def _step(current: Statistic, user: fx.Node) -> Statistic | None:
+    """``user`` as a statistic: a view of ``current``, a multiple, its root or its square."""
+    nodes = (*current.nodes, user)
+    if source_of(user) is current.node:
+        return dataclasses.replace(current, node=user, nodes=nodes)
+    if dtype_of(user) != dtype_of(current.node):
+        return None
+    power = constant(user.args[1]) if is_call(user, aten.pow.Tensor_Scalar) else None
+    if current.power == 1.0 and (is_call(user, aten.sqrt.default) or power == 0.5):
+        return Statistic(user, current.factor, 0.5, nodes)
+    if current.power == 0.5:
+        itself = is_call(user, aten.mul.Tensor) and user.args[0] is user.args[1]
+        if power == 2.0 or is_call(user, aten.square.default) or itself:
+            return Statistic(user, current.factor, 1.0, nodes)
+    if is_call(user, aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
+        number = constant(other_operand(user, current.node))
+        divides = is_call(user, aten.div.Tensor, aten.div.Scalar)
+        if number is None or number <= 0 or (divides and user.args[0] is not current.node):
+            return None
+        factor = (1 / number if divides else number) ** (1 / current.power)
+        return Statistic(user, current.factor * factor, current.power, nodes)
+    return None
+
+
+def _inverses(mean: Statistic, root: fx.Node) -> Iterator[Inverse | Refused]:
+    """From a mean of squares, or its root, over epsilon and the reciprocal root."""
+    yield from _floored(mean, root)
+    if mean.power == 0.5:
+        for inverse, nodes, divides in _reciprocals(mean.node):
+            yield from _in_rows(Inverse(inverse, 0.0, divides, (*mean.nodes, *nodes)), root)
+    for plus in users_of(mean.node, aten.add.Tensor, aten.add.Scalar):
+        other = other_operand(plus, mean.node)
+        if argument(plus, "alpha", 1) != 1:
+            continue
+        epsilon = constant(other, finite=False)  # one that is out of range has a reason of its own
+        if mean.power == 0.5:
+            if _divides_by(plus, root):
+                yield Refused(
+                    f"{describe(plus)} adds to the root of the mean of squares; the fused op adds epsilon to the mean, "
+                    "under the root",
+                    plus,
+                )
+        elif epsilon is not None:
+            for inverse, nodes, divides in _roots(plus):
+                yield from _in_rows(Inverse(inverse, epsilon, divides, (*mean.nodes, plus, *nodes)), root)
+        elif isinstance(other, fx.Node) and not statically_equal(last_dim(plus), last_dim(root)):
+            yield Refused(epsilon_reason(other), other)
+    if mean.power == 1.0:
+        for inverse, nodes, divides in _roots(mean.node):
+            yield from _in_rows(Inverse(inverse, 0.0, divides, (*mean.nodes, *nodes)), root)
+
+
+def _in_rows(inverse: Inverse, root: fx.Node) -> Iterator[Inverse | Refused]:
+    """The views of an inverse that hold one element for each row of ``root``, in the shape that rows are multiplied."""
+    stack, rows = [inverse], tensor_of(root)
+    assert rows is not None
+    while stack:
+        current = stack.pop()
+        tensor = tensor_of(current.node)
+        same_rank = tensor is not None and tensor.dim() == rows.dim()
+        if same_rank and all(map(statically_equal, tensor.shape, (*rows.shape[:-1], 1))):  # type: ignore[union-attr]
+            yield current
+        for user in list(current.node.users):
+            if source_of(user) is current.node:
+                stack.append(dataclasses.replace(current, node=user, nodes=(*current.nodes, user)))
+            elif dtype_of(user) in (torch.bfloat16, torch.float16) and is_call(
+                user, torch.ops.prims.convert_element_type.default
+            ):
+                yield Refused(
+                    f"{describe(user)} rounds the reciprocal root of a norm to {dtype_of(user)}; the fused op "
+                    "multiplies by it in float32",
+                    user,
+                )
+
+
+def _roots(plus: fx.Node) -> Iterator[tuple[fx.Node, tuple[fx.Node, ...], bool]]:
+    """What the value is multiplied by, or divided by: the node, all nodes to it, and whether it divides.
+
+    The fused op multiplies by ``rsqrt``. A root and its reciprocal, or a division, round once more or once less, which
+    is within the 4 ulp that the contract grants an fp32 norm.
+    """
+    for user in list(plus.users):
+        if source_of(user) is plus:
+            for inverse, nodes, divides in _roots(user):
+                yield inverse, (user, *nodes), divides
+        power = constant(user.args[1]) if is_call(user, aten.pow.Tensor_Scalar) else None
+        if is_call(user, aten.rsqrt.default) or power == -0.5:
+            yield user, (user,), False
+        elif is_call(user, aten.sqrt.default) or power == 0.5:
+            for inverse, nodes, divides in _reciprocals(user):
+                yield inverse, (user, *nodes), divides
+
+
+def _reciprocals(root: fx.Node) -> Iterator[tuple[fx.Node, tuple[fx.Node, ...], bool]]:
+    """The root itself, which divides, and its reciprocals, which multiply."""
+    yield root, (), True
+    for inverse in list(root.users):
+        power = constant(inverse.args[1]) if is_call(inverse, aten.pow.Tensor_Scalar) else None
+        one = is_call(inverse, aten.div.Tensor) and inverse.args[1] is root and constant(inverse.args[0]) == 1.0
+        reciprocal = is_call(inverse, aten.reciprocal.default) or power == -1.0
+        if one or reciprocal:
+            yield inverse, (inverse,), False
+        for product in users_of(inverse, aten.mul.Tensor, aten.mul.Scalar):  # 1 / x as torch writes it
+            if reciprocal and constant(other_operand(product, inverse)) == 1.0:
+                yield product, (inverse, product), False
+
+
+def _floored(statistic: Statistic, root: fx.Node) -> Iterator[Refused]:
+    """A floor under a mean of squares, or under a magnitude, where an epsilon would be added to the mean."""
+    for floor in users_of(statistic.node, *_FLOORS):
+        under_root = next(_roots(floor), None) is not None if statistic.power == 1.0 else _divides_by(floor, root)
+        if under_root:
+            yield Refused(
+                f"{describe(floor)} keeps the divisor of a norm from 0 by a lower bound; the fused op adds an epsilon "
+                "to the mean of squares",
+                floor,
+            )
+
+
+def _divides_by(node: fx.Node, root: fx.Node) -> bool:
+    """Whether ``root`` is divided by ``node``, or by an expansion of it, or multiplied by its reciprocal."""
+    for user in list(node.users):
+        if is_call(user, aten.expand.default, aten.reciprocal.default) or source_of(user) is node:
+            if _divides_by(user, root):
+                return True
+        elif is_call(user, aten.div.Tensor, aten.mul.Tensor) and peel(other_operand(user, node)) is peel(root):
+            return True
+    return False

@@ -1,0 +1,202 @@
+"""Norms as people write them beside those of :mod:`tests.models`, and what is nearly one: fused, or a true reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.models import Tensor, reduce
+from tests.simulate import check_fused, check_unchanged, tensors, trace
+
+HIDDEN = 48  # no power of two: a sum over H is no mean by a mere shift
+EPS = 1e-6
+
+pytestmark = pytest.mark.usefixtures("world")
+
+# Statistics: what rows are multiplied by ------------------------------------------------------------------------------
+
+
+def sum_over_hidden(h: Tensor) -> Tensor:
+    return torch.rsqrt((h * h).sum(-1, keepdim=True) / h.shape[-1] + EPS)
+
+
+def sum_times_share(h: Tensor) -> Tensor:
+    return torch.rsqrt((h * h).sum(-1, keepdim=True) * (1 / h.shape[-1]) + EPS)
+
+
+def dropped_and_back(h: Tensor) -> Tensor:
+    return torch.rsqrt(h.square().mean(-1) + EPS).unsqueeze(-1)
+
+
+def dropped_and_back_earlier(h: Tensor) -> Tensor:
+    return torch.rsqrt((h.square().mean(-1) + EPS)[..., None])
+
+
+def square_of_magnitude(h: Tensor) -> Tensor:
+    return torch.rsqrt(h.norm(dim=-1, keepdim=True).pow(2) / h.shape[-1] + EPS)
+
+
+def vector_norm(h: Tensor) -> Tensor:
+    root = torch.linalg.vector_norm(h, dim=-1, keepdim=True) * h.shape[-1] ** -0.5
+    return (root * root + EPS).sqrt().reciprocal()
+
+
+def of_absolutes(h: Tensor) -> Tensor:
+    return h.abs().pow(2).mean(-1, keepdim=True).add(EPS).pow(0.5).pow(-1)
+
+
+def without_epsilon(h: Tensor) -> Tensor:
+    return h.pow(2).mean(-1, keepdim=True).rsqrt()
+
+
+def root_without_epsilon(h: Tensor) -> Tensor:
+    return 1 / (h.norm(dim=-1, keepdim=True) / h.shape[-1] ** 0.5)
+
+
+STATISTICS = [
+    sum_over_hidden,
+    sum_times_share,
+    dropped_and_back,
+    dropped_and_back_earlier,
+    square_of_magnitude,
+    vector_norm,
+    of_absolutes,
+    without_epsilon,
+    root_without_epsilon,
+]
+
+
+@pytest.mark.parametrize("inverse", STATISTICS, ids=lambda fn: fn.__name__)
+def test_statistic(inverse: Callable[[Tensor], Tensor]) -> None:
+    """Contract *exact*: the mean of squares by whatever steps, within the ulps that another rounding of it makes."""
+
+    def model(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        total = r + reduce(x)
+        return (total.float() * inverse(total.float()) * w.float()).to(x.dtype), total
+
+    report = check_fused(trace(model, *tensors((4, HIDDEN), (4, HIDDEN), (HIDDEN,))), 1, ulps=1)
+    epsilon = 0.0 if "without" in inverse.__name__ else torch.tensor(EPS).item()
+    assert report.fused[0].epsilon == epsilon
+
+
+# Products -------------------------------------------------------------------------------------------------------------
+
+
+def inverse_of(h: Tensor) -> Tensor:
+    return torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + EPS)
+
+
+def weight_first(h: Tensor, w: Tensor) -> Tensor:
+    return (w.float() * h.float()) * inverse_of(h.float())
+
+
+def weight_first_divided(h: Tensor, w: Tensor) -> Tensor:
+    return (1 + w.float()) * h.float() / torch.sqrt(h.float().pow(2).mean(-1, keepdim=True) + EPS)
+
+
+def weight_on_inverse(h: Tensor, w: Tensor) -> Tensor:
+    return h.float() * (inverse_of(h.float()) * w.float())
+
+
+def widened_thrice(h: Tensor, w: Tensor) -> Tensor:
+    mean = torch.mean(h.float() * h.float(), dim=-1, keepdim=True, dtype=torch.float32)
+    return h.float() * torch.rsqrt(mean + EPS) * w.float()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "norm", [weight_first, weight_first_divided, weight_on_inverse, widened_thrice], ids=lambda fn: fn.__name__
+)
+def test_product(norm: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> None:
+    """Contract *exact*: row, inverse and weight multiplied in fp32 in any order; casts of their own go as well."""
+
+    def model(x: Tensor, r: Tensor, w: Tensor) -> Tensor:
+        return norm(r + reduce(x), w).to(x.dtype)
+
+    ulps = 1 if dtype == torch.bfloat16 else 4
+    report = check_fused(trace(model, *tensors((4, HIDDEN), (4, HIDDEN), (HIDDEN,), dtype=dtype)), 1, ulps=ulps)
+    assert report.fused[0].outputs == ("norm_out",)
+
+
+def test_another_rows_inverse() -> None:
+    """Contract *sound*: the inverse along another dimension of a square tensor scales columns, and is no norm's."""
+
+    def model(x: Tensor, w: Tensor) -> Tensor:
+        h = reduce(x).float()
+        return h * torch.rsqrt(h.pow(2).mean(-1) + EPS).unsqueeze(0) * w.float()
+
+    check_unchanged(trace(model, *tensors((HIDDEN, HIDDEN), (HIDDEN,))))
+
+
+def test_sum_of_squares_is_no_mean() -> None:
+    """Contract *sound*: without the division by H it is another norm."""
+
+    def model(x: Tensor, w: Tensor) -> Tensor:
+        h = reduce(x).float()
+        return h * torch.rsqrt(h.pow(2).sum(-1, keepdim=True) + EPS) * w.float()
+
+    check_unchanged(trace(model, *tensors((4, HIDDEN), (HIDDEN,))))
+
+
+# What is nearly a norm ------------------------------------------------------------------------------------------------
+
+
+def beside_the_root(h: Tensor) -> Tensor:
+    return h.float() / (h.float().norm(dim=-1, keepdim=True) * h.shape[-1] ** -0.5 + EPS)
+
+
+def normalize(h: Tensor) -> Tensor:
+    return F.normalize(h.float(), dim=-1) * h.shape[-1] ** 0.5
+
+
+def floor(h: Tensor) -> Tensor:
+    return h.float() * h.float().pow(2).mean(-1, keepdim=True).clamp_min(EPS).rsqrt()
+
+
+def narrow_inverse(h: Tensor) -> Tensor:
+    return h * inverse_of(h.float()).to(h.dtype)
+
+
+def variance(h: Tensor) -> Tensor:
+    return h.float() * torch.rsqrt(h.float().var(-1, keepdim=True) + EPS)
+
+
+def layer_norm(h: Tensor) -> Tensor:
+    return F.layer_norm(h, (h.shape[-1],))
+
+
+def dot(h: Tensor) -> Tensor:
+    return h.float() * torch.rsqrt(torch.linalg.vecdot(h.float(), h.float())[..., None] + EPS)
+
+
+def of_heads(h: Tensor) -> Tensor:
+    heads = h.view(-1, 3, h.shape[-1] // 3).float()
+    return heads * inverse_of(heads)
+
+
+@pytest.mark.parametrize(
+    ("norm", "reason"),
+    [
+        (beside_the_root, "(aten.add.Tensor) adds to the root of the mean of squares"),
+        (normalize, "(aten.clamp_min.default) keeps the divisor of a norm from 0"),
+        (floor, "(aten.clamp_min.default) keeps the divisor of a norm from 0"),
+        (narrow_inverse, "rounds the reciprocal root of a norm to torch.bfloat16"),
+        (variance, "(aten.var.correction) belongs to a LayerNorm"),
+        (layer_norm, "(aten.var_mean.correction) belongs to a LayerNorm"),
+        (dot, "(aten.rsqrt.default) belongs to no known RMSNorm"),
+        (of_heads, "normalises rows of 16"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_nearly_a_norm(norm: Callable[[Tensor], Tensor], reason: str) -> None:
+    """Contract *clear*: the step that makes it another norm is named, and nobody is told that none follows."""
+
+    def model(x: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+        total = r + reduce(x)
+        return norm(total).to(x.dtype), total
+
+    report = check_unchanged(trace(model, *tensors((4, HIDDEN), (4, HIDDEN))))
+    assert reason in str(report.missed[0].reason)
