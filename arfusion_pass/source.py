@@ -36,6 +36,8 @@ _PLUMBING = (
     "/vllm/distributed/",
 )
 """Frames of files with one of these in their path carry an all-reduce out for somebody: the caller is what to show."""
+_OWN_MODELS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "demo") + os.sep
+"""The one folder of the package that holds a model."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +81,11 @@ def frames(trace: Any) -> list[Source]:
 
 def users_frame(stack: list[Source]) -> Source | None:
     """The innermost frame that is the model's own; the innermost of all where every one is plumbing."""
-    own = [frame for frame in stack if not any(part in frame.file for part in _PLUMBING)]
+    own = [
+        frame
+        for frame in stack
+        if frame.file.startswith(_OWN_MODELS) or not any(part in frame.file for part in _PLUMBING)
+    ]
     found = own or stack
     return found[-1] if found else None
 

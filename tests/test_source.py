@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch import fx
 
+import arfusion_pass
+
 from arfusion_pass.graph import describe
 from arfusion_pass.source import Source, frames, line_of, module_of, users_frame
 
 TORCH = os.path.join(os.path.dirname(torch.__file__), "distributed", "_functional_collectives.py")
+PATHS = (("demo", "model.py"), ("comm", "api.py"))
 TRACE = f"""\
   File "/home/me/serve.py", line 21, in forward
     x, r = layer(x, r)
@@ -36,6 +39,8 @@ def test_the_users_frame_is_the_innermost_that_is_no_plumbing() -> None:
     assert line_of(node(stack_trace=TRACE)) == Source("/home/me/model.py", 10, "dist.all_reduce(y)", "forward")
     hook = f'  File "{TORCH}", line 1, in f\n    pass\n'
     assert users_frame(frames(hook)) == Source(TORCH, 1, "pass", "f"), "nothing but plumbing: the innermost of it"
+    ours = [Source(os.path.join(os.path.dirname(arfusion_pass.__file__), *path), 1) for path in PATHS]
+    assert users_frame([*ours, *frames(hook)]) == ours[0], "of this package's files the demo's model alone is a model"
 
 
 @pytest.mark.parametrize("trace", [None, "", "no traceback at all", 3, '  File "a.py", line x'])

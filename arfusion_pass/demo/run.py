@@ -161,7 +161,7 @@ class _Demo:
             unfused_step = self._step(compiled)
             fused, reports, checks = self._fused("with the pass", mark=self.options.dynamic)
             self._expect_all_fused(reports)
-            self._print_graphs(reports)
+            self._print_graphs(reports, checks)
             self._say(section("Each fused site against its subgraph, run eagerly") + comparison_table(checks))
             exact = self.exact(self.ids[0])
             self._whole_model(
@@ -264,7 +264,7 @@ class _Demo:
         if reports.missed:
             self.result.notes.append(f"with dynamic=True {len(reports.missed)} sites were refused, with advice")
 
-    def _print_graphs(self, reports: Reports) -> None:
+    def _print_graphs(self, reports: Reports, checks: list[SiteCheck]) -> None:
         self._say(section("Report") + str(reports))
         for report in reports:
             if self.options.diff and report.before and report.after:
@@ -272,7 +272,7 @@ class _Demo:
                     section("Graph before and after the pass") + graph_diff(report.before, report.after, context=1)
                 )
         if self.options.html and self.rank == 0:
-            Path(self.options.html).write_text(diff_page(reports))
+            Path(self.options.html).write_text(diff_page(reports, replays=replay.verdicts(reports, checks)))
             self._say(f"diff page: {self.options.html}")
 
     def _whole_model(self, eager: Comparison, compiled: Comparison, fused: Comparison) -> None:

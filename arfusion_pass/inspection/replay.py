@@ -130,6 +130,18 @@ class Recorder:
         return results
 
 
+def verdicts(reports: Sequence[FusionReport], checks: Sequence[SiteCheck]) -> dict[tuple[int, str], str]:
+    """``"exact"``, or what differs, by a report's place and a site's name: what the page shows of the replays."""
+    found: dict[tuple[int, str], str] = {}
+    for number, report in enumerate(reports):
+        for site in report.fused:
+            calls = [check for check in checks if check.site is site]
+            wrong = [check.detail for check in calls if not check.ok]
+            if calls:
+                found[number, site.name] = wrong[0] if wrong else "exact"
+    return found
+
+
 @contextlib.contextmanager
 def recording() -> Iterator[Recorder]:
     """Record every fused site of what is compiled and run inside. Inductor's caches do not keep such graphs."""

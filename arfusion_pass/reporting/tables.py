@@ -66,9 +66,12 @@ def report_table(reports: Sequence[GraphReport], width: int | None = None) -> st
     for title, wanted, columns_of in (("fused", True, _FUSED), ("missed", False, _MISSED)):
         rows = _rows(reports, wanted, columns_of)
         if rows:
-            console.print(_table(title, ["graph", "where", *columns_of], rows))
+            console.print(_table(title, ["graph", "where", *columns_of], rows, roomy=console.width >= ROOMY))
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()).rstrip()
 
+
+ROOMY, WHERE = 110, 26
+"""From so many columns on a place of up to so many characters stays on its line: a module's path has no spaces."""
 
 _NODE = re.compile(r"\w+ \(([\w.]+)\)")
 """``name (target)``: the target alone is the same in every layer."""
@@ -76,7 +79,13 @@ _Columns = dict[str, Callable[[Site], str]]
 
 
 def _tensor(site: Site) -> str:
-    return f"{site.dtype or ''}[{','.join(map(str, site.shape))}]" if site.shape else site.dtype or ""
+    """With a space, so that a narrow column breaks there."""
+    return f"{site.dtype or ''} [{','.join(map(str, site.shape))}]" if site.shape else site.dtype or ""
+
+
+def _pattern(site: Site) -> str:
+    """The pattern, its quantiser and its strategy, each on lines of its own."""
+    return "\n".join(filter(None, (site.pattern, site.quantiser, (site.strategy or "").replace(", ", ",\n"))))
 
 
 def _why(site: Site) -> str:
@@ -85,15 +94,13 @@ def _why(site: Site) -> str:
 
 
 _FUSED: _Columns = {
-    "pattern": lambda site: site.pattern or "",
+    "pattern": lambda site: _pattern(site),
     "tensor": _tensor,
     "epsilon": lambda site: "" if site.epsilon is None else f"{site.epsilon:.6g}",
-    "quantiser": lambda site: site.quantiser or "",
     "quantiser left alone": lambda site: "" if site.note is None else _NODE.sub(r"\1", site.note),
     "moved": lambda site: "; ".join(_NODE.sub(r"\1", step) for step in site.moved),
     "outputs": lambda site: ", ".join(name.removesuffix("_out") for name in site.outputs),
-    "chain of": lambda site: "" if site.chain_length is None else str(site.chain_length),
-    "strategy": lambda site: site.strategy or "",
+    "chain": lambda site: "" if site.chain_length is None else str(site.chain_length),
     "bytes": lambda site: _bytes(site),
     "group": lambda site: site.group,
 }
@@ -150,7 +157,7 @@ def place(sites: Sequence[Site]) -> str:
     module = (modules[0] if len(modules) == 1 else layers(modules[0] or "")) or ""
     source = sites[0].source
     if source is None:
-        return f"{module} {_short([site.name for site in sites])}".strip()
+        return f"{module}\n{_short([site.name for site in sites])}".strip()
     return f"{module}\n{source.place}".strip()
 
 
@@ -182,13 +189,16 @@ def _numbers(numbers: list[int]) -> str:
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
-def _table(title: str, headers: list[str], rows: dict[tuple[str, ...], list[Site]]) -> Table:
+def _table(title: str, headers: list[str], rows: dict[tuple[str, ...], list[Site]], roomy: bool) -> Table:
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="", pad_edge=False)
     table.add_column("sites", justify="right", no_wrap=True)
     values = [{cells[index] for cells in rows} for index in range(len(headers))]
     shown = [i for i, header in enumerate(headers) if any(values[i]) and (header != "group" or len(values[i]) > 1)]
     for index in shown:
-        table.add_column(headers[index], overflow="fold", no_wrap=headers[index] in ("pattern", "epsilon"))
+        header = headers[index]
+        longest = max(len(line) for cell in values[index] for line in cell.split("\n"))
+        whole = header in ("pattern", "epsilon") or (header == "where" and roomy and longest <= WHERE)
+        table.add_column(header, overflow="fold", no_wrap=whole)
     for cells, sites in rows.items():
         # Text, not str: a "[...]" in a reason is no markup
         table.add_row(Text(str(len(sites))), *(Text(cells[index]) for index in shown))

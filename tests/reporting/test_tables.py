@@ -101,3 +101,22 @@ def test_a_site_whose_group_is_not_known() -> None:
     """An all-reduce that no dialect takes (another reduce op) may have no group: its row stands all the same."""
     text = report_table([FusionReport((Site("all_reduce", "", fused=False, reason="it averages"),))])
     assert "it averages" in text
+
+
+def test_a_modules_path_is_not_cut_where_there_is_room() -> None:
+    """In the width of a terminal; the columns that have spaces give way."""
+    site = fused(
+        "all_reduce",
+        module="layers.0.attention.o_proj",
+        shape=(32, 4096),
+        chain_length=64,
+        bytes_fused=66048,
+        bytes_unfused=98000,
+        strategy="oneshot to 128 tokens, twoshot beyond",
+    )
+    text = report_table([FusionReport((site,))], width=120)
+    assert "layers.0.attention.o_proj" in text
+    assert "[32,4096]" in text
+    assert max(map(len, text.splitlines())) <= 120
+    assert "(-33%)" in text, "nothing is cut off"
+    assert "oneshot to 128 tokens,  " in text, "the strategy stands below the pattern"

@@ -81,7 +81,7 @@ def test_a_whole_stack_is_one_chain() -> None:
 def test_the_report_says_which_chain_and_how_long() -> None:
     _, report = fused_copy(traced(stack))
     assert [(site.chain, site.chain_length) for site in report.sites] == [(1, 4)] * 4
-    assert "chain of" in report_table([report], width=240)
+    assert " chain " in report_table([report], width=240)
 
 
 def test_two_chains_in_one_graph() -> None:
