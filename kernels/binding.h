@@ -247,6 +247,17 @@ struct Rows {
   }
 };
 
+/* The storage may have been freed, or made smaller, since the tensor was made. */
+void need_memory(const Call& c, const Tensor& t, int64_t item) {
+  if (!t || !t.numel) return;
+  int64_t offset = 0, bytes = 0;
+  check(aoti_torch_get_storage_offset(t.handle, &offset), "get_storage_offset");
+  check(aoti_torch_get_storage_size(t.handle, &bytes), "get_storage_size");
+  if (offset * item + Rows::span(t, item).width > bytes) {
+    c.fail(std::string(t.name) + " reaches beyond its storage, which was freed or made smaller");
+  }
+}
+
 /* Each output has memory of its own, or lies on an input whose rows are read before that row is written. */
 void check_overlaps(const Call& c) {
   const auto item = [](const Tensor& t) { return static_cast<int64_t>(aoti_torch_dtype_element_size(t.dtype)); };
@@ -260,6 +271,8 @@ void check_overlaps(const Call& c) {
       {c.weight, false, 0}, {c.scale, false, 0}, {c.expert_scale, false, 0}, {c.index, false, 0},
   };
   const Tensor* outputs[] = {&c.allreduce_out, &c.residual_out, &c.norm_out, &c.quant_out, &c.scale_out};
+  for (const Input& in : inputs) need_memory(c, in.t, in.t ? item(in.t) : 0);
+  for (const Tensor* t : outputs) need_memory(c, *t, *t ? item(*t) : 0);
   Rows spans[5];
   for (int i = 0; i < 5; ++i) {
     if (!*outputs[i]) continue;

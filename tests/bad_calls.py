@@ -205,6 +205,14 @@ def _sparse(call: BadCall, tensor: torch.Tensor, chance: random.Random) -> torch
     return torch.sparse_coo_tensor(torch.zeros(1, 1).long(), torch.ones(1), (4,), check_invariants=True)
 
 
+def _freed(call: BadCall, tensor: torch.Tensor, chance: random.Random) -> torch.Tensor:
+    """The same tensor, whose storage was freed or made smaller afterwards."""
+    moved = torch.ones(tensor.numel() + 64, dtype=tensor.dtype)[64:].view(tensor.shape)
+    before = 64 * moved.itemsize
+    moved.untyped_storage().resize_(chance.choice((0, before, before + max(moved.nbytes - 1, 0))))
+    return moved
+
+
 CHANGES: dict[str, Callable[[BadCall, torch.Tensor, random.Random], torch.Tensor | None]] = {
     "dtype": _dtype,
     "shape": _shape,
@@ -212,6 +220,7 @@ CHANGES: dict[str, Callable[[BadCall, torch.Tensor, random.Random], torch.Tensor
     "memory": _memory,
     "more memory": _memory,
     "sparse": _sparse,
+    "freed": _freed,
     "device": lambda call, tensor, chance: tensor.to("meta"),
     "missing": lambda call, tensor, chance: None,
 }

@@ -307,7 +307,7 @@ def find_process_group(
             "torch.distributed.init_process_group first, or pass group="
         )
     for name, given, actual in (("world_size", world_size, group.size()), ("rank", rank, group.rank())):
-        if given is not None and given != actual:
+        if given is not None and (isinstance(given, torch.Tensor) or given != actual):
             raise ValueError(
                 f"{api}: {name}={given!r}, but in process group {group.group_name!r} it is {actual}; for a sub-group "
                 "pass group="
@@ -404,12 +404,13 @@ class _Mapping:
 
 
 def _device(device: torch.device | str | int | None) -> torch.device:
-    """``device`` with its index; None: the current CUDA device, or the CPU."""
+    """``device`` with its index; None: the current CUDA device, or the CPU. ``ValueError`` where it is none."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if isinstance(device, int):
-        device = torch.device("cuda", device)
-    found = torch.device(device)
+    try:
+        found = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"create_allreduce_fusion_workspace: device={device!r}: {error}") from None
     if found.type == "cuda" and found.index is None:
         found = torch.device("cuda", torch.cuda.current_device())
     return found

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from arfusion_pass.comm.fusion_workspace import AllReduceFusionWorkspace
-from arfusion_pass.comm.request import Quantised, Request, launch_flags, open_workspace, real, truth
+from arfusion_pass.comm.request import Quantised, Request, launch_flags, need_dense, open_workspace, real, truth
 from arfusion_pass.ops.flashinfer_specs import FP8, STATIC_FP8, TOKEN_FP8, nvfp4
 
 log = logging.getLogger("arfusion_pass")
@@ -183,11 +183,13 @@ def finalize(
         routed_scaling_factor: multiplies the sum over experts once; None: 1.
     """
     if not isinstance(permuted, torch.Tensor) or permuted.dim() != 2:
-        got = list(permuted.shape) if isinstance(permuted, torch.Tensor) else repr(permuted)
+        got = list(permuted.shape) if isinstance(permuted, torch.Tensor) and not permuted.is_nested else repr(permuted)
         raise ValueError(f"{api}: {permuted_name} must be a tensor [permuted rows, hidden_dim], got {got}")
+    need_dense(api, permuted_name, permuted)
     if not isinstance(index, torch.Tensor) or index.dim() != 2:
-        got = list(index.shape) if isinstance(index, torch.Tensor) else repr(index)
+        got = list(index.shape) if isinstance(index, torch.Tensor) and not index.is_nested else repr(index)
         raise ValueError(f"{api}: expanded_idx_to_permuted_idx must be a tensor int32 [token_num, top_k], got {got}")
+    need_dense(api, "expanded_idx_to_permuted_idx", index)
     tokens, hidden = index.shape[0], permuted.shape[1]
     request = Request(api, workspace, permuted_name, permuted, tokens, hidden)
     rows = request.tensor(permuted_name, permuted, (request.dtype,), f"[rows, {hidden}]")
@@ -246,7 +248,7 @@ def trtllm_moe_allreduce_fusion(
         residual_in=residual_in,
         gamma=rms_gamma,
         epsilon=rms_eps,
-        weight_bias=weight_bias or 0.0,
+        weight_bias=0.0 if weight_bias is None else weight_bias,
         without_residual=without_residual,
         scale_factor=scale_factor,
         layout_code=layout_code,
@@ -308,7 +310,7 @@ def trtllm_moe_finalize_allreduce_fusion(
         residual_in=residual_in,
         gamma=norm_weight,
         epsilon=eps,
-        weight_bias=weight_bias or 0.0,
+        weight_bias=0.0 if weight_bias is None else weight_bias,
         without_residual=without_residual,
         scale_factor=scale_factor,
         layout_code=layout_code,
@@ -343,6 +345,7 @@ def _hidden(api: str, epilogue: Epilogue, token_input: Any, name: str) -> int:
     """Hidden size of pattern 6: gamma's length where the token input is flat, else its last dimension."""
     if not isinstance(token_input, torch.Tensor):
         raise ValueError(f"{api}: {name} is needed, a tensor [token_num, hidden_dim], got {token_input!r}")
+    need_dense(api, name, token_input)
     if token_input.dim() > 1 and token_input.shape[-1] > 0:
         return token_input.shape[-1]
     if isinstance(epilogue.gamma, torch.Tensor) and epilogue.gamma.numel() and token_input.dim() == 1:
@@ -369,7 +372,8 @@ def _expert_major(shape: tuple[int, ...], experts: int, tokens: int) -> bool:
 def _workspace(api: str, workspace: Any, world_size: int, world_rank: int) -> AllReduceFusionWorkspace:
     """The workspace given where FlashInfer takes pointers, of this world and rank."""
     found = open_workspace(api, workspace, "workspace_ptrs")
-    if (world_size, world_rank) != (found.world_size, found.rank):
+    given = (world_size, world_rank)
+    if any(isinstance(each, torch.Tensor) for each in given) or given != (found.world_size, found.rank):
         raise ValueError(
             f"{api}: world_size={world_size} and world_rank={world_rank} do not fit the workspace, which has "
             f"{found.world_size} and {found.rank}"
@@ -379,7 +383,10 @@ def _workspace(api: str, workspace: Any, world_size: int, world_rank: int) -> Al
 
 def _match(api: str, name: str, value: Any, tokens: int, hidden: int) -> None:
     """``value`` has ``token_num * hidden_dim`` elements."""
-    if isinstance(value, torch.Tensor) and value.numel() != tokens * hidden:
+    if not isinstance(value, torch.Tensor):
+        return  # refused where it is read
+    need_dense(api, name, value)
+    if isinstance(tokens, torch.Tensor) or isinstance(hidden, torch.Tensor) or value.numel() != tokens * hidden:
         raise ValueError(
             f"{api}: {name} must be [token_num, hidden_dim] = [{tokens}, {hidden}], got {list(value.shape)}"
         )

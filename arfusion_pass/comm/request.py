@@ -20,6 +20,7 @@ from arfusion_pass.ops import layouts
 from arfusion_pass.ops.checks import INPUT_DTYPES
 from arfusion_pass.ops.flashinfer_specs import FP8
 from arfusion_pass.ops.library import fused_op
+from arfusion_pass.ops.memory import within_storage
 from arfusion_pass.ops.schema import SCHEMAS
 from arfusion_pass.ops.spec import NO_QUANT, Flags, QuantFormat, QuantSpec, ScaleLayout
 
@@ -85,10 +86,20 @@ class Request:
             self.fail(f"{name} is needed, a tensor {wanted}, got {value!r}")
         if value.device != self.device:
             self.fail(f"{name} must be on {self.device} as the input is, got {value.device}")
-        if dtypes is not None and value.dtype not in dtypes:
+        if dtypes is None:
+            self.need_bytes(name, value)
+        elif value.dtype not in dtypes:
             self.fail(f"{name} must be {' or '.join(dict.fromkeys(map(_name, dtypes)))}, got {_name(value.dtype)}")
         need_contiguous(self.api, name, value)
         return value
+
+    def need_bytes(self, name: str, value: torch.Tensor) -> None:
+        """``value``, of any dtype, can be viewed as bytes."""
+        need_dense(self.api, name, value)
+        if value.is_quantized or value.is_conj():
+            self.fail(f"{name} must be a dense tensor, got {value.dtype}{' conjugated' if value.is_conj() else ''}")
+        if not within_storage(value):
+            self.fail(f"{name} reaches beyond its storage, which was freed or made smaller")
 
     def rows(self, name: str, value: Any, *dtypes: torch.dtype) -> torch.Tensor:
         """``value`` as ``[tokens, hidden]``; given so, with more leading dimensions, or flat. Default dtype: ``T``."""
@@ -161,9 +172,9 @@ class Request:
         if value is None and default is not None:
             return None, default
         if isinstance(value, torch.Tensor):
-            if value.numel() != 1:
-                self.fail(f"{name} must have one element ({what}), got shape {list(value.shape)}")
             tensor = self.tensor(name, value, (*INPUT_DTYPES, torch.float64), "of one element")
+            if tensor.numel() != 1:
+                self.fail(f"{name} must have one element ({what}), got shape {list(value.shape)}")
             return (tensor.float() if tensor.dtype == torch.float64 else tensor), 1.0
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             self.fail(f"{name} is needed ({what}), a float or a tensor of one element, got {value!r}")
@@ -276,6 +287,7 @@ def input_shape(api: str, name: str, value: Any) -> tuple[int, int]:
     """(tokens, hidden) of an input ``[..., hidden]`` with at least two dimensions, contiguous."""
     if not isinstance(value, torch.Tensor):
         raise ValueError(f"{api}: {name} is needed, a tensor [token_num, hidden_dim], got {value!r}")
+    need_dense(api, name, value)
     if value.dim() < 2:
         raise ValueError(f"{api}: {name} must be [token_num, hidden_dim], got {list(value.shape)}")
     need_contiguous(api, name, value)
@@ -283,9 +295,11 @@ def input_shape(api: str, name: str, value: Any) -> tuple[int, int]:
 
 
 def need_dense(api: str, name: str, value: torch.Tensor) -> None:
-    """``ValueError`` where ``value`` is no plain memory: a sparse or a quantised tensor."""
-    if value.layout != torch.strided or value.is_quantized:
-        raise ValueError(f"{api}: {name} must be a dense tensor, got {value.layout} {value.dtype}")
+    """``ValueError`` where ``value`` is no plain memory: a sparse or a nested tensor. A quantised one has no dtype that
+    is taken."""
+    if value.layout != torch.strided or value.is_nested:
+        kind = "nested" if value.is_nested else value.layout
+        raise ValueError(f"{api}: {name} must be a dense tensor, got {kind} {value.dtype}")
 
 
 def need_contiguous(api: str, name: str, value: torch.Tensor) -> None:

@@ -16,7 +16,7 @@ import torch
 from arfusion_pass.ops import layouts
 from arfusion_pass.ops.layouts import Size
 from arfusion_pass.ops.marks import without_mark
-from arfusion_pass.ops.memory import Rows, row_pitch
+from arfusion_pass.ops.memory import Rows, row_pitch, within_storage
 from arfusion_pass.ops.schema import OUTPUT_NAMES
 from arfusion_pass.ops.spec import (
     SHARDED_FLAGS,
@@ -245,8 +245,8 @@ class _Checker:
                 continue
             if tensor.device != x.device:
                 self.fail(f"{name} must be on {x.device} as {self.x_name} is, got {tensor.device}")
-            if tensor.layout != torch.strided:
-                self.fail(f"{name} must be a dense tensor, got {tensor.layout}")
+            if tensor.layout != torch.strided or tensor.is_nested:
+                self.fail(f"{name} must be a dense tensor, got {'a nested one' if tensor.is_nested else tensor.layout}")
         if call.op.startswith("moe_"):
             self.moe_inputs()
 
@@ -375,9 +375,11 @@ class _Checker:
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def strides(self) -> None:
-        """Real tensors only: contiguous, rows at one distance, or a column-major scale's logical view."""
+        """Real tensors only: within their storage, and contiguous, rows at one distance, or a column-major scale's
+        logical view."""
         call = self.call
         for name, tensor in {**self.tensors(), **call.outputs}.items():
+            self.need(within_storage(tensor), f"{name} reaches beyond its storage, which was freed or made smaller")
             got = f"got shape {list(tensor.shape)} strides {list(tensor.stride())}"
             if name == "scale_out" and call.spec.layout in layouts.COLUMN_MAJOR:
                 self.column_strides(tensor)

@@ -56,7 +56,7 @@ def run_reference(op: str, arguments: dict[str, Any]) -> None:
     _run(call)
 
 
-@torch.no_grad()  # as kernels write: into a tensor that requires a gradient too
+@torch.inference_mode()  # as kernels write: into a tensor that requires a gradient, or was made in inference mode, too
 def _run(call: FusedCall) -> None:
     group = resolve_group(call.group_name) if call.group_name else None
     outputs = call.outputs
@@ -108,8 +108,9 @@ def _prologue(call: FusedCall) -> torch.Tensor:
     return call.x.view(int(call.tokens), call.x.shape[-1])
 
 
-def _implementations(name: str) -> tuple[Callable[..., None], Callable[..., None]]:
-    """(real, fake) of one op, which bind their arguments by the op's own schema."""
+def _implementations(name: str) -> tuple[Callable[..., None], Callable[..., None], Callable[..., None]]:
+    """(real, fake, negated) of one op, which bind their arguments by the op's own schema. ``negated`` is what torch
+    calls where a tensor is a lazily negated view: it has the inputs negated, and takes no such output."""
     schema = fused_op(name)._schema.arguments
     names = [argument.name for argument in schema]
 
@@ -135,7 +136,16 @@ def _implementations(name: str) -> tuple[Callable[..., None], Callable[..., None
         arguments["flags"] = record.strip(arguments["flags"])
         check_call(FusedCall.bind(name, arguments), eager=False)
 
-    return real, fake
+    def negated(*args: Any, **kwargs: Any) -> None:
+        arguments = bind(args, kwargs)
+        for output in OUTPUT_NAMES:
+            if arguments[output] is not None and arguments[output].is_neg():
+                raise ValueError(
+                    f"arfusion::{name}: {output} must be plain memory, got a lazily negated view: clone it"
+                )
+        fused_op(name)(**{k: v.resolve_neg() if isinstance(v, torch.Tensor) else v for k, v in arguments.items()})
+
+    return real, fake, negated
 
 
 def _define() -> torch.library.Library | None:
@@ -146,8 +156,9 @@ def _define() -> torch.library.Library | None:
     for name, schema in SCHEMAS.items():
         # With any other tag Inductor hands the op a transposed producer's strides.
         library.define(name + schema, tags=(torch.Tag.needs_contiguous_strides,))
-        real, fake = _implementations(name)
+        real, fake, negated = _implementations(name)
         library.impl(name, real, "CompositeExplicitAutograd")
+        library.impl(name, negated, "Negative")
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
     return library
 

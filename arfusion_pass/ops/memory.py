@@ -74,3 +74,9 @@ class Rows:
     def coincides(self, other: Rows) -> bool:
         """Whether each row is the other's row of that number, byte for byte."""
         return (self.start, self.width, self.pitch, self.count) == (other.start, other.width, other.pitch, other.count)
+
+
+def within_storage(tensor: torch.Tensor) -> bool:
+    """Whether all of ``tensor`` lies in its storage, which may have been freed or made smaller since it was made."""
+    end = tensor.storage_offset() * tensor.itemsize + Rows.span(tensor).width
+    return tensor.numel() == 0 or end <= tensor.untyped_storage().nbytes()

@@ -436,9 +436,10 @@ def _same_strides(a: fx.Node, b: fx.Node) -> bool:
 
 
 def _is_one_row(node: fx.Node) -> bool:
-    """Whether ``node`` holds one row of the hidden size for sure; a symbolic number of rows may be any."""
+    """Whether ``node`` holds one row of the hidden size, or one element, for sure; a symbolic number of rows may be
+    any."""
     tensor = tensor_of(node)
-    return tensor is not None and statically_known_true(tensor.numel() == tensor.shape[-1])
+    return tensor is not None and (tensor.dim() == 0 or statically_known_true(tensor.numel() == tensor.shape[-1]))
 
 
 def _raise_site(graph: fx.Graph, site: RaisedSite, index: int, origins: dict[fx.Node, fx.Node]) -> Iterable[fx.Node]:

@@ -70,6 +70,53 @@ def bad_values(given: Any) -> Iterator[Any]:
         yield from (given.float().requires_grad_(), torch.quantize_per_tensor(given.float(), 1.0, 0, torch.qint8))
 
 
+def odd_tensors(given: torch.Tensor) -> Iterator[torch.Tensor]:
+    """What torch's own ops take and no kernel can: memory that is gone, nested, negated when read, conjugated."""
+    freed = given.clone()
+    freed.untyped_storage().resize_(0)
+    yield from (freed, torch.nested.nested_tensor([torch.zeros(2, 3), torch.zeros(1, 3)]))
+    yield torch.zeros(given.shape, dtype=torch.complex64).conj()
+    if given.dtype in (BF16, torch.float32):
+        yield torch._neg_view(given.clone())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("pattern", [1, 2, 3, 6, 7, 8, 10])
+def test_odd_tensors(pattern: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In each place a sentence before the op runs; a negated input is read as what it stands for."""
+    from arfusion_pass.ops import library
+
+    ran: list[str] = []
+    run = library._run
+    monkeypatch.setattr(library, "_run", lambda call: (ran.append(call.op), run(call)))
+    with comm.create_allreduce_fusion_workspace(
+        world_size=1, rank=0, max_token_num=8, hidden_dim=H, dtype=BF16, device="cpu"
+    ) as workspace:
+        comm.allreduce_fusion(workspace=workspace, **good(pattern))  # seen to run
+        assert ran
+        for name in [name for name, value in good(pattern).items() if isinstance(value, torch.Tensor)]:
+            for odd in odd_tensors(good(pattern)[name]):
+                unread = (pattern == 6 and name == "input") or (pattern == 2 and name == "scale_out")
+                if unread or (odd.is_neg() and name != "output" and not name.endswith("_out")):
+                    comm.allreduce_fusion(workspace=workspace, **{**good(pattern), name: odd})
+                    continue
+                ran.clear()
+                with pytest.raises((ValueError, TypeError), match=r" must be | reaches beyond its storage"):
+                    comm.allreduce_fusion(workspace=workspace, **{**good(pattern), name: odd})
+                assert not ran, (name, odd.layout)
+
+
+def test_an_output_of_inference_mode() -> None:
+    """The reference writes it, as a kernel does."""
+    with torch.inference_mode():
+        output = torch.zeros(T, H, dtype=BF16)
+    with comm.create_allreduce_fusion_workspace(
+        world_size=1, rank=0, max_token_num=8, hidden_dim=H, dtype=BF16, device="cpu"
+    ) as workspace:
+        comm.allreduce_fusion(workspace=workspace, **{**good(0), "output": output})
+    assert torch.equal(output, rows())
+
+
 def calls() -> Iterator[tuple[str, dict[str, Any]]]:
     parameters = [name for name in inspect.signature(comm.allreduce_fusion).parameters if name != "workspace"]
     for pattern in range(12):

@@ -259,3 +259,10 @@ def test_optional_arguments_that_change_nothing() -> None:
         return w * (wide * torch.rsqrt(mean + EPS)).to(x.dtype)
 
     check_fused(trace(model, *tensors(rows(4), rows())), 1)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (32,), (1, 32)], ids=str)
+def test_a_bias_of_any_rank(shape: tuple[int, ...]) -> None:
+    """One element or one row, also a 0-dim tensor, added where a residual would be."""
+    module = trace(lambda x, r, w: llama(reduce(x) + r, w, 1e-6), *tensors((4, 32), shape, (32,)))
+    check_fused(module, 1, STRICT)

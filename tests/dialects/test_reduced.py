@@ -234,4 +234,5 @@ def test_fp32_sum_behind_it() -> None:
         return (g.float() * unit).to(x.dtype), total.to(x.dtype)
 
     module = captured(model, inputs())
-    assert check_fused(copied(module), 1, STRICT).fused[0].dtype == "bfloat16"
+    folded = torch.__version__.startswith("2.11.")  # which drops a rounding to 16 bits between two casts
+    assert check_fused(copied(module), 1, STRICT).fused[0].dtype == ("float32" if folded else "bfloat16")
