@@ -9,7 +9,6 @@ import torch
 from torch import fx
 
 import arfusion_pass
-
 from arfusion_pass.graph import describe
 from arfusion_pass.source import Source, frames, line_of, module_of, users_frame
 
