@@ -15,10 +15,8 @@ NO_GRAD = (
     "model.requires_grad_(False)"
 )
 EPSILON = "make the epsilon a Python number: what a tensor or a buffer holds is not known while the graph is compiled"
-BIAS = (
-    "FusionConfig(reassociate=True) adds the bias to the residual and rounds elsewhere; or add the bias before the "
-    "all-reduce, on one rank alone, as a row-parallel linear with its bias on rank 0 does"
-)
+BEFORE = "add the bias before the all-reduce, on one rank alone, as a row-parallel linear with its bias on rank 0 does"
+BIAS = f"FusionConfig(reassociate=True) adds the bias to the residual and rounds elsewhere; or {BEFORE}"
 AVERAGE = "reduce by 'sum' and divide by the group's size before the all-reduce"
 WHOLE = "compile the module that holds the norm in the same graph as the all-reduce"
 BREAK = (
@@ -46,7 +44,7 @@ def advise(all_reduce: fx.Node, culprit: fx.Node | None, reason: str, broken: Gr
     if culprit.op == "output" or is_call(culprit, aten.copy_.default):
         return WHOLE if broken is None else BREAK.format(where=broken)
     if adds_bias(culprit):
-        return BIAS
+        return BIAS if "reassociate" in reason else BEFORE
     return None
 
 

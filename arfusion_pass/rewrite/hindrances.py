@@ -25,6 +25,7 @@ from arfusion_pass.graph import (
     dtype_of,
     is_call,
     is_cast,
+    is_pure,
     is_written,
     last_dim,
     only_user,
@@ -45,6 +46,7 @@ Reductions = Mapping[fx.Node, Reduced]
 PROJECTIONS = (aten.mm.default, aten.addmm.default, aten.linear.default, aten._scaled_mm.default)
 """Behind one of these another layer begins."""
 
+PARTS = (aten.select.int, aten.slice.Tensor)
 DEVIATIONS = (aten.var_mean.correction, aten.var.correction, aten.native_layer_norm.default)
 ROOTS = (aten.rsqrt.default, aten.sqrt.default)
 
@@ -63,6 +65,8 @@ class Kind(enum.Enum):
     """One all-reduce of the sum."""
     ADDEND = "sum"
     """With a tensor beside the residual: goes into the residual, or behind a product that follows."""
+    COMPOSITE = "several steps in one op"
+    """``add`` with an alpha, ``sub``, ``neg``, ``addcmul``, ``addmm``: written as those steps, which then move."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,27 +91,33 @@ _ADVICE = {
     Kind.SCALE: "; FusionConfig(reassociate=True) takes that before the all-reduce",
     Kind.SUM: "; FusionConfig(reassociate=True) takes that before the all-reduce",
     Kind.MERGE: "; FusionConfig(reassociate=True) takes that before the all-reduce",
+    Kind.COMPOSITE: "; FusionConfig(reassociate=True) takes that apart",
 }
 
 
-def why_no_norm(reduced: Reduced, reductions: Reductions) -> tuple[Hindrance | None, str, fx.Node | None]:
+def why_no_norm(reduced: Reduced, reductions: Reductions, moved: bool) -> tuple[Hindrance | None, str, fx.Node | None]:
     """What hinders an all-reduce that no norm reads, where that could be moved; one sentence on what reads it; and the
     node that the sentence speaks of.
 
     Args:
         reduced: the all-reduce.
         reductions: all of its graph.
+        moved: what can be moved was moved: nobody is told to have it moved.
     """
     readers = dict(_readers(*reduced.values))
+    for reader in list(readers):
+        if widens(reader):  # steps in fp32, on values of 16 bits
+            readers |= dict(_readers(reader))
     for reader, operand in readers.items():
         hindrance = hindrance_of(reduced, reader, operand, reductions)
         norm = None if hindrance is None else _norm_behind(reader, reductions, row_lengths(reduced.x))
         if hindrance is not None and norm is not None:
-            advice = _ADVICE[hindrance.kind]
+            advice = "" if moved else _ADVICE[hindrance.kind]
             reason = f"{describe(reader)} stands between it and the norm {describe(norm.result)}{advice}"
             return hindrance, reason, reader
     if not readers:
         return None, "nobody reads its result", None
+    readers = dict(_readers(*reduced.values))
     found = _nearest_norm(reduced)
     if found is not None:
         return None, *found
@@ -132,21 +142,38 @@ def hindrance_of(reduced: Reduced, step: fx.Node, operand: fx.Node, reductions: 
     kind = linear(step, operand, reductions)
     if kind is None or not _only_read_by(step, operand, reduced):
         return None
-    if kind == Kind.ADDEND and following(step) is None:
-        return None
-    if kind != Kind.MERGE:
-        return Hindrance(kind, step, operand)
+    if kind == Kind.MERGE:
+        other = reductions[without_views(other_operand(step, operand))]
+        if other.group != reduced.group or dtype_of(other.x) != dtype_of(reduced.x):
+            return None
+        if mergeable(step, operand, reductions):
+            return Hindrance(kind, step, operand, (other, other_operand(step, operand)))
+        kind = Kind.ADDEND  # the other one is read elsewhere too
+    return Hindrance(kind, step, operand) if kind != Kind.ADDEND or _may_join(step, reductions) else None
+
+
+def _may_join(step: fx.Node, reductions: Reductions) -> bool:
+    """Whether what a sum adds has a place to go: the linear step behind it, or the 16 bits that it is rounded to."""
+    behind = following(step)
+    return behind is not None and (linear(*behind, reductions) is not None or narrowed(step) is not None)
+
+
+def narrowed(step: fx.Node) -> fx.Node | None:
+    """The cast to 16 bits that alone reads an fp32 step, or None."""
+    reader = only_user(step)
+    low = reader is not None and dtype_of(step) == torch.float32 and is_cast(reader) and not widens(reader)
+    return reader if low and dtype_of(reader) in (torch.bfloat16, torch.float16) else None
+
+
+def mergeable(step: fx.Node, operand: fx.Node, reductions: Reductions) -> bool:
+    """Whether nobody but ``step`` reads the all-reduce that it adds to ``operand``."""
     other = other_operand(step, operand)
-    second = reductions[without_views(other)]
-    if not _only_read_by(step, other, second):
-        return None
-    alike = second.group == reduced.group and dtype_of(second.x) == dtype_of(reduced.x)
-    return Hindrance(kind, step, operand, (second, other)) if alike else None
+    return _only_read_by(step, other, reductions[without_views(other)])
 
 
 def linear(step: fx.Node, operand: fx.Node, reductions: Reductions) -> Kind | None:
-    """What kind of linear step ``step`` is in ``operand``; None where it is none, or has another dtype."""
-    if dtype_of(step) is None or dtype_of(step) != dtype_of(operand):
+    """What kind of linear step ``step`` is in ``operand``; None where it is none, or rounds to a lower dtype."""
+    if dtype_of(step) not in (dtype_of(operand), torch.float32) or tensor_of(step) is None:
         return None
     if _scales(step, operand):
         return Kind.SCALE
@@ -155,7 +182,25 @@ def linear(step: fx.Node, operand: fx.Node, reductions: Reductions) -> Kind | No
     other = other_operand(step, operand)
     if is_call(step, aten.add.Tensor) and not step.kwargs and isinstance(other, fx.Node) and same_rows(step, operand):
         return Kind.MERGE if without_views(other) in reductions else Kind.ADDEND
-    return None
+    return Kind.COMPOSITE if _is_composite(step, operand) else None
+
+
+def _is_composite(step: fx.Node, operand: fx.Node) -> bool:
+    """Whether ``step`` is several linear steps in ``operand``, of its shape and dtype."""
+    if step.op != "call_function" or not same_shape(step, operand) or dtype_of(step) != dtype_of(operand):
+        return False
+    first, *others = step.args
+    if step.target in (aten.add.Tensor, aten.sub.Tensor):
+        alpha = constant(step.kwargs.get("alpha", 1))
+        return alpha is not None and tensor_of(other_operand(step, operand)) is not None
+    if step.target in (aten.addmm.default, aten.baddbmm.default):
+        return is_call(step, step.target) and first is operand and operand not in others
+    if step.target is aten.addcmul.default:
+        if step.args.count(operand) != 1 or constant(step.kwargs.get("value", 1)) is None:
+            return False
+        factors = [factor for factor in others if factor is not operand]
+        return first is operand or _is_learned(factors[0], last_dim(operand))
+    return is_call(step, aten.neg.default)
 
 
 def _scales(step: fx.Node, operand: fx.Node) -> bool:
@@ -169,8 +214,9 @@ def _scales(step: fx.Node, operand: fx.Node) -> bool:
 
 
 def _is_learned(node: Any, hidden: int | None) -> bool:
-    """Whether ``node`` is one element or an ``[H]`` vector that comes from the graph's inputs alone, over casts, views
-    and constants: a weight or a buffer, which the ranks share, and nothing that was computed from their own values."""
+    """Whether ``node`` is one element or an ``[H]`` vector that comes from the graph's inputs alone, over views, parts
+    and steps by element: a weight or a buffer, which the ranks share, and nothing that was computed from their own
+    values."""
     stack, seen = [node], set[fx.Node]()
     while stack:
         current = stack.pop()
@@ -183,8 +229,9 @@ def _is_learned(node: Any, hidden: int | None) -> bool:
         sizes = [size for size in tensor.shape if size != 1]
         if sizes not in ([], [hidden]) or is_written(current):
             return False
-        arithmetic = is_call(current, *CASTS, aten.add.Tensor, aten.mul.Tensor, aten.mul.Scalar, aten.add.Scalar)
-        if current.op not in ("placeholder", "get_attr") and not arithmetic and source_of(current) is None:
+        by_element = torch.Tag.pointwise in getattr(current.target, "tags", ()) and is_pure(current)
+        known = by_element or is_call(current, *CASTS, *PARTS) or source_of(current) is not None
+        if current.op not in ("placeholder", "get_attr") and not known:
             return False
         stack += current.all_input_nodes
     return True
@@ -207,15 +254,15 @@ def following(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
 
 
 def _norm_behind(node: fx.Node, reductions: Reductions, lengths: set[int] | None) -> Norm | None:
-    """A norm that reads whole rows of ``node``, or one behind further linear steps."""
+    """A norm that reads whole rows of ``node``, or one behind further linear steps and a rounding to 16 bits."""
     while True:
         for norm in _norms_of(node, lengths):
             if isinstance(norm, Norm):
                 return norm
-        step = following(node)
-        if step is None or linear(*step, reductions) is None:
+        cast, step = narrowed(node), following(node)
+        if cast is None and (step is None or linear(*step, reductions) is None):
             return None
-        node = step[0]
+        node = cast or step[0]  # type: ignore[index]
 
 
 def _norms_of(node: fx.Node, lengths: set[int] | None) -> Iterator[Norm | Refused]:
@@ -295,8 +342,8 @@ def _only_read_by(step: fx.Node, operand: fx.Node, reduced: Reduced) -> bool:
     chain, node = [step], operand
     while node is not reduced.value:
         chain.append(node)
-        source = source_of(node)
-        if source is None:
+        source = node.args[0] if widens(node) else source_of(node)
+        if not isinstance(source, fx.Node):
             return False
         node = source
     return all(only_user(node) is reader for reader, node in itertools.pairwise([*chain, node]))

@@ -166,11 +166,11 @@ def find_sites(graph: fx.Graph, config: FusionConfig) -> list[RaisedSite]:
         if site.reduced is None or site.reason is not None:
             continue
         if not candidates[site.node]:
-            site.hindrance, site.reason, site.culprit = why_no_norm(site.reduced, reductions)
+            site.hindrance, site.reason, site.culprit = why_no_norm(site.reduced, reductions, config.reassociate)
         else:
             norms = (norm for norm, _ in candidates[site.node])
             site.hindrance = next(filter(None, (sum_before(norm, site.reduced, reductions) for norm in norms)), None)
-    _assign(sites, candidates)
+    _assign(sites, candidates, config)
     for site in sites:
         if site.reason is None:
             _find_prologue(site)
@@ -303,7 +303,7 @@ def _read_inside(nodes: tuple[fx.Node, ...], values: set[fx.Node | None], what: 
     return None
 
 
-def _assign(sites: list[RaisedSite], candidates: dict[fx.Node, list[tuple[Norm, str]]]) -> None:
+def _assign(sites: list[RaisedSite], candidates: dict[fx.Node, list[tuple[Norm, str]]], config: FusionConfig) -> None:
     """Give each norm to one site. A norm whose add has an all-reduce on either side is wanted by both: the site
     with fewer choices goes first, and among a site's norms the one that is read first, without an add before with."""
     taken: dict[fx.Node, fx.Node] = {}
@@ -318,7 +318,8 @@ def _assign(sites: list[RaisedSite], candidates: dict[fx.Node, list[tuple[Norm, 
                 break
         else:
             owner = next(taken[node] for node in choices[0][0].nodes if node in taken)
-            advice = "" if site.hindrance is None else "; FusionConfig(reassociate=True) all-reduces their sum at once"
+            known = site.hindrance is None or config.reassociate
+            advice = "" if known else "; FusionConfig(reassociate=True) all-reduces their sum at once"
             site.culprit = choices[0][0].result
             site.reason = f"the norm behind it, {describe(site.culprit)}, is fused with {describe(owner)}{advice}"
 

@@ -5,10 +5,12 @@
     residual + (all_reduce(a) + all_reduce(b))  -> residual + all_reduce(a + b)     routed and shared experts
     residual + (all_reduce(x) + bias)           -> (residual + bias) + all_reduce(x)
     c * (all_reduce(x) + bias)                  -> c * all_reduce(x) + c * bias     and on, as above
+    addmm(all_reduce(x), a, b), r - c * y, ...  -> the same in mul, mm and add      and on, as above
 
-``c`` is a number, a one-element tensor or a learned ``[H]`` vector. Equal in exact arithmetic, rounded elsewhere: each
-rank rounds its share of the product or sum before the all-reduce, not the result after it. The ranks are taken to run
-one graph with the same weights, as their collectives require anyway; ``bias`` may be each rank's own.
+``c`` is a number, a one-element tensor or a learned ``[H]`` vector; a step may be taken in fp32 on a 16-bit sum. Equal
+in exact arithmetic, rounded elsewhere: each rank rounds its share of the product or sum before the all-reduce, not the
+result after it. The ranks are taken to run one graph with the same weights, as their collectives require anyway;
+``bias`` may be each rank's own.
 """
 
 from __future__ import annotations
@@ -23,8 +25,10 @@ from arfusion_pass.dialects import Reduced
 from arfusion_pass.dialects.reading.operands import is_row
 from arfusion_pass.graph import (
     aten,
+    constant,
     describe,
     dtype_of,
+    is_cast,
     is_pure,
     is_written,
     known_contiguous,
@@ -33,14 +37,17 @@ from arfusion_pass.graph import (
     other_operand,
     owners,
     path,
+    peel,
+    prims,
     same_shape,
     statically_equal,
     tensor_of,
+    widens,
 )
 from arfusion_pass.ops.layouts import token_count
 from arfusion_pass.rewrite.buffers import SizeSource
 from arfusion_pass.rewrite.commit import META_KEYS
-from arfusion_pass.rewrite.hindrances import Hindrance, Kind, Reductions, following, linear
+from arfusion_pass.rewrite.hindrances import Hindrance, Kind, Reductions, following, linear, mergeable, narrowed
 from arfusion_pass.rewrite.raising import RaisedSite, find_sites, open_reductions
 
 
@@ -111,7 +118,7 @@ def _named(site: RaisedSite) -> set[fx.Node]:
         return set()
     named = {hindrance.step, hindrance.operand, *hindrance.step.all_input_nodes}
     for reduced, operand in filter(None, ((site.reduced, hindrance.operand), hindrance.other)):
-        named |= {reduced.node, reduced.value, reduced.x, operand, *reduced.nodes, *path(reduced.value, operand)}
+        named |= {reduced.node, reduced.value, reduced.x, operand, *reduced.nodes, *_between(reduced.value, operand)}
     behind = following(hindrance.step) if hindrance.kind == Kind.ADDEND else None
     if behind is not None:
         named |= {behind[0], *behind[0].all_input_nodes, *path(hindrance.step, behind[1])}
@@ -130,8 +137,10 @@ class _Mover:
         hindrance, reduced = site.hindrance, site.reduced
         if hindrance is None or reduced is None:
             return False
+        if hindrance.kind == Kind.COMPOSITE:
+            return self._take_apart(hindrance.step)
         if hindrance.kind == Kind.ADDEND:
-            return self._join(reduced, hindrance)
+            return self._narrow(hindrance) or self._join(reduced, hindrance)
         if not _takes_another_input(reduced):
             return False
         if hindrance.kind == Kind.SUM:
@@ -150,14 +159,23 @@ class _Mover:
             factor = other_operand(step, operand)
             if isinstance(factor, fx.Node) and not self._ready(factor, reduced, operand):
                 return done
+            if dtype_of(operand) != dtype_of(x):
+                x = self._cast(reduced, x, dtype_of(operand))
             args = tuple(x if each is operand else each for each in step.args)
-            scaled = _insert(self.graph, reduced, step.target, args)
-            reduced.node.replace_input_with(x, scaled)
+            scaled = self._cast(reduced, _insert(self.graph, reduced, step.target, args), dtype_of(reduced.x))
+            reduced.node.replace_input_with(next(iter(reduced.node.all_input_nodes)), scaled)
+            wide = dtype_of(step) != dtype_of(reduced.x)
             self._replace(reduced, step, operand, Kind.SCALE)
             done, behind = True, following(operand)
-            if behind is None or linear(*behind, self.reductions) != Kind.SCALE:
+            if wide or behind is None or linear(*behind, self.reductions) != Kind.SCALE:
                 return True
             x, (step, operand) = scaled, behind
+
+    def _cast(self, reduced: Reduced, value: fx.Node, dtype: Any) -> fx.Node:
+        """``value`` in a dtype, in front of an all-reduce."""
+        if dtype_of(value) == dtype:
+            return value
+        return _insert(self.graph, reduced, prims.convert_element_type.default, (value, dtype))
 
     def _ready(self, factor: fx.Node, reduced: Reduced, operand: fx.Node) -> bool:
         """Whether a factor exists in front of the all-reduce, or was moved there; a vector needs the same rows."""
@@ -176,15 +194,66 @@ class _Mover:
         return True
 
     def _sum(self, reduced: Reduced, hindrance: Hindrance) -> bool:
-        """``all_reduce(x).sum(0)`` to ``all_reduce(x.sum(0))``."""
+        """``all_reduce(x).view(E, -1, H).sum(0)`` to ``all_reduce(x.view(E, -1, H).sum(0))``."""
         step, operand, x = hindrance.step, hindrance.operand, reduced.x
-        if operand not in reduced.values or not same_shape(operand, x):
+        between = _between(reduced.value, operand)
+        given = [node for each in (*between, step) for node in each.all_input_nodes if node not in between]
+        late = any(not node < reduced.node for node in given if node is not reduced.value)
+        if late or not same_shape(reduced.value, x):
             return False
-        summed = _insert(self.graph, reduced, step.target, (x, *step.args[1:]))
-        reduced.node.replace_input_with(x, summed)
+        value = x
+        for each in (*between, step):
+            value = _insert(self.graph, reduced, each.target, (value, *each.args[1:]))
+        reduced.node.replace_input_with(x, self._cast(reduced, value, dtype_of(x)))
         for node in reduced.nodes:
-            node.meta["val"] = step.meta["val"]
-        self._replace(reduced, step, operand, Kind.SUM)
+            node.meta["val"] = step.meta["val"].to(dtype_of(x))
+        self._replace(reduced, step, reduced.value, Kind.SUM)
+        self.gone.update(between)
+        for each in reversed(between):
+            self.graph.erase_node(each)
+        return True
+
+    def _take_apart(self, step: fx.Node) -> bool:
+        """One op for several linear steps to one op for each."""
+        first, *others = step.args
+
+        def emit(target: Any, *args: Any) -> fx.Node:
+            node = _insert_before(self.graph, step, target, args, step)
+            self.moves.origins[node] = self.moves.describe(step)
+            return node
+
+        if step.target is aten.neg.default:
+            result = emit(aten.mul.Tensor, first, -1)
+        else:
+            product, factor = others[0], step.kwargs.get("alpha", step.kwargs.get("value", 1))
+            if step.target is aten.addcmul.default:
+                product = emit(aten.mul.Tensor, *others)
+            elif step.target in (aten.addmm.default, aten.baddbmm.default):
+                product = emit(aten.mm.default if step.target is aten.addmm.default else aten.bmm.default, *others)
+            elif step.target is aten.sub.Tensor:
+                factor = -constant(factor)  # type: ignore[operator,arg-type]
+            result = emit(aten.add.Tensor, first, product if factor == 1 else emit(aten.mul.Tensor, product, factor))
+        self.gone.add(step)
+        step.replace_all_uses_with(result)
+        self.graph.erase_node(step)
+        return True
+
+    def _narrow(self, hindrance: Hindrance) -> bool:
+        """``(all_reduce(x).float() + t).to(bf16)`` to ``all_reduce(x) + t.to(bf16)``."""
+        step, value = hindrance.step, peel(hindrance.operand)
+        addend, cast = other_operand(step, hindrance.operand), narrowed(step)
+        if cast is None or dtype_of(cast) != dtype_of(value) or is_written(addend):
+            return False
+        if dtype_of(addend) != dtype_of(value):
+            arguments = (addend, dtype_of(value))
+            addend = _insert_before(self.graph, step, prims.convert_element_type.default, arguments, step)
+        total = _insert_before(self.graph, step, aten.add.Tensor, (value, addend), step)
+        self.moves.origins[total] = self.moves.describe(step)
+        self.gone.update((step, cast))
+        cast.replace_all_uses_with(total)
+        for node in (cast, step, *_casts(value, hindrance.operand)):
+            if not node.users:
+                self.graph.erase_node(node)
         return True
 
     def _merge(self, reduced: Reduced, hindrance: Hindrance, first: Reduced) -> bool:
@@ -218,14 +287,21 @@ class _Mover:
             return False
         reader, view = behind
         kind = linear(reader, view, self.reductions)
+        if kind == Kind.COMPOSITE:
+            return self._take_apart(reader)
         if kind is None or reader < addend:
             return False
+        if kind == Kind.MERGE and not mergeable(reader, view, self.reductions):
+            kind = Kind.ADDEND  # the other all-reduce is the residual
         views = path(step, view)
         if same_shape(addend, step):
             for each in views:
                 addend = _insert_before(self.graph, reader, each.target, (addend, *each.args[1:]), each)
-        elif kind == Kind.SUM or last_dim(step) != last_dim(view) or not is_row(addend, last_dim(step)):
-            return False
+        else:
+            row = last_dim(step) == last_dim(view) and is_row(addend, last_dim(step))
+            spreads = not views and same_shape(reader, step)
+            if kind == Kind.SUM or not (row or spreads):
+                return False
         if kind in (Kind.SCALE, Kind.SUM):
             args = tuple(addend if each is view else each for each in reader.args)
             moved = _insert_before(self.graph, reader, reader.target, args, reader)
@@ -255,10 +331,37 @@ class _Mover:
         return True
 
     def _replace(self, reduced: Reduced, step: fx.Node, operand: fx.Node, kind: Kind) -> None:
+        """Let the readers of a step read its operand, in the step's dtype."""
         self.moves.add(reduced, step, kind)
         self.gone.add(step)
-        step.replace_all_uses_with(operand)
+        value = operand
+        if dtype_of(step) != dtype_of(operand):
+            arguments = (operand, dtype_of(step))
+            value = _insert_before(self.graph, step, prims.convert_element_type.default, arguments, step)
+        step.replace_all_uses_with(value)
         self.graph.erase_node(step)
+        if widens(value):  # and rounded again
+            for cast in [user for user in value.users if is_cast(user, dtype_of(value.args[0]))]:
+                self.gone.add(cast)
+                cast.replace_all_uses_with(value.args[0])  # type: ignore[arg-type]
+                self.graph.erase_node(cast)
+            if not value.users:
+                self.gone.add(value)
+                self.graph.erase_node(value)
+
+
+def _between(start: fx.Node, end: fx.Node) -> tuple[fx.Node, ...]:
+    """The views and lossless casts from ``start`` to ``end``, ``end`` included."""
+    nodes: list[fx.Node] = []
+    while end is not start:
+        nodes.append(end)
+        end = end.args[0]  # type: ignore[assignment]
+    return tuple(reversed(nodes))
+
+
+def _casts(start: fx.Node, end: fx.Node) -> tuple[fx.Node, ...]:
+    """The casts from ``start`` to ``end``, the last one first."""
+    return tuple(reversed(_between(start, end)))
 
 
 def _written_between(graph: fx.Graph, first: Reduced, second: fx.Node) -> bool:
