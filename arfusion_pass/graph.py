@@ -215,11 +215,11 @@ def is_cast(node: Any, dtype: torch.dtype | None = None) -> bool:
     if dtype_of(node) is None or (dtype is not None and dtype_of(node) != dtype):
         return False
     if node.target is aten._to_copy.default:
-        moved = [k for k, v in node.kwargs.items() if v is not None and k not in ("dtype", "non_blocking")]
-        source = tensor_of(node.args[0])
-        if "device" in moved and source is not None and source.device == tensor_of(node).device:  # type: ignore[union-attr]
-            moved.remove("device")
-        return not moved
+        source, kept = tensor_of(node.args[0]), {"dtype", "non_blocking"}
+        if source is not None:  # type_as says what stays as well
+            kept |= {key for key in ("device", "layout") if node.kwargs.get(key) == getattr(source, key)}
+        said = {key for key, value in node.kwargs.items() if value not in (None, False, torch.preserve_format)}
+        return said <= kept
     return True
 
 

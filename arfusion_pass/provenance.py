@@ -38,6 +38,7 @@ def describe(site: RaisedSite, moves: Moves) -> Site:
         fused=False,
         nodes=tuple(node.name for node in site.nodes) or (site.node.name,),
         epsilon=None if site.norm is None else canonical_epsilon(site.norm.epsilon),
+        epsilon_source=None if site.norm is None else _source(site.norm.epsilon_at),
         dtype=None if site.reduced is None else str(dtype_of(site.reduced.x)).removeprefix("torch."),
         quantiser=None if site.quant is None else site.quant.op,
         dialect="+".join(dict.fromkeys(site.dialects)),

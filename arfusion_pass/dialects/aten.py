@@ -107,27 +107,27 @@ def _products(
             continue
         if peel(other) is peel(root):
             casts = () if other is root or not widens(other) else (other,)
-            yield _with_weight(start, y, dtype, inverse.epsilon, (*head, *casts, y))
+            yield _with_weight(start, y, dtype, inverse, (*head, *casts, y))
         elif is_call(other, aten.mul.Tensor) and dtype_of(other) == torch.float32 and same_shape(other, root):
             # (weight * root) * inverse: another order of fp32 products, as far from ours as a division is
             for factor in other.all_input_nodes:
                 weight = weight_of(other_operand(other, factor), hidden, dtype)
                 if peel(factor) is peel(root) and weight is not None:
                     casts = () if factor is root or not widens(factor) else (factor,)
-                    yield _weighted(start, y, dtype, inverse.epsilon, weight, (*head, *casts, other, y))
+                    yield _weighted(start, y, dtype, inverse, weight, (*head, *casts, other, y))
         elif not inverse.divides and (weight := weight_of(other, hidden, dtype)) is not None:
             for product in users_of(y, aten.mul.Tensor):
                 factor = other_operand(product, y)
                 if isinstance(factor, fx.Node) and peel(factor) is peel(root) and same_shape(product, root):
                     casts = () if factor is root or not widens(factor) else (factor,)
-                    yield _weighted(start, product, dtype, inverse.epsilon, weight, (*head, *casts, y, product))
+                    yield _weighted(start, product, dtype, inverse, weight, (*head, *casts, y, product))
 
 
 def _weighted(
     start: fx.Node,
     norm: fx.Node,
     dtype: torch.dtype | None,
-    epsilon: float,
+    inverse: Inverse,
     weight: Weight,
     nodes: tuple[fx.Node, ...],
 ) -> Norm:
@@ -135,11 +135,19 @@ def _weighted(
     last = only_user(norm)
     if last is not None and is_cast(last, dtype) and not widens(last):
         norm, nodes = last, (*nodes, last)
-    return Norm(operand=start, norm=norm, epsilon=epsilon, nodes=nodes, weight=weight.node, weight_bias=weight.bias)
+    return Norm(
+        operand=start,
+        norm=norm,
+        epsilon=inverse.epsilon,
+        epsilon_at=inverse.plus,
+        nodes=nodes,
+        weight=weight.node,
+        weight_bias=weight.bias,
+    )
 
 
 def _with_weight(
-    start: fx.Node, y: fx.Node, dtype: torch.dtype | None, epsilon: float, nodes: tuple[fx.Node, ...]
+    start: fx.Node, y: fx.Node, dtype: torch.dtype | None, inverse: Inverse, nodes: tuple[fx.Node, ...]
 ) -> Norm:
     """The norm that begins with the normalised value ``y``: with its weight, where one follows, and its last cast."""
     hidden = last_dim(y)
@@ -166,7 +174,8 @@ def _with_weight(
     return Norm(
         operand=start,
         norm=norm,
-        epsilon=epsilon,
+        epsilon=inverse.epsilon,
+        epsilon_at=inverse.plus,
         nodes=nodes,
         weight=None if weight is None else weight.node,
         weight_bias=0.0 if weight is None else weight.bias,

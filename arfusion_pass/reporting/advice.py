@@ -18,6 +18,7 @@ EPSILON = "make the epsilon a Python number: what a tensor or a buffer holds is 
 BEFORE = "add the bias before the all-reduce, on one rank alone, as a row-parallel linear with its bias on rank 0 does"
 BIAS = f"FusionConfig(reassociate=True) adds the bias to the residual and rounds elsewhere; or {BEFORE}"
 AVERAGE = "reduce by 'sum' and divide by the group's size before the all-reduce"
+FUNCTIONAL = "make the graph functional first: ExportedProgram.run_decompositions() does, and so does AOT autograd"
 WHOLE = "compile the module that holds the norm in the same graph as the all-reduce"
 BREAK = (
     "the graph ends there, at a graph break: {where}; take that out of the compiled region, or put it behind the norm"
@@ -41,6 +42,8 @@ def advise(all_reduce: fx.Node, culprit: fx.Node | None, reason: str, broken: Gr
         return AVERAGE
     if culprit is None:
         return None
+    if is_call(culprit, aten.copy_.default) and culprit.args[0].op == "call_function":  # type: ignore[union-attr]
+        return FUNCTIONAL
     if culprit.op == "output" or is_call(culprit, aten.copy_.default):
         return WHOLE if broken is None else BREAK.format(where=broken)
     if adds_bias(culprit):

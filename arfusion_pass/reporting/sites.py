@@ -25,6 +25,8 @@ class Site:
         call: name of the fused call's node; None if missed.
         outputs: which of allreduce_out, residual_out, norm_out, quant_out, scale_out the fused call produces.
         epsilon: of the norm, canonical (a float32's value), or None.
+        epsilon_source: the user's line that adds epsilon, or that calls the norm's op with it; None where nobody
+            recorded it, or where nothing is added.
         dtype: of the reduced tensor, such as ``"bfloat16"``, or None where it is unknown.
         quantiser: the canonical quantiser op's name, or None.
         dialect: which dialects spelled the stages, such as ``"functional_collectives+aten"``.
@@ -73,6 +75,7 @@ class Site:
     strategy: str | None = None
     bytes_unfused: int | None = None
     bytes_fused: int | None = None
+    epsilon_source: Source | None = None
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Site:
@@ -81,7 +84,7 @@ class Site:
         values: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in data.items() if name in known
         }
-        for name in ("source", "obstacle"):
+        for name in ("source", "obstacle", "epsilon_source"):
             if isinstance(values.get(name), dict):
                 values[name] = Source(**values[name])
         return Site(**values)

@@ -25,6 +25,12 @@ def why_no_all_reduce(graph: fx.Graph) -> str | None:
         norm = any(is_call(node, *_ROOTS) or "rms_norm" in str(node.target) for node in graph.nodes)
         breaks = breaks_at_collectives() if norm else []
         return f"no all-reduce: Dynamo broke the graph at a collective: {'; '.join(breaks[:3])}" if breaks else None
+    eager = [node for node in found if node.target._schema.name == "c10d::allreduce_"]  # type: ignore[union-attr]
+    if eager:
+        return (
+            f"no functional all-reduce: {describe(eager[0])} was traced as it runs eagerly, in place; call "
+            "torch.distributed._functional_collectives.all_reduce, or let torch.compile trace the call"
+        )
     listed = ", ".join(dict.fromkeys(str(node.target) for node in found))
     return f"no all-reduce: its collectives are {listed} (first {describe(found[0])}), and only all-reduces are fused"
 

@@ -43,7 +43,13 @@ from arfusion_pass.graph import (
 from arfusion_pass.ops.layouts import token_count
 from arfusion_pass.rewrite.hindrances import Hindrance, sum_before, why_no_norm
 from arfusion_pass.rewrite.output_views import codes_layout, scale_layout
-from arfusion_pass.rewrite.reductions import check_reduced, in_its_own_dtype, in_whole_rows, row_lengths
+from arfusion_pass.rewrite.reductions import (
+    check_reduced,
+    in_its_own_dtype,
+    in_its_own_order,
+    in_whole_rows,
+    row_lengths,
+)
 
 
 @dataclasses.dataclass
@@ -217,7 +223,7 @@ def _all_reduce(node: fx.Node) -> RaisedSite | None:
             continue
         if isinstance(found, Refused):
             return RaisedSite(node, reason=found.reason, culprit=found.node, dialects=(dialect.name,))
-        found = in_its_own_dtype(found)
+        found = in_its_own_order(in_its_own_dtype(found))
         site = RaisedSite(node, found.group, found, dialects=(dialect.name,))
         site.reason = check_reduced(found)
         return site

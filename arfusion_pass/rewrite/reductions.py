@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import fx
@@ -10,8 +11,10 @@ from torch import fx
 from arfusion_pass.config import DTYPES
 from arfusion_pass.dialects import Norm, Reduced, Refused
 from arfusion_pass.graph import (
+    aten,
     describe,
     dtype_of,
+    is_call,
     is_cast,
     last_dim,
     path,
@@ -54,6 +57,60 @@ def in_its_own_dtype(reduced: Reduced) -> Reduced:
         nodes=(*reduced.nodes, *nodes),
         aliases=tuple(others),
     )
+
+
+def in_its_own_order(reduced: Reduced) -> Reduced:
+    """An all-reduce of a permuted tensor whose sum is only read permuted back, as one of the tensor itself::
+
+    %moved = permute(%x, [2, 0, 1]); %sum = all_reduce(%moved); %value = permute(%sum, [1, 2, 0])
+    """
+    moved: fx.Node = _without_copies(reduced.x)
+    order = _order(moved)
+    if order is None:
+        return reduced
+    back: dict[fx.Node, tuple[fx.Node, ...]] = {}
+    for held in reduced.values:
+        for view in views_of(held):
+            same = same_shape(view, held)
+            for user in view.users:
+                if same and (inverse := _order(user)) is not None and [order[dim] for dim in inverse] == sorted(order):
+                    back[user] = path(held, view)
+                elif source_of(user) is not view and user not in reduced.nodes:
+                    return reduced
+    if not back:
+        return reduced
+    value, *others = sorted(back)
+    nodes = dict.fromkeys(node for last, views in back.items() for node in (*views, last))
+    return dataclasses.replace(
+        reduced,
+        value=value,
+        x=moved.args[0],  # type: ignore[arg-type]
+        nodes=(*reduced.nodes, *nodes),
+        aliases=tuple(others),
+    )
+
+
+def _without_copies(node: fx.Node) -> fx.Node:
+    """What ``node`` is a copy of, or a view of in the same shape."""
+    while (source := source_of(node)) is not None and same_shape(source, node):
+        node = source
+    return node
+
+
+def _order(node: fx.Node) -> list[int] | None:
+    """The dimensions that a permutation takes, in its order; None for any other node."""
+    tensor = tensor_of(node)
+    if tensor is None:
+        return None
+    dims = list(range(tensor.dim()))
+    arguments: Any = node.args
+    if is_call(node, aten.permute.default):
+        return [dim % len(dims) for dim in arguments[1]]
+    if is_call(node, aten.transpose.int):
+        first, second = arguments[1:3]
+        dims[first], dims[second] = dims[second], dims[first]
+        return dims
+    return dims[::-1] if is_call(node, aten.t.default) and len(dims) == 2 else None
 
 
 def check_reduced(reduced: Reduced) -> str | None:

@@ -12,6 +12,7 @@ from torch import fx
 from torch._subclasses import FakeTensorMode
 
 import arfusion_pass as arf
+from arfusion_pass.dialects import vllm
 from arfusion_pass.dialects.reading.op_calls import V1, V2, OpCall, op_name
 from arfusion_pass.ops.spec import Flags
 from tests.dialects import engine_ops
@@ -82,6 +83,25 @@ def test_arguments_by_name_with_dropped_and_new_defaults() -> None:
         assert call.output(0) is node
         assert call.reads("x", x)
         assert not call.reads("x", weight)
+
+
+@pytest.mark.parametrize("unheard_of", [{"fast": False}, {"fast": True}])
+def test_an_argument_that_no_table_knows(
+    world: None, monkeypatch: pytest.MonkeyPatch, unheard_of: dict[str, Any]
+) -> None:
+    """Contract *sound*: at its default it does not matter; with another value the op is not what the table says."""
+    monkeypatch.setitem(vllm.DIALECT.norm_ops, "arfusion_test::norm", vllm.NORMS["vllm_ir::rms_norm"])
+    builder = Builder()
+    value, weight = builder.reduced(), builder.input(HIDDEN)
+    norm = builder.call(torch.ops.arfusion_test.norm.default, value, weight, 1e-6, **unheard_of)
+    module = builder.module(norm)
+    if not unheard_of["fast"]:
+        assert arf.fuse(module).matched_count == 1
+        return
+    ((name, given),) = unheard_of.items()
+    assert f"is given {name}={given}, an argument that is not known here" in str(
+        check_unchanged(module).missed[0].reason
+    )
 
 
 @pytest.mark.parametrize("extra", [False, True])

@@ -10,9 +10,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import fx
+from torch._functorch.aot_autograd import aot_module_simplified
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from tests import simulate
 from tests.models import Tensor, llama, reduce
 from tests.simulate import STRICT, c10d, captured, check_fused, check_unchanged, copied, tensors, trace
 
@@ -93,6 +95,34 @@ def test_rows_that_move() -> None:
 
     def model(x: Tensor, w: Tensor, r: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         return ending(reduce(F.linear(x, w)).transpose(0, 1), r.transpose(0, 1), g)
+
+    check_unchanged(captured(model, inputs()))
+
+
+def permuted(x: Tensor, w: Tensor, r: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+    return ending(reduce(F.linear(x, w).permute(2, 0, 1)).permute(1, 2, 0), r, g)
+
+
+def permuted_copy(x: Tensor, w: Tensor, r: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+    y = F.linear(x, w).transpose(0, 1).contiguous()
+    dist.all_reduce(y)
+    return ending(y.transpose(0, 1), r, g)
+
+
+@pytest.mark.parametrize("model", [permuted, permuted_copy], ids=lambda model: model.__name__)
+def test_permuted_and_back(model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contract *exact*: ranks are summed element by element, so the order that a sum is taken in and out of is none."""
+    monkeypatch.setattr(simulate, "all_reduce", lambda x, group: x + x * 0.5)  # the other one moves elements
+    check_fused(captured(model, inputs()), 1)
+
+
+def test_permuted_another_way() -> None:
+    """Contract *sound*: what is read in another order than it had is not the tensor itself."""
+
+    def model(x: Tensor, w: Tensor, r: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+        y = F.linear(x, w).view(2, 3, 2, HIDDEN)
+        back = reduce(y.permute(1, 2, 0, 3)).permute(1, 2, 0, 3)
+        return ending(back.reshape(r.shape), r, g)
 
     check_unchanged(captured(model, inputs()))
 
@@ -236,3 +266,61 @@ def test_fp32_sum_behind_it() -> None:
     module = captured(model, inputs())
     folded = torch.__version__.startswith("2.11.")  # which drops a rounding to 16 bits between two casts
     assert check_fused(copied(module), 1, STRICT).fused[0].dtype == ("float32" if folded else "bfloat16")
+
+
+# Graphs of other back-ends -------------------------------------------------------------------------------------------
+
+
+def aot_graph(model: Callable[..., Any], *args: Tensor) -> fx.GraphModule:
+    """What ``aot_module_simplified`` gives a compiler, without Inductor's decompositions."""
+    found: list[fx.GraphModule] = []
+
+    def keep(module: fx.GraphModule, example_inputs: Any) -> Any:
+        found.append(copied(module))
+        return module.forward
+
+    def backend(module: fx.GraphModule, example_inputs: Any) -> Any:
+        return aot_module_simplified(module, example_inputs, fw_compiler=keep, inference_compiler=keep)
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model, backend=backend, fullgraph=True)(*args)
+    return found[0]
+
+
+def rounded_in_place(x: Tensor, w: Tensor, r: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+    y = F.linear(x, w).float()
+    dist.all_reduce(y)
+    return ending(y.type_as(x), r, g)
+
+
+def one_op(x: Tensor, w: Tensor, r: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+    y = F.linear(x, w)
+    dist.all_reduce(y)
+    total = r + y
+    return F.rms_norm(total, (HIDDEN,), g, 1e-6), total
+
+
+@pytest.mark.parametrize("model", [rounded_in_place, one_op], ids=lambda model: model.__name__)
+def test_other_back_ends(model: Callable[..., Any]) -> None:
+    """``aten.copy`` of a sum in place, ``type_as`` with all that it says, and a norm that is one op."""
+    check_fused(aot_graph(model, *inputs()), 1)
+
+
+def test_exported() -> None:
+    """Contract *clear*: an exported program fuses once it is functional, and who gives another one is told so."""
+
+    class Model(torch.nn.Module):
+        def forward(self, x: Tensor, w: Tensor, r: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+            return rounded_in_place(x, w, r, g)
+
+    program = torch.export.export(Model(), tuple(inputs()), strict=False)
+    check_fused(copied(program.run_decompositions().graph_module), 1)
+    report = check_unchanged(copied(program.graph_module))
+    assert "run_decompositions" in str(report.missed[0].advice)
+
+
+def test_eager_collective() -> None:
+    """Contract *clear*: a graph traced by ``make_fx`` holds the eager, in-place collective, and the note says so."""
+    module = make_fx(rounded_in_place, tracing_mode="fake")(*inputs())
+    assert "c10d.allreduce_.default) was traced as it runs eagerly" in str(check_unchanged(module).note)

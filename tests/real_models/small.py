@@ -65,7 +65,11 @@ def small_config(model_type: str, **settings: Any) -> Any:
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    written = CONFIG_MAPPING[model_type]().to_dict()
+    config = CONFIG_MAPPING[model_type]()
+    text = config.get_text_config()
+    if text is not config:  # of a model for several kinds of input, whose causal model is the text's
+        return small_config(text.model_type, **settings)
+    written = config.to_dict()
     sizes: dict[str, Any] = {}
     for name, value in written.items():
         if name in SIZES and (isinstance(value, (int, float, list)) or name in ALWAYS):

@@ -68,6 +68,7 @@ class Norm:
         nodes: the nodes between operand and norm, ``total`` and ``norm`` included. None of them may be read by
             others, but for ``total``, ``norm``, casts and views.
         quant: the quantiser inside the same op, or None.
+        epsilon_at: the node that holds epsilon: the sum with it, or the op that takes it; None where there is none.
     """
 
     operand: fx.Node
@@ -80,6 +81,7 @@ class Norm:
     residual: fx.Node | None = None
     total: fx.Node | None = None
     quant: Quantised | None = None
+    epsilon_at: fx.Node | None = None
 
     @property
     def result(self) -> fx.Node:

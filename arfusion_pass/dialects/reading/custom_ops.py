@@ -106,7 +106,7 @@ class NormOp:
         norm = call.output(self.norm)
         quant: Quantised | None = None
         if self.quant is not None:
-            found = self.quant.recognise(call, start)
+            found = self.quant.recognise(call, start, alone=False)
             if found is None or isinstance(found, Refused):
                 return found
             spec = dataclasses.replace(found.spec, unrounded=found.spec.unrounded or x_dtype == torch.float32 != dtype)
@@ -118,14 +118,18 @@ class NormOp:
             if last is not None and dtype_of(norm) == torch.float32 != dtype and is_cast(last, dtype):
                 norm, nodes = last, (*nodes, last)
         total = readable_total(candidate, nodes) if residual is None else call.output(self.total)
+        flags = candidate.flags | self.flags(call, x_dtype, dtype_of(given), residual is not None)
+        if (reason := call.stranger()) is not None:
+            return Refused(reason, call.node)
         return Norm(
             operand=value,
             norm=norm,
             epsilon=epsilon,
+            epsilon_at=call.node,
             nodes=nodes if total is None or total in nodes else (*nodes, total),
             weight=None if weight is None else weight.node,
             weight_bias=0.0 if weight is None else self.weight_bias + weight.bias,
-            flags=candidate.flags | self.flags(call, x_dtype, dtype_of(given), residual is not None),
+            flags=flags,
             residual=candidate.residual if residual is None else residual.node,
             total=total,
             quant=quant,
@@ -173,8 +177,8 @@ class QuantOp:
     scales: Output | None = None
     scale: str | None = None
 
-    def recognise(self, call: OpCall, norm: fx.Node) -> Quantised | Refused | None:
-        """The quantiser that ``call`` is, reading ``norm``."""
+    def recognise(self, call: OpCall, norm: fx.Node, alone: bool = True) -> Quantised | Refused | None:
+        """The quantiser that ``call`` is, reading ``norm``; or a part of what it is, not ``alone``."""
         if not call.reads(self.x, norm):
             return None
         if call.in_place:
@@ -191,9 +195,11 @@ class QuantOp:
         if not _has_rows(codes, norm):
             return Refused(f"{describe(codes)} has another number of rows than {describe(norm)}", codes)
         quantised = Quantised(op=op, spec=spec, codes=codes, nodes=call.nodes, scales=scales)
+        number, scale = constant(call[self.scale or ""]), call.operand(self.scale)
+        if alone and (reason := call.stranger()) is not None:
+            return Refused(reason, call.node)
         if self.scale is None:
             return quantised
-        number, scale = constant(call[self.scale]), call.operand(self.scale)
         if number is not None and scale is None:
             return dataclasses.replace(quantised, scale_value=number)
         if scale is None or not scale.whole or not same(product(scale.size), 1):
@@ -274,6 +280,8 @@ def functional_all_reduce(x: str, group: str, reduce_op: str | None = None) -> C
         tensor, name = call[x], call[group]
         if not isinstance(name, str) or not isinstance(tensor, fx.Node):
             return Refused(f"{describe(call.node)} names its group by {name!r}, not by a string", call.node)
+        if (reason := call.stranger()) is not None:
+            return Refused(reason, call.node)
         return Reduced(node=call.node, value=call.node, x=tensor, group=name, nodes=(call.node,))
 
     return recognise

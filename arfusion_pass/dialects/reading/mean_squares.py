@@ -53,12 +53,14 @@ class Statistic:
 
 @dataclasses.dataclass(frozen=True)
 class Inverse:
-    """``1 / sqrt(mean of squares + epsilon)`` at ``node``, or the root itself where rows are divided by it."""
+    """``1 / sqrt(mean of squares + epsilon)`` at ``node``, or the root itself where rows are divided by it; ``plus``
+    adds epsilon."""
 
     node: fx.Node
     epsilon: float
     divides: bool
     nodes: tuple[fx.Node, ...]
+    plus: fx.Node | None = None
 
 
 def inverses(root: fx.Node) -> Iterator[Inverse | Refused]:
@@ -176,7 +178,7 @@ def _inverses(mean: Statistic, root: fx.Node) -> Iterator[Inverse | Refused]:
                 )
         elif epsilon is not None:
             for inverse, nodes, divides in _roots(plus):
-                yield from _in_rows(Inverse(inverse, epsilon, divides, (*mean.nodes, plus, *nodes)), root)
+                yield from _in_rows(Inverse(inverse, epsilon, divides, (*mean.nodes, plus, *nodes), plus), root)
         elif isinstance(other, fx.Node) and not statically_equal(last_dim(plus), last_dim(root)):
             yield Refused(epsilon_reason(other), other)
     if mean.power == 1.0:

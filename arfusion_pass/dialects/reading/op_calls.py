@@ -15,7 +15,8 @@ Three spellings of one call, all read alike (:class:`OpCall`)::
                 _residual_base_index=1, _all_bases=[%x, %r])
     %norm = getitem(%af, 1); %total = getitem(%af, 2)
 
-Arguments that a newer engine added with a default do not matter to a table that does not name them.
+Arguments that a newer engine added do not matter to a table that does not name them while they are at their default;
+with another value the call is not what the table says (:meth:`OpCall.stranger`).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from arfusion_pass.dialects.reading.scale_copies import TRANSPOSES
-from arfusion_pass.graph import VIEWS, dtype_of, is_call, only_user, same_geometry, tensor_of, value_of
+from arfusion_pass.graph import VIEWS, describe, dtype_of, is_call, only_user, same_geometry, tensor_of, value_of
 
 aten = torch.ops.aten
 _RESHAPING = (*TRANSPOSES, aten.slice.Tensor, *VIEWS)
@@ -62,6 +63,27 @@ def op_name(node: Any) -> str | None:
     """The schema name of the op that a node calls, or None."""
     op = overload_of(node)
     return None if op is None else schema_name(op)
+
+
+HOW = frozenset(
+    {
+        "enable_pdl",
+        "launch_with_pdl",
+        "trigger_completion_at_end",
+        "strategy",
+        "outplace_all_reduce_method",
+        "workspace",
+        "backend",
+        "rank",
+        "pg",
+        "max_token_num",
+        "dummy_is_scale_transposed",
+        "dummy_is_tma_aligned",
+        "column_major_scales",
+        "scale_tma_aligned",
+    }
+)
+"""Arguments that say how an op computes, or what its buffers' strides say already, and not what."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +133,7 @@ class OpCall:
             for parameter in op._schema.arguments
             if parameter.alias_info is not None and parameter.alias_info.is_write
         ]
+        self._read: set[str] = set()
         self._items: dict[int, list[fx.Node]] = {}
         for user in node.users:
             if user.op == "call_function" and user.target is operator.getitem and isinstance(user.args[1], int):
@@ -119,11 +142,13 @@ class OpCall:
 
     def __getitem__(self, name: str) -> Any:
         """An argument's value (a node for tensors); its default where the call leaves it out, None if unknown."""
+        self._read.add(name)
         value = self._arguments.get(name)
         return value.node if isinstance(value, Operand) else value
 
     def operand(self, name: str | None) -> Operand | None:
         """A tensor argument, or None where it is None or no tensor."""
+        self._read.add(name or "")
         value = None if name is None else self._arguments.get(name)
         if isinstance(value, Operand):
             return value
@@ -158,6 +183,20 @@ class OpCall:
             return self._without_padding(which, items[0]) if len(items) == 1 else None
         items = self._items.get(index, [])
         return items[0] if len(items) == 1 else None
+
+    def stranger(self) -> str | None:
+        """A reason against a call that was read: an argument that nobody asked for and that is not at its default, so
+        that the op may compute something else than what was understood."""
+        for parameter in self.op._schema.arguments:
+            name, value = parameter.name, self._arguments.get(parameter.name)
+            if value is None or name in self._read or name in self._written or name in HOW:
+                continue
+            if not isinstance(value, (fx.Node, Operand)) and parameter.has_default_value():
+                default = parameter.default_value
+                if value is default or (type(value) is type(default) and value == default):
+                    continue
+            return f"{describe(self.node)} is given {name}={value!r}, an argument that is not known here"
+        return None
 
     def has_argument(self, name: str) -> bool:
         """Whether the op's schema has an argument of that name."""
