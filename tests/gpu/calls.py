@@ -169,7 +169,8 @@ def verify_epilogue(
     config: Config, reduced: torch.Tensor, shared: Shared, result: Result, on_cpu: bool = False
 ) -> None:
     """The part of :func:`verify` after the all-reduce; the reference runs on the GPU, or on the CPU if ``on_cpu``."""
-    torch.cuda.synchronize()
+    if reduced.is_cuda:
+        torch.cuda.synchronize()
     for name, buffer in result.buffers.items():
         buffer.assert_guards(name)
     outputs = {name: buffer.tensor for name, buffer in result.buffers.items()}

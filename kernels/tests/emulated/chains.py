@@ -1,0 +1,143 @@
+"""Ranks that drift apart, on an emulated GPU: calls of one group in random shapes and strategies, each rank's on a
+stream of its own, each call's residual the last one's, in place, whole or sharded.
+
+    python -m kernels.tests.emulated.chains LIBRARY.so --seed 1 --seeds 20 --calls 24 --world 2
+
+Every rank's outputs must be the reference's, the buffers empty at the end and the generations in step. What simulated
+launches cannot show is here: a rank a launch ahead of its peer, and a launch that begins before the one in front ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import dataclasses
+import random
+import sys
+
+import torch
+
+from arfusion_pass.ops import reference
+from arfusion_pass.ops.spec import NO_QUANT, Flags
+from arfusion_pass.runtime import c_api
+from kernels.tests.machine import DEVICE, EMULATED, load
+from kernels.tests.simulated import SPECS, make_call
+from tests.gpu.calls import Config, allocate, rank_input, shared_inputs, verify_epilogue
+
+SIZE = 4 << 20
+
+
+@dataclasses.dataclass
+class Rank:
+    """One rank's memory; its group's name and stream are its own."""
+
+    name: bytes
+    stream: int
+    buffer: torch.Tensor
+    control: torch.Tensor
+    error: torch.Tensor
+
+
+def make_ranks(library: ctypes.CDLL, world: int) -> list[Rank]:
+    ranks = []
+    for r in range(world):
+        whole = torch.full((SIZE + 256,), 255, dtype=torch.uint8)
+        buffer = whole[-whole.data_ptr() % 256 :][:SIZE]
+        control = torch.zeros(c_api.CONTROL_BYTES // 8, dtype=torch.int64)
+        ranks.append(Rank(f"rank{r}".encode(), r + 1, buffer, control, torch.zeros(16, dtype=torch.int32)))
+    for r, rank in enumerate(ranks):
+        peers = (ctypes.c_void_p * c_api.MAX_WORLD)(*(peer.buffer.data_ptr() for peer in ranks))
+        c_api.check(
+            library, "arf_register_workspace",
+            c_api.WorkspaceDesc(
+                group=rank.name, device=0, rank=r, world=world, peers=peers, bytes=SIZE,
+                control=rank.control.data_ptr(), error=rank.error.data_ptr(), timeout_ns=2 * 10**9,
+            ),
+        )  # fmt: skip
+    return ranks
+
+
+def random_call(rng: random.Random, seed: int) -> Config:
+    strategy = rng.choice((Flags(0), Flags.ONESHOT, Flags.TWOSHOT))
+    spec = rng.choice((NO_QUANT, NO_QUANT, SPECS["static"], SPECS["token"], SPECS["group128"], SPECS["int8"]))
+    outputs = ("residual_out", "quant_out") if spec != NO_QUANT else ("residual_out", "norm_out")
+    flags = strategy | rng.choice((Flags(0), Flags(0), Flags.NO_PDL, Flags.TRIGGER_EARLY))
+    return Config(1, 128, outputs=outputs, spec=spec, flags=int(flags), seed=seed)
+
+
+def run_chain(library: ctypes.CDLL, ranks: list[Rank], seed: int, count: int) -> None:
+    """Queue ``count`` calls on every rank's stream, let them run, and compare every output of every rank."""
+    rng = random.Random(seed)
+    library.emulated_seed(seed)
+    tokens, hidden = rng.choice((1, 2, 3, 7, 33)), rng.choice((128, 256, 1024))
+    configs = [
+        dataclasses.replace(random_call(rng, seed * 1000 + i), tokens=tokens, hidden=hidden) for i in range(count)
+    ]
+    if rng.random() < 0.4:  # a sharded residual: the rows that a rank does not own are nobody's until the last call
+        marks = [
+            Flags.RESIDUAL_IN_SHARDED * bool(i) | Flags.RESIDUAL_OUT_SHARDED * (i < count - 1) for i in range(count)
+        ]
+        plain = ~int(Flags.ONESHOT | Flags.TWOSHOT)
+        configs = [
+            dataclasses.replace(config, flags=config.flags & plain | int(Flags.SHARDED | mark))
+            for config, mark in zip(configs, marks, strict=True)
+        ]
+    first = shared_inputs(configs[0], DEVICE).residual
+    assert first is not None
+    residuals = [first.clone() for _ in ranks]  # each in place, from call to call
+    calls, wanted = [], first.clone()
+    library.emulated_defer(1)
+    for config in configs:
+        xs = [rank_input(config, r, DEVICE) for r in range(len(ranks))]
+        shared = shared_inputs(config, DEVICE)
+        before = dataclasses.replace(shared, residual=wanted)
+        reduced = reference.sum_in_rank_order(torch.stack(xs))
+        wanted = reference.fused_add(reduced, wanted).to(config.dtype)
+        results = [allocate(dataclasses.replace(config, outputs=config.outputs[1:]), DEVICE) for _ in ranks]
+        library.arf_set_launch_override(0, rng.choice((0, 0, 1, 3)))
+        for rank, x, result, residual in zip(ranks, xs, results, residuals, strict=True):
+            call = make_call(config, x, dataclasses.replace(shared, residual=residual), result)
+            call.residual_out = residual.data_ptr()
+            c_api.check(library, "arf_launch", rank.name, 0, call, rank.stream)
+        calls.append((config, xs, before, reduced, results))
+    library.arf_set_launch_override(0, 0)
+    library.emulated_synchronize()
+    library.emulated_defer(0)
+    for number, (config, _, before, reduced, results) in enumerate(calls):
+        for r, result in enumerate(results):
+            try:
+                verify_epilogue(config, reduced, before, result)
+            except AssertionError as error:
+                raise AssertionError(f"seed {seed}, call {number}, rank {r}, {config}: {error}") from error
+    for r, (rank, residual) in enumerate(zip(ranks, residuals, strict=True)):
+        assert not int(rank.error[0]), f"seed {seed}: rank {r}'s wait expired: {rank.error.tolist()}"
+        assert torch.equal(residual.view(torch.int16), wanted.view(torch.int16)), f"seed {seed}: rank {r}'s residual"
+        assert bool((rank.buffer == 255).all()), f"seed {seed}: rank {r}'s buffer is not empty"
+        generations = rank.control.view(torch.int32)[:2048:2]
+        assert bool((generations == generations[0]).all()), f"seed {seed}: rank {r}'s generations differ"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("library")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--calls", type=int, default=24)
+    parser.add_argument("--world", type=int, default=2)
+    arguments = parser.parse_args()
+    assert EMULATED, "on a GPU the ranks are processes: python -m tests.gpu"
+    library = load(arguments.library)
+    library.emulated_seed.argtypes = (ctypes.c_uint64,)
+    ranks = make_ranks(library, arguments.world)
+    for seed in range(arguments.seed, arguments.seed + arguments.seeds):
+        try:
+            run_chain(library, ranks, seed, arguments.calls)
+        except AssertionError as error:
+            print(error)
+            return 1
+    print(f"{arguments.seeds} chains of {arguments.calls} calls, {arguments.world} ranks: all as the reference")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
