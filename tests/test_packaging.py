@@ -118,13 +118,13 @@ def test_the_readme_names_what_exists() -> None:
     options = {
         option for command in cli.main.commands.values() for parameter in command.params for option in parameter.opts
     }
-    others = {"--nproc-per-node", "--check", "--its-own", "--model"}  # torchrun's, ruff's, a script's
+    others = {"--nproc-per-node", "--check", "--its-own", "--model", "--dist"}  # other programs'
     others |= {"--tensor-parallel-size", "--compilation-config"}  # vLLM's
     others |= {"--enable-torch-compile", "--enable-flashinfer-allreduce-fusion"}  # SGLang's
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) - others <= options
 
 
 def test_ci_runs_the_command_that_the_readme_gives() -> None:
-    command = "pip install '.[test]' && pytest"
+    command = "pip install '.[test]' && pytest -n auto --dist loadfile"
     assert command in (ROOT / "README.md").read_text()
     assert f'bash -c "{command}"' in (ROOT / ".ci" / "run").read_text()

@@ -54,7 +54,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_every_epilogue_on_three_ranks(library: str) -> None:
-    """One-shot and two-shot, every quantiser, MoE prologues: the reference's bits, on every rank; buffers left empty."""
+    """One-shot and two-shot, every quantiser, MoE prologues: the reference's bits on every rank; buffers left empty."""
     done = run("simulated", library, "--quick")
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     assert " 0 failures" in done.stdout

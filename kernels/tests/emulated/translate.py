@@ -149,8 +149,8 @@ def build(
 ) -> Path:
     """``libemulated.so`` in ``folder``: the host code, and the kernels of ``units`` (``bf16_simulated``, ...).
 
-    A call that needs another unit's kernels ends the process: a launch of what is no kernel. ``faults``: by source, what
-    stands there and a mistake in its place, for tests of what the emulated GPU sees.
+    A call that needs another unit's kernels ends the process: a launch of no kernel. ``faults``: by source, what stands
+    there and a mistake in its place, for tests of what the emulated GPU sees.
     """
     folder.mkdir(parents=True, exist_ok=True)
     sources = {path.name: path for path in KERNELS.iterdir() if path.suffix in (".cu", ".cuh", ".h")}
