@@ -26,7 +26,7 @@ from typing import Any
 from arfusion_pass.compilation import compile_id, graph_key, known, on_compile_end
 from arfusion_pass.provenance import rank
 from arfusion_pass.reporting.advice import NO_GRAD
-from arfusion_pass.reporting.reports import FusionReport, Reports
+from arfusion_pass.reporting.reports import FusionReport
 from arfusion_pass.reporting.tables import place
 
 log = logging.getLogger("arfusion_pass")
@@ -115,8 +115,7 @@ def _dump(report: FusionReport) -> None:
         folder = Path(os.environ["ARFUSION_DUMP"]) / (
             f"process{os.getpid()}" if report.rank is None else f"rank{report.rank}"
         )
-        folder.mkdir(parents=True, exist_ok=True)
-        importlib.import_module(_DUMPER).write_reports(folder, Reports(all_reports))
+        importlib.import_module(_DUMPER).follow(folder, all_reports)
 
 
 # Warm starts. On a hit in a compile cache the pass is not called, but it is asked for its key. So each key that is

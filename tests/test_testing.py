@@ -114,3 +114,5 @@ def test_a_name_that_is_nearly_right_is_told() -> None:
 def test_prepare_without_a_gpu_says_that_none_is_needed() -> None:
     with pytest.raises(ValueError, match="the CPU reference needs no workspace"):
         arf.prepare(max_token_num=8, hidden_dim=64)
+    with pytest.raises(ValueError, match="the CPU reference needs no workspace"):
+        arf.prepare(max_token_num=8, hidden_dim=64, device=0)

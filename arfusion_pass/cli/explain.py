@@ -22,6 +22,14 @@ MISSED = 3
 NO_RANKS = 2
 """Exit status where the script asks for ranks that it was not given."""
 
+_HINTS = {
+    "Default process group has not been initialized": "call torch.distributed.init_process_group(...) before the model",
+    "Either mode or options can be specified": (
+        "torch.compile takes no mode beside options: arf.inductor_options(mode=...) gives both"
+    ),
+}
+"""What to do about errors of torch that do not say it, by what they say."""
+
 _WANTS_RANKS = re.compile(
     r"environment variable (RANK|WORLD_SIZE|MASTER_ADDR|MASTER_PORT) expected|^'?(LOCAL_RANK|RANK|WORLD_SIZE)'?$"
 )
@@ -84,6 +92,8 @@ def run_script(
         return NO_RANKS
     if failure is not None:
         _print_traceback(failure, script)
+        for hint in (hint for words, hint in _HINTS.items() if words in str(failure)):
+            print(f"To do: {hint}", file=sys.stderr)
     if os.environ.get("RANK", "0") != "0":
         return status
     reports = Reports(arf.reports()[known:])

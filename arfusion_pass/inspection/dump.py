@@ -17,9 +17,11 @@ writes (below ``out/rank0``, ``out/rank1``, ... where there are ranks)
 from __future__ import annotations
 
 import contextlib
-import json
+import dataclasses
+import logging
+import multiprocessing.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -29,7 +31,12 @@ from arfusion_pass.fusion_pass import reports
 from arfusion_pass.inspection.graph_diff import graph_diff
 from arfusion_pass.inspection.html import diff_page, index_page
 from arfusion_pass.inspection.replay import recording
-from arfusion_pass.reporting.reports import Reports
+from arfusion_pass.reporting.reports import FusionReport, Reports
+
+log = logging.getLogger("arfusion_pass")
+
+GROWTH = 1.25
+"""A growing dump's summaries are written anew when it has so many times the graphs, so that the work stays linear."""
 
 
 @contextlib.contextmanager
@@ -41,7 +48,7 @@ def debug_dump(directory: str | os.PathLike[str], *, depyf: bool = True) -> Iter
 
     Args:
         directory: made if it is missing; files of an earlier dump are overwritten.
-        depyf: also write depyf's dump.
+        depyf: also write depyf's dump; without depyf installed a line in the log says so.
     """
     rank = _rank()
     folder = Path(directory) if rank is None else Path(directory) / f"rank{rank}"
@@ -51,9 +58,12 @@ def debug_dump(directory: str | os.PathLike[str], *, depyf: bool = True) -> Iter
         stack.enter_context(torch._inductor.config.patch(fx_graph_cache=False))
         stack.enter_context(recording())
         if depyf:
-            import depyf as depyf_package
-
-            stack.enter_context(depyf_package.prepare_debug(str(folder / "depyf")))
+            try:
+                import depyf as depyf_package
+            except ImportError:
+                log.warning("arfusion: depyf is not installed, so there is no depyf's dump in %s", folder)
+            else:
+                stack.enter_context(depyf_package.prepare_debug(str(folder / "depyf")))
         try:
             yield folder
         finally:
@@ -67,16 +77,74 @@ def _rank() -> int | None:
     return int(os.environ["RANK"]) if os.environ.get("WORLD_SIZE", "1") != "1" else None
 
 
-def write_reports(folder: Path, reports: Reports) -> None:
+def write_reports(folder: Path, reports: Sequence[FusionReport]) -> None:
     """The report, the graphs and the diff page; see the module's docstring for the files."""
-    (folder / "report.txt").write_text(f"{reports}\n")
-    (folder / "report.json").write_text(json.dumps([report.to_dict() for report in reports], indent=2) + "\n")
+    (folder / "report.json").write_text(_HEAD + _JOINT.join(map(FusionReport.to_json, reports)) + _TAIL)
     for number, report in enumerate(reports):
-        if report.before is None or report.after is None:
-            continue
-        (folder / f"graph_{number}.before.txt").write_text(report.before)
-        (folder / f"graph_{number}.after.txt").write_text(report.after)
-        (folder / f"graph_{number}.diff.txt").write_text(graph_diff(report.before, report.after))
+        _write_graph(folder, number, report)
+    _write_summaries(folder, reports)
+
+
+@dataclasses.dataclass
+class _Dump:
+    """What a growing dump's folder holds: of how many reports the JSON, and of how many the summaries."""
+
+    reports: list[FusionReport]
+    written: int
+    summarised: int
+
+
+_dumps: dict[Path, _Dump] = {}
+
+
+def follow(folder: Path, reports: list[FusionReport]) -> None:
+    """:func:`write_reports` for a list that has grown: what is new goes behind what is there.
+
+    ``report.json`` and the graphs are complete at once. The summaries (``report.txt``, the pages) follow when the list
+    has grown by a quarter, and when the process ends.
+    """
+    dump = _dumps.get(folder)
+    if dump is None or not (folder / "report.json").is_file():  # somebody may have emptied it
+        folder.mkdir(parents=True, exist_ok=True)
+        write_reports(folder, reports)
+        _dumps[folder] = _Dump(reports, len(reports), len(reports))
+        multiprocessing.util.Finalize(None, _finish, (folder,), exitpriority=0)  # in multiprocessing's children too
+        return
+    for number in range(dump.written, len(reports)):
+        _append(folder / "report.json", reports[number].to_json())
+        _write_graph(folder, number, reports[number])
+    dump.written = len(reports)
+    if len(reports) >= GROWTH * dump.summarised:
+        _finish(folder)
+
+
+def _finish(folder: Path) -> None:
+    dump = _dumps[folder]
+    if dump.summarised < len(dump.reports) and folder.is_dir():
+        dump.summarised = len(dump.reports)
+        _write_summaries(folder, dump.reports)
+
+
+_HEAD, _JOINT, _TAIL = "[\n", ",\n", "\n]\n"
+"""``report.json`` is a list that can be written behind."""
+
+
+def _append(path: Path, item: str) -> None:
+    with path.open("r+b") as file:
+        file.seek(-len(_TAIL), os.SEEK_END)
+        file.write(f"{_JOINT}{item}{_TAIL}".encode())
+
+
+def _write_graph(folder: Path, number: int, report: FusionReport) -> None:
+    if report.before is None or report.after is None:
+        return
+    (folder / f"graph_{number}.before.txt").write_text(report.before)
+    (folder / f"graph_{number}.after.txt").write_text(report.after)
+    (folder / f"graph_{number}.diff.txt").write_text(graph_diff(report.before, report.after))
+
+
+def _write_summaries(folder: Path, reports: Sequence[FusionReport]) -> None:
+    (folder / "report.txt").write_text(f"{Reports(reports)}\n")
     (folder / "diff.html").write_text(diff_page(reports))
     if _rank() is not None:
         _replace(folder.parent / "index.html", index_page(folder.parent))

@@ -244,7 +244,7 @@ def _device_index(device: int | torch.device | None) -> int:
         if device.type != "cuda":
             raise ValueError(f"arfusion: a workspace lives on a CUDA device, got {device}")
         device = device.index
-    if device is None and not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         raise ValueError(
             "arfusion: a workspace lives on a CUDA device, and there is none; the CPU reference needs no workspace"
         )

@@ -120,6 +120,21 @@ def test_an_error_of_the_script_is_shown_without_our_frames(tmp_path: Path) -> N
     assert "failed before anything was compiled" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("code", "hint"),
+    [
+        ("import torch.distributed as dist; dist.get_rank()", "call torch.distributed.init_process_group(...) before"),
+        ("import torch; torch.compile(print, mode='default', options={})", "torch.compile takes no mode"),
+    ],
+)
+def test_an_error_of_torch_that_does_not_say_what_to_do(tmp_path: Path, code: str, hint: str) -> None:
+    (tmp_path / "script.py").write_text(f"{code}\n")
+    done = arfusion("explain", str(tmp_path / "script.py"))
+    assert done.returncode == 1
+    assert 'script.py", line 1' in done.stderr
+    assert f"To do: {hint}" in done.stderr
+
+
 def test_a_missing_folder_is_a_line_before_the_work(tmp_path: Path) -> None:
     missing = str(tmp_path / "none" / "file")
     for arguments in (["demo", "--html", missing], ["explain", "-o", missing, str(SCRIPTS / "fused.py")]):

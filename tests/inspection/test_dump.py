@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import arfusion_pass as arf
+from arfusion_pass.cli import verify
+from arfusion_pass.inspection import dump
+from arfusion_pass.reporting.reports import FusionReport
+from arfusion_pass.reporting.sites import Site
 from tests.simulate import c10d
 
 
@@ -62,3 +69,54 @@ def test_a_lone_process_writes_into_the_folder_itself_and_torchrun_below(
     monkeypatch.setenv("RANK", "1")
     with arf.inspection.debug_dump(tmp_path / "a", depyf=False) as folder:
         assert folder == tmp_path / "a" / "rank1"
+
+
+def report(number: int) -> FusionReport:
+    site = Site(f"r{number}", "0", True, pattern="P")
+    return FusionReport((site,), graph=number, before="  %a [call_func] x\n", after="  %b [call_func] y\n")
+
+
+def test_a_growing_dump_is_complete_and_its_work_linear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``ARFUSION_DUMP`` over many graphs: JSON and graphs are whole after each, the pages are drawn now and then."""
+    folder, drawn, reports = tmp_path / "rank0", [0], list[FusionReport]()
+    monkeypatch.setattr(dump, "diff_page", lambda reports: drawn.append(len(reports)) or f"{len(reports)} graphs")
+    for number in range(60):
+        reports.append(report(number))
+        dump.follow(folder, reports)
+        if number in (0, 1, 30, 59):
+            assert json.loads((folder / "report.json").read_text()) == [json.loads(each.to_json()) for each in reports]
+            assert (folder / f"graph_{number}.diff.txt").is_file()
+    assert sum(drawn) < 6 * 60, "a constant times the graphs"
+    dump._finish(folder)
+    assert (folder / "diff.html").read_text() == "60 graphs"
+    assert verify.read(tmp_path).reports.matched_count == 60
+    (folder / "report.json").unlink()
+    dump.follow(folder, reports)
+    assert verify.read(tmp_path).reports.matched_count == 60, "a folder that somebody emptied is filled again"
+
+
+def test_a_growing_dumps_pages_are_finished_when_its_process_ends(tmp_path: Path) -> None:
+    """Also where the process is a child of multiprocessing, which runs no ``atexit``."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import multiprocessing, sys\nfrom pathlib import Path\nfrom tests.inspection.test_dump import dump, report\n"
+        "def child(folder):\n    reports = []\n    for number in range(6):\n"
+        "        reports.append(report(number))\n        dump.follow(folder, reports)\n"
+        "if __name__ == '__main__':\n    folder = Path(sys.argv[1])\n    child(folder / 'a')\n"
+        "    process = multiprocessing.get_context('fork').Process(target=child, args=(folder / 'b',))\n"
+        "    process.start()\n    process.join()\n"
+    )
+    done = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for name in ("a", "b"):
+        assert "6 of 6 sites fused" in (tmp_path / name / "report.txt").read_text()
+
+
+def test_without_depyf_there_is_everything_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "depyf", None)
+    with caplog.at_level(logging.WARNING, "arfusion_pass"), arf.inspection.debug_dump(tmp_path) as folder:
+        pass
+    assert "depyf is not installed" in caplog.text
+    assert (folder / "report.json").is_file()
