@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import os
 import struct
@@ -11,6 +12,8 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
+
+log = logging.getLogger("arfusion_pass")
 
 Backend = Literal["auto", "native", "reference", "flashinfer"]
 Strategy = Literal["auto", "oneshot", "twoshot", "sharded"]
@@ -105,6 +108,20 @@ class FusionConfig:
             raise ValueError(f"ARFUSION_CONFIG={text}: {error}") from error
 
 
+_SWITCHES = {"0": False, "false": False, "no": False, "off": False, "1": True, "true": True, "yes": True, "on": True}
+_told: set[str] = set()
+
+
+def switch(variable: str, default: bool) -> bool:
+    """What an environment variable says that switches something on or off; ``default`` where it is not set or empty, or
+    holds what is neither, which is said once."""
+    text = os.environ.get(variable, "").strip().lower()
+    if text and text not in _SWITCHES and variable not in _told:
+        _told.add(variable)
+        log.warning("arfusion: %s=%s is none of %s; %d is taken", variable, text, ", ".join(_SWITCHES), default)
+    return _SWITCHES.get(text, default)
+
+
 def _items(field: str, value: Any) -> tuple[Any, ...]:
     """``value`` as a tuple; ``ValueError`` where it is no collection of settings."""
     if isinstance(value, str) or not isinstance(value, Iterable):
@@ -115,6 +132,6 @@ def _items(field: str, value: Any) -> tuple[Any, ...]:
 def canonical_epsilon(epsilon: float) -> float:
     """The float32 nearest to ``epsilon``: 1e-6 and 9.999999974752427e-07 are one epsilon. Beyond float32: infinity."""
     try:
-        return float(struct.unpack("<f", struct.pack("<f", epsilon))[0])
-    except OverflowError:
-        return math.copysign(math.inf, epsilon)
+        return float(struct.unpack("<f", struct.pack("<f", float(epsilon)))[0])
+    except OverflowError:  # also of an integer that no float holds
+        return math.inf if epsilon > 0 else -math.inf

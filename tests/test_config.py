@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import Any
 
 import pytest
 import torch
 
 import arfusion_pass as arf
-from arfusion_pass.config import canonical_epsilon
+from arfusion_pass.config import canonical_epsilon, switch
 
 
 @pytest.mark.parametrize(
@@ -57,3 +58,20 @@ def test_canonical_epsilon() -> None:
     assert canonical_epsilon(1e-6) == canonical_epsilon(9.999999974752427e-07) == 9.999999974752427e-07
     assert canonical_epsilon(1e-6) != canonical_epsilon(1.0000001e-6)
     assert canonical_epsilon(1e39) == float("inf")
+
+
+def test_an_integer_that_no_float_holds() -> None:
+    with pytest.raises(ValueError, match="expected finite numbers"):
+        arf.FusionConfig(epsilons=(10**400,))
+
+
+def test_switches(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """An environment variable says yes or no in any of the usual words; others are named once, and mean the default."""
+    for text, value in {"0": False, "Off": False, " no ": False, "1": True, "TRUE": True, "": True}.items():
+        monkeypatch.setenv("ARFUSION_BUILD", text)
+        assert switch("ARFUSION_BUILD", True) is value, text
+    monkeypatch.setattr(logging.getLogger("arfusion_pass"), "propagate", True)
+    monkeypatch.setenv("ARFUSION_BUILD", "maybe")
+    assert switch("ARFUSION_BUILD", True)
+    assert not switch("ARFUSION_BUILD", False)
+    assert caplog.text.count("ARFUSION_BUILD=maybe is none of") == 1

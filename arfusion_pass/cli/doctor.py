@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from arfusion_pass.config import switch
 from arfusion_pass.runtime import build, native, prebuilt, thresholds
 
 
@@ -202,7 +203,7 @@ def _backend(devices: tuple[Device, ...], library: LibraryState, nvcc: str | Non
         return "reference", f"ARFUSION_LIBRARY names {library.path}, which is no whole library"
     if int(devices[0].capability.split(".")[0]) < 8:
         return "reference", f"the kernels need compute capability 8.0, {devices[0].name} has {devices[0].capability}"
-    if os.environ.get("ARFUSION_BUILD", "1") == "0":
+    if not switch("ARFUSION_BUILD", True):
         return "reference", "the kernel library is not built and ARFUSION_BUILD=0 forbids building it on first use"
     if nvcc is None or cxx is None:
         missing = " and ".join(name for name, found in (("nvcc", nvcc), ("a C++ compiler", cxx)) if found is None)

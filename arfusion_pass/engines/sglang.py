@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import os
 from typing import Any
 
 import torch.distributed as dist
@@ -30,7 +29,7 @@ from torch import fx
 from torch._inductor import config as inductor_config
 
 from arfusion_pass import groups
-from arfusion_pass.config import FusionConfig
+from arfusion_pass.config import FusionConfig, switch
 from arfusion_pass.engines.groups import coordinators
 from arfusion_pass.fusion_pass import AllReduceFusionPass
 from arfusion_pass.install import HOOK, chained
@@ -38,10 +37,10 @@ from arfusion_pass.install import HOOK, chained
 
 def register() -> None:
     """What the entry point calls. Calling it again changes nothing that counts."""
-    if os.environ.get("ARFUSION_SGLANG", "1") == "0":
+    if not switch("ARFUSION_SGLANG", True):
         return
     enable()
-    if os.environ.get("ARFUSION_SGLANG_COMM", "0") == "1":
+    if switch("ARFUSION_SGLANG_COMM", False):
         replace_flashinfer()
 
 

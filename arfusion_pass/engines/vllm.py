@@ -31,7 +31,7 @@ import torch.distributed as dist
 from torch import fx
 
 from arfusion_pass import cache_key, groups
-from arfusion_pass.config import FusionConfig
+from arfusion_pass.config import FusionConfig, switch
 from arfusion_pass.engines.groups import coordinators
 from arfusion_pass.fusion_pass import AllReduceFusionPass
 from arfusion_pass.publishing import speak_through
@@ -45,7 +45,7 @@ CONFIG = FusionConfig.from_env()
 
 def register() -> None:
     """Let every pass manager that vLLM makes from now on run our pass. Calling it again changes nothing."""
-    if os.environ.get("ARFUSION_VLLM", "1") == "0":
+    if not switch("ARFUSION_VLLM", True):
         return
     from vllm.compilation.passes.pass_manager import PostGradPassManager
     from vllm.config import VllmConfig

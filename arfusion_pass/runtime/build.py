@@ -104,13 +104,21 @@ def source_dir() -> Path | None:
 def cache_dir() -> Path:
     """The folder of built libraries and tuned thresholds (``ARFUSION_CACHE_DIR``, or the user's cache folder)."""
     if explicit := os.environ.get("ARFUSION_CACHE_DIR"):
-        return Path(explicit).expanduser()
-    if base := os.environ.get("XDG_CACHE_HOME"):
-        return Path(base).expanduser() / "arfusion"
+        return _path("ARFUSION_CACHE_DIR", explicit)
+    if os.path.isabs(base := os.environ.get("XDG_CACHE_HOME", "")):  # a relative one is invalid, says its specification
+        return Path(base) / "arfusion"
     try:
         return Path.home() / ".cache" / "arfusion"
     except RuntimeError:  # no home folder: a container run under an unknown user id
         return Path(tempfile.gettempdir()) / f"arfusion-{os.getuid()}"
+
+
+def _path(variable: str, value: str) -> Path:
+    """A path that the user named, with ``~`` as a shell has it."""
+    try:
+        return Path(value).expanduser()
+    except RuntimeError as error:
+        raise BuildError(f"{variable}={value}: {error}") from None
 
 
 def is_named() -> bool:
@@ -154,7 +162,7 @@ def normalise_arch(arch: str) -> str:
     """
     text = arch.lower().removeprefix("sm_").removeprefix("compute_").replace(".", "")
     digits = text.rstrip("af")
-    if not digits.isdigit() or not 80 <= int(digits) < 1000 or len(text) - len(digits) > 1:
+    if not (digits.isascii() and digits.isdigit()) or not 80 <= int(digits) < 1000 or len(text) - len(digits) > 1:
         raise ValueError(f"architecture {arch!r} is not of the form '80', '90a', 'sm_100a' or '12.0a' (8.0 at least)")
     known = {value.rstrip("a"): value for value in _ARCHITECTURES.values()}
     return known.get(text, text)
@@ -181,7 +189,7 @@ def library_path(arch: str | None = None) -> Path | None:
     ``ARFUSION_LIBRARY`` wins over everything, the cache over an installed wheel.
     """
     if explicit := os.environ.get("ARFUSION_LIBRARY"):
-        return Path(explicit).expanduser()
+        return _path("ARFUSION_LIBRARY", explicit)
     name = library_name(arch)
     if name is None:
         return None
@@ -205,7 +213,7 @@ def why_not_installed() -> str | None:
 def find_nvcc() -> str | None:
     """nvcc: ``ARFUSION_NVCC``, ``CUDA_HOME``, ``CUDA_PATH``, the PATH, /usr/local/cuda, NVIDIA's wheels."""
     if explicit := os.environ.get("ARFUSION_NVCC"):
-        return explicit if os.access(explicit, os.X_OK) else None
+        return explicit if _is_program(explicit) else None
     candidates = [
         os.path.join(os.environ[name], "bin", "nvcc") for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ
     ]
@@ -213,11 +221,15 @@ def find_nvcc() -> str | None:
     candidates.append("/usr/local/cuda/bin/nvcc")
     site = sysconfig.get_paths()["purelib"]
     candidates += [os.path.join(site, "nvidia", part, "bin", "nvcc") for part in ("cu13", "cuda_nvcc")]
-    return next((path for path in candidates if path and os.access(path, os.X_OK)), None)
+    return next(filter(_is_program, candidates), None)
+
+
+def _is_program(path: str) -> bool:
+    return os.path.isfile(path) and os.access(path, os.X_OK)
 
 
 def find_cxx() -> str | None:
-    """The C++ compiler: ``CXX``, else g++, c++ or clang++ on the PATH."""
+    """The C++ compiler: ``CXX`` (one program, no arguments), else g++, c++ or clang++ on the PATH."""
     if explicit := os.environ.get("CXX"):
         return shutil.which(explicit)
     return next((found for name in ("g++", "c++", "clang++") if (found := shutil.which(name))), None)
@@ -226,7 +238,12 @@ def find_cxx() -> str | None:
 def find_toolchain(note: str | None = None) -> Toolchain:
     """The compilers, or a :class:`BuildError` that says which is missing and what to do about it, with ``note``."""
     nvcc, cxx = find_nvcc(), find_cxx()
-    missing = [name for name, path in (("nvcc (CUDA 12.8 or later)", nvcc), ("a C++17 compiler", cxx)) if path is None]
+    wanted = (("nvcc (CUDA 12.8 or later)", nvcc, "ARFUSION_NVCC"), ("a C++17 compiler", cxx, "CXX"))
+    missing = [
+        f"{name} (by {variable}={os.environ[variable]})" if os.environ.get(variable) else name
+        for name, path, variable in wanted
+        if path is None
+    ]
     if nvcc is None or cxx is None:
         raise BuildError(
             f"{' and '.join(missing)} not found, so the arfusion kernels cannot be compiled here. Install the CUDA "
@@ -273,7 +290,7 @@ def build(
     """
     explicit = os.environ.get("ARFUSION_LIBRARY")
     if explicit and not force and output is None:
-        path = Path(explicit).expanduser()
+        path = _path("ARFUSION_LIBRARY", explicit)
         if not path.is_file():
             raise BuildError(f"ARFUSION_LIBRARY is set to {explicit!r}, which is no file. Correct or unset it.")
         if not files.is_whole_library(path):

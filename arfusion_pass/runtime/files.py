@@ -91,7 +91,7 @@ def locked(path: Path, timeout: float = LOCK_TIMEOUT) -> Iterator[None]:
     Whoever can read the lock's file can hold it, whichever user made it.
 
     Raises:
-        LockError: it cannot be opened, or another process has held it all the time.
+        LockError: it cannot be opened or locked, or another process has held it all the time.
     """
     try:
         descriptor = _open_lock(path)
@@ -103,7 +103,7 @@ def locked(path: Path, timeout: float = LOCK_TIMEOUT) -> Iterator[None]:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except OSError:
+            except BlockingIOError:
                 waited = time.monotonic() - start
                 if waited > timeout:
                     raise LockError(
@@ -113,6 +113,10 @@ def locked(path: Path, timeout: float = LOCK_TIMEOUT) -> Iterator[None]:
                     print("arfusion: another process is building the kernels, waiting for it", file=sys.stderr)
                     told = True
                 time.sleep(0.05)
+            except OSError as error:  # a file system without locks
+                raise LockError(
+                    f"{path} cannot be locked: {error}. Set ARFUSION_CACHE_DIR to a folder on a local disk."
+                ) from error
         yield
     finally:
         os.close(descriptor)

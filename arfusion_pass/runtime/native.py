@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from arfusion_pass.config import switch
 from arfusion_pass.ops.schema import NAMESPACE, SCHEMAS
 from arfusion_pass.runtime import build, c_api, fallback
 
@@ -132,7 +133,7 @@ def _find_or_build() -> Path:
     if not os.environ.get("ARFUSION_LIBRARY"):
         if not torch.cuda.is_available():
             raise NativeUnavailableError("no CUDA device is visible")
-        if os.environ.get("ARFUSION_BUILD", "1") == "0":
+        if not switch("ARFUSION_BUILD", True):
             why = build.distrust(path) if path is not None and path.is_file() else build.why_not_installed()
             raise NativeUnavailableError(
                 f"{(why or f'the kernels are not built ({path})').rstrip('.')}; ARFUSION_BUILD=0 forbids building them "

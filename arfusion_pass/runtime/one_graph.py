@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 import threading
 import weakref
 from typing import Any
 
 import torch.distributed as dist
 
+from arfusion_pass.config import switch
 from arfusion_pass.groups import find_group, resolve_group
 from arfusion_pass.ops import marks
 from arfusion_pass.ops.marks import Step
@@ -52,7 +52,7 @@ def agree(name: str, mark: int) -> None:
     compared = _groups.get(group)
     if compared is not None and compared.problems.get(mark, "") is None:
         return
-    if group.size() == 1 or is_fake(group) or os.environ.get("ARFUSION_AGREEMENT", "1") == "0":
+    if group.size() == 1 or is_fake(group) or not switch("ARFUSION_AGREEMENT", True):
         return
     compared = _groups.setdefault(group, _Compared())
     with compared.lock:

@@ -24,6 +24,23 @@ def test_two_values_only_where_the_graph_rounds_before_the_weight() -> None:
     assert norm_values(int(Flags.ROUND_BEFORE_WEIGHT), weight, BF16) == 2
 
 
+@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
+def test_an_fp32_norm_behind_a_rounding_to_16_bits(dtype: torch.dtype) -> None:
+    """A rounding that fell otherwise is a whole 16-bit value there, not 4 ulp: seen where a norm by division has an
+    fp32 weight. As rarely as in a 16-bit norm, and nowhere else."""
+    unit, weight = torch.ones(2000), torch.full((2000,), 0.98)
+    other = unit.clone()
+    other[7] = torch.finfo(dtype).eps + 1
+    check = compare(other * weight, unit * weight)
+    assert check.mismatched == 1
+    values = norm_values(int(Flags.ROUND_BEFORE_WEIGHT), weight, dtype, torch.float32)
+    assert replay._problem("norm_out", check, torch.float32, values) is None
+    assert replay._problem("norm_out", check, torch.float32, norm_values(0, weight, dtype, torch.float32)) is not None
+    assert replay._problem("residual_out", check, torch.float32, values) is not None
+    other[:4] = torch.finfo(dtype).eps + 1
+    assert replay._problem("norm_out", compare(other, unit), torch.float32, values) is not None, "too many"
+
+
 def test_why_two() -> None:
     """Contract: neighbours in bf16 that a weight multiplies can be two values apart, as the docstring says."""
     one = torch.ones(1, dtype=BF16)

@@ -1,5 +1,6 @@
 """The build cache with stand-in compilers: keys, locking, errors, atomicity; no nvcc, GPU or kernels needed."""
 
+import errno
 import os
 import signal
 import stat
@@ -152,10 +153,39 @@ def test_lock_is_bounded(tmp_path):
         pass
 
 
-def test_missing_compiler_says_what_to_do(fake, monkeypatch):
-    monkeypatch.setenv("ARFUSION_NVCC", str(fake.root / "nowhere"))
-    with pytest.raises(BuildError, match=r"nvcc .* not found.*ARFUSION_LIBRARY"):
-        build("90a")
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    """Not waited for until the timeout, as if another process held the lock."""
+
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(LockError, match=r"cannot be locked.*ARFUSION_CACHE_DIR"), locked(tmp_path / "x.lock"):
+        pass
+
+
+@pytest.mark.parametrize(("variable", "what"), [("ARFUSION_NVCC", "nvcc"), ("CXX", r"C\+\+17 compiler")])
+def test_missing_compiler_says_what_to_do(fake, monkeypatch, variable, what):
+    """The variable that named it as well; a folder is no compiler."""
+    for value in (fake.root / "nowhere", fake.root):
+        monkeypatch.setenv(variable, str(value))
+        with pytest.raises(BuildError, match=rf"{what} .*\(by {variable}={value}\) not found.*ARFUSION_LIBRARY"):
+            build("90a")
+
+
+def test_a_home_folder_of_nobody(fake, monkeypatch):
+    for variable in ("ARFUSION_CACHE_DIR", "ARFUSION_LIBRARY"):
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, "~nobody_is_called_so/x")
+            with pytest.raises(BuildError, match=f"{variable}=~nobody_is_called_so"):
+                build("90a")
+
+
+def test_a_relative_cache_home_is_none(monkeypatch):
+    """As the XDG specification has it: else the cache would move with the working directory."""
+    monkeypatch.delenv("ARFUSION_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "cache")
+    assert build_module.cache_dir().is_absolute()
 
 
 def test_architecture_is_needed_without_a_device(fake, monkeypatch):
@@ -384,7 +414,7 @@ def test_architecture_spellings(given, want):
     assert normalise_arch(given) == want
 
 
-@pytest.mark.parametrize("given", ["", "hopper", "75", "sm_", "90aa"])
+@pytest.mark.parametrize("given", ["", "hopper", "75", "sm_", "90aa", "\uff19\uff10"])
 def test_architectures_refused(given):
     with pytest.raises(ValueError, match="architecture"):
         normalise_arch(given)
