@@ -76,17 +76,23 @@ def graph_key(*parts: Any) -> str | None:
 
 
 def on_compile_end(callback: Callable[[], None]) -> None:
-    """Call ``callback`` after every compilation, also one that a cache answered."""
+    """Call ``callback`` after every compilation, also one that a cache answered.
 
-    def call(*_: Any) -> None:
-        known(callback)
+    Asking again changes nothing, but after ``torch._dynamo.reset()``, which forgets all callbacks: ask anew in each
+    compilation.
+    """
+    call = _at_end.setdefault(callback, lambda *_: known(callback))
 
     def register() -> None:
         from torch._dynamo.callback import callback_handler
 
-        callback_handler.register_end_callback(call)
+        if call not in callback_handler.end_callbacks:
+            callback_handler.register_end_callback(call)
 
     known(register)
+
+
+_at_end: dict[Callable[[], None], Callable[..., Any]] = {}
 
 
 def _output() -> Any:

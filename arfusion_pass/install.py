@@ -52,7 +52,7 @@ class InferenceAwarePassChain(PassChain, CustomInferenceAwareGraphPass):
     def __call__(self, graph: fx.Graph, is_inference: bool = True) -> None:
         for member in self.passes:
             if isinstance(member, CustomInferenceAwareGraphPass):
-                member(graph, is_inference)
+                member(graph, is_inference=is_inference)  # by keyword, as torch calls it
             else:
                 member(graph)
 
@@ -109,7 +109,9 @@ def _check_options(options: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def enable(config: FusionConfig | None = None) -> Iterator[AllReduceFusionPass]:
-    """Everything that Inductor compiles inside the context is fused; a pass installed before keeps running.
+    """Everything that Inductor compiles inside the context is fused; a pass installed before keeps running. (One in the
+    ``options`` of a ``torch.compile`` replaces what is installed, as torch has it: give that call
+    :func:`inductor_options`.)
 
     ``torch.compile`` compiles at the first call, which must be inside. The context is the own one of the thread and the
     process that enter it: spawned children and worker threads do not see it (they enter one, or take

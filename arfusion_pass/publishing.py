@@ -135,6 +135,7 @@ _compilations: dict[str, _Waiting] = {}
 
 def expect(pass_key: Any, receive: Callable[[FusionReport], None]) -> None:
     """A cache asks for a pass's key: unless the pass is called, ``receive`` gets the reports stored for this graph."""
+    on_compile_end(settle)
     name = compile_id()
     if name is None or name in _compilations:
         return
@@ -189,4 +190,3 @@ def _load(key: str) -> list[FusionReport]:
 
 
 speak()
-on_compile_end(settle)

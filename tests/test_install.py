@@ -76,12 +76,12 @@ def test_chains_a_custom_pass(module: fx.GraphModule) -> None:
 
 
 class Aware(CustomInferenceAwareGraphPass):
-    """A pass of torch's kind that is told whether the graph is for inference."""
+    """A pass of torch's kind that is told whether the graph is for inference, by keyword."""
 
     def __init__(self, seen: list[Any]) -> None:
         self.seen = seen
 
-    def __call__(self, graph: fx.Graph, is_inference: bool) -> None:
+    def __call__(self, graph: fx.Graph, *, is_inference: bool) -> None:  # type: ignore[override]
         self.seen.append(is_inference)
 
     def uuid(self) -> Any:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import arfusion_pass as arf
 from arfusion_pass import compilation, publishing
@@ -128,6 +129,24 @@ def test_a_listener_that_fails_stops_nothing(monkeypatch: pytest.MonkeyPatch) ->
     report = fused_copy(trace(model, *tensors((4, 32), (4, 32), (32,))), STRICT)[1]
     assert report.matched_count == 1
     assert len(arf.reports()) == known + 1
+
+
+def test_the_end_of_a_compilation_is_seen_after_a_reset() -> None:
+    """``torch._dynamo.reset()`` forgets who asked to be called: each compilation asks again, once."""
+    ended: list[int] = []
+
+    def end() -> None:
+        ended.append(len(ended))
+
+    for times in (1, 2):
+        torch._dynamo.reset()
+        compilation.on_compile_end(end)
+        compilation.on_compile_end(end)
+        torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2))
+        assert len(ended) == times
+    torch._dynamo.reset()
+    publishing.expect("key", lambda report: None)
+    assert compilation._at_end[publishing.settle] in torch._dynamo.callback.callback_handler.end_callbacks
 
 
 def test_outside_of_dynamo_nothing_waits_and_nothing_is_stored() -> None:

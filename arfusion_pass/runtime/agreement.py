@@ -13,15 +13,21 @@ import dataclasses
 import datetime
 import enum
 import json
+import logging
 import socket
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+log = logging.getLogger("arfusion_pass")
+
 MAX_WORLD = 8
+PATIENCE = datetime.timedelta(seconds=30)
+"""How long a rank waits for another in silence."""
 
 
 class Backend(enum.Enum):
@@ -111,15 +117,7 @@ def decide(everyone: list[Facts]) -> Decision:
 
 
 class NoAnswerError(RuntimeError):
-    """A rank did not come to an exchange in time.
-
-    Args:
-        rank: the one that did not.
-    """
-
-    def __init__(self, message: str, rank: int):
-        super().__init__(message)
-        self.rank = rank
+    """A rank did not come to an exchange in time; the message names it."""
 
 
 _rounds: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[str, int]] = weakref.WeakKeyDictionary()
@@ -131,11 +129,14 @@ def exchange(
     payload: Any,
     timeout: datetime.timedelta | None = None,
     doing: str = "setting up its workspace",
+    why_absent: Callable[[int], str] = lambda peer: "",
 ) -> list[Any]:
-    """Every rank's ``payload`` (plain data), in rank order. Collective; waits at most ``timeout`` (the group's).
+    """Every rank's ``payload`` (plain data), in rank order. Collective; waits at most ``timeout`` (the group's), and
+    says so after half a minute.
 
     Args:
         doing: what it is for, for the error.
+        why_absent: what is known of a rank that does not come.
 
     Raises:
         NoAnswerError: naming the rank that did not come in time.
@@ -155,15 +156,27 @@ def exchange(
     for peer in range(world):
         key = f"{prefix}/{peer}"
         try:
-            store.wait([key], timeout)
+            left = timeout
+            if timeout > PATIENCE and not _arrives(store, key):
+                why = why_absent(peer)
+                log.warning("arfusion: rank %d waits for rank %d of group %r, %s%s", rank, peer, tag, doing, why)
+                left = timeout - PATIENCE
+            store.wait([key], left)
         except Exception as error:  # DistStoreError, or the store's own: the peer is gone, or never came
             raise NoAnswerError(
                 f"arfusion: rank {peer} of group {tag!r} did not answer rank {rank}, which is {doing}, within "
-                f"{timeout.total_seconds():.0f} s ({error})",
-                peer,
+                f"{timeout.total_seconds():.0f} s ({error}){why_absent(peer)}"
             ) from error
         result.append(json.loads(store.get(key)))
     return result
+
+
+def _arrives(store: dist.Store, key: str) -> bool:
+    try:
+        store.wait([key], PATIENCE)
+    except Exception:  # not yet, or never: the wait that follows says
+        return False
+    return True
 
 
 def group_timeout(group: dist.ProcessGroup) -> datetime.timedelta:

@@ -96,9 +96,15 @@ def _compare(name: str, group: dist.ProcessGroup, compared: _Compared, mark: int
     if steps is not None:
         mine["steps"] = [[step.key, step.text] for step in steps]
     try:
-        everyone = agreement.exchange(group, f"{name}/graph", mine, doing="comparing what the pass fused")
+        everyone = agreement.exchange(
+            group,
+            f"{name}/graph",
+            mine,
+            doing="comparing what the pass fused",
+            why_absent=lambda rank: _why_absent(name, group, rank),
+        )
     except agreement.NoAnswerError as error:
-        return f"{error}{_why_absent(name, group, error.rank)}"
+        return str(error)
     if all(other["mark"] == mark for other in everyone):
         return None
     problem = difference([other["steps"] for other in everyone])
@@ -137,8 +143,12 @@ def difference(everyone: list[list[list[str]] | None]) -> str | None:
 
 def _why_absent(name: str, group: dist.ProcessGroup, rank: int) -> str:
     """What the rank that did not come said when it compiled."""
-    store = dist.distributed_c10d._get_process_group_store(group)
     key = _note(name, rank)
-    if store.check([key]):
-        return f". It has compiled a graph without a fused call: {store.get(key).decode()}"
+    try:
+        store = dist.distributed_c10d._get_process_group_store(group)
+        note = store.get(key).decode() if store.check([key]) else None
+    except Exception:  # the store may be gone with the rank that kept it
+        note = None
+    if note is not None:
+        return f". It has compiled a graph without a fused call: {note}"
     return ". All ranks have to run one graph, and to come to it within the group's timeout"
