@@ -109,8 +109,40 @@ NORMS: dict[str, Norm] = {
 }
 
 
-OTHER_ROOTS = ("single_rounding", "one_over_root", "divided", "divided_by_power")
-"""Norms whose root is no ``rsqrt``: what fuses is within the contract, and not the same bits."""
+def sum_over_hidden(x: Tensor, w: Tensor, eps: float) -> Tensor:
+    """A sum over H instead of a mean."""
+    h = x.float()
+    return (h * torch.rsqrt((h * h).sum(-1, keepdim=True) / h.shape[-1] + eps) * w.float()).to(x.dtype)
+
+
+def magnitude(x: Tensor, w: Tensor, eps: float) -> Tensor:
+    """The square of a magnitude, whose dimension comes back at the end."""
+    h = x.float()
+    return w * (h * torch.rsqrt(h.norm(dim=-1).pow(2) / h.shape[-1] + eps)[..., None]).to(x.dtype)
+
+
+def weight_first(x: Tensor, w: Tensor, eps: float) -> Tensor:
+    """Weight times row, then the root."""
+    h = x.float()
+    return (w.float() * h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def weight_on_root(x: Tensor, w: Tensor, eps: float) -> Tensor:
+    """Weight times root, and casts of their own."""
+    return (x.float() * (torch.rsqrt((x.float() * x.float()).mean(-1, keepdim=True) + eps) * w.float())).to(x.dtype)
+
+
+SPELLINGS: dict[str, Norm] = {
+    "sum_over_hidden": sum_over_hidden,
+    "magnitude": magnitude,
+    "weight_first": weight_first,
+    "weight_on_root": weight_on_root,
+}
+"""Norms that are told apart on one graph each (``dialects/test_norm_spellings.py``), and drawn by random ones."""
+
+
+OTHER_ROOTS = ("single_rounding", "one_over_root", "divided", "divided_by_power", *SPELLINGS)
+"""Norms that are no product with an ``rsqrt`` of a mean: what fuses is within the contract, and not the same bits."""
 
 
 def unrounded_sum(y: Tensor, r: Tensor, w: Tensor, eps: float, norm: Norm) -> tuple[Tensor, Tensor]:

@@ -40,7 +40,7 @@ ENGINE_QUANTISERS = tuple(engine_calls.QUANTISERS)
 
 COLLECTIVES = ("functional", "vllm", "sglang", "symm_mem", "tensorrt_llm")
 PROLOGUES = (*moe_cases.FINALIZE, *moe_cases.REDUCE)
-NORMS = (*models.NORMS, "unrounded", "aten_fused")
+NORMS = (*models.NORMS, *models.SPELLINGS, "unrounded", "aten_fused")
 ENGINE_NORMS = (*engine_calls.NORMS, *engine_calls.ADD_NORMS, *engine_calls.QUANT_NORMS)
 ANY_WEIGHT = ("ir", "ir_add", "c", "c_add")
 """Engine norms that take an fp32 weight; the others get one in the dtype of what they normalise."""
@@ -317,7 +317,7 @@ def _norm(
         return engine_calls.NORMS[site.norm](total, _weight(site, w, total), eps), total, None
     if site.norm == "aten_fused":
         return torch.ops.arfusion_test.fused_rms_norm(total, [HIDDEN], w, eps)[0], total, None
-    norm = models.NORMS[site.norm]
+    norm = (models.NORMS | models.SPELLINGS)[site.norm]
     same = site.norm == "torch" and site.gamma == "same"
     return norm(total, w.to(total.dtype) if same else w, eps), total, None
 
