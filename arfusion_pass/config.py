@@ -39,6 +39,9 @@ class FusionConfig:
         reassociate: take the linear steps between an all-reduce and a norm out of the way: factors, sums over
             leading dimensions and the sum of two all-reduces before the all-reduce, biases and other addends into the
             residual (:mod:`arfusion_pass.rewrite.reassociate`). Not bit-exact: it rounds elsewhere.
+        sequence_parallel: also fuse ``reduce_scatter -> (add +) RMSNorm -> (quantise) -> all_gather``, as DTensor's
+            ``SequenceParallel`` and engines' passes leave it. Not faster yet, which is why it is off: no kernel runs
+            the fused call, it makes the same two collectives.
         pdl: launch with programmatic dependent launch where the GPU has it.
         raise_errors: let an unexpected error inside the pass reach the compiler instead of leaving the graph as it
             came with a note in the report. For tests.
@@ -53,6 +56,7 @@ class FusionConfig:
     backend: Backend = "auto"
     strategy: Strategy = "auto"
     reassociate: bool = False
+    sequence_parallel: bool = False
     pdl: bool = True
     raise_errors: bool = False
 
@@ -74,7 +78,7 @@ class FusionConfig:
             raise ValueError(f"FusionConfig.backend: expected one of {BACKENDS}, got {self.backend!r}")
         if self.strategy not in STRATEGIES:
             raise ValueError(f"FusionConfig.strategy: expected one of {STRATEGIES}, got {self.strategy!r}")
-        for name in ("quantisers", "reassociate", "pdl", "raise_errors"):
+        for name in ("quantisers", "reassociate", "sequence_parallel", "pdl", "raise_errors"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"FusionConfig.{name}: expected a bool, got {getattr(self, name)!r}")
 

@@ -143,6 +143,8 @@ _READ: dict[Any, tuple[str, ...]] = {
     aten.max.dim: ("keepdim",),
     aten.clamp.default: ("min", "max"),
     aten.slice.Tensor: ("dim", "start", "end"),
+    aten.cat.default: ("dim",),
+    aten.split.Tensor: ("dim",),
     aten.constant_pad_nd.default: ("value",),
     aten.flatten.using_ints: ("start_dim", "end_dim"),
     aten.embedding.default: ("scale_grad_by_freq", "sparse"),

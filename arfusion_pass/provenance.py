@@ -78,7 +78,8 @@ def strategy(text: Site, site: RaisedSite, flags: Any) -> str | None:
     """What the kernels take for a fused site (:attr:`Site.strategy`); None where they do not run it."""
     x = None if site.reduced is None else tensor_of(site.reduced.x)
     group = find_group(text.group)
-    if x is None or group is None or x.device.type != "cuda" or flags & (Flags.REFERENCE | Flags.FLASHINFER):
+    runs_elsewhere = site.scatters or flags & (Flags.REFERENCE | Flags.FLASHINFER)
+    if x is None or group is None or x.device.type != "cuda" or runs_elsewhere:
         return None
     if not 2 <= group.size() <= agreement.MAX_WORLD:
         return None

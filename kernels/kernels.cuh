@@ -295,6 +295,12 @@ struct Kernel {
 
   /* Our contribution to every peer's tokens of a unit. */
   ARF_DEVICE static void scatter(const Params& p, const Link& link, const Place& at, const Unit& u) {
+    scatter(p, link, at, u, [&](uint32_t owner) { return u.q * world(p) + owner; });
+  }
+
+  /* With `token_of` an owner. */
+  template <class TokenOf>
+  ARF_DEVICE static void scatter(const Params& p, const Link& link, const Place& at, const Unit& u, const TokenOf& token_of) {
     if (link.dead) return;
 #pragma unroll 1
     for (int k = 0; k < kHeld; ++k) {
@@ -309,7 +315,7 @@ struct Kernel {
         bool sends[kWorld - 1];
 #pragma unroll
         for (int i = 0; i < kWorld - 1; ++i) {
-          const uint32_t t = u.q * kWorld + peer(p, i);
+          const uint32_t t = token_of(peer(p, i));
           sends[i] = t < p.tokens && shares(p, u, peer(p, i));
           if (sends[i]) x[i] = contribution<kDtype, kCommon>(p, t, at.vector(k));
         }
@@ -320,7 +326,7 @@ struct Kernel {
       } else {
 #pragma unroll 1
         for (int i = 0; i < p.world - 1; ++i) {
-          const uint32_t t = u.q * p.world + peer(p, i);
+          const uint32_t t = token_of(peer(p, i));
           if (t >= p.tokens || !shares(p, u, peer(p, i))) continue;
           store_volatile(p.push[i] + offset, pushable(contribution<kDtype, kCommon>(p, t, at.vector(k))));
         }

@@ -26,11 +26,13 @@ const char* arf_spec_constants(void) {
   static_assert(kUnroundedSum == 1 && kRoundBeforeWeight == 2 && kOneshot == 256 && kTwoshot == 512 && kNoPdl == 1024);
   static_assert(kTriggerEarly == 2048 && kReference == 4096 && kFlashinfer == 8192 && kRecord == 16384);
   static_assert(kMoeRoundProduct == 65536 && kMoeRoundPartial == 131072 && kMoeRoundSum == 262144 && kMoeRoundScaled == 524288);
-  static_assert(kSharded == 32768 && kResidualInSharded == 1048576 && kResidualOutSharded == 2097152);
+  static_assert(kSharded == 32768 && kResidualInSharded == 1048576 && kResidualOutSharded == 2097152 &&
+                kOwnerBlocks == 4194304);
   return "Flags.UNROUNDED_SUM=1\nFlags.ROUND_BEFORE_WEIGHT=2\nFlags.ONESHOT=256\nFlags.TWOSHOT=512\nFlags.NO_PDL=1024\n"
          "Flags.TRIGGER_EARLY=2048\nFlags.REFERENCE=4096\nFlags.FLASHINFER=8192\nFlags.RECORD=16384\nFlags.SHARDED=32768\n"
          "Flags.MOE_ROUND_PRODUCT=65536\nFlags.MOE_ROUND_PARTIAL=131072\nFlags.MOE_ROUND_SUM=262144\nFlags.MOE_ROUND_SCALED=524288\n"
          "Flags.RESIDUAL_IN_SHARDED=1048576\nFlags.RESIDUAL_OUT_SHARDED=2097152\n"
+         "Flags.OWNER_BLOCKS=4194304\n"
          "QuantFormat.NONE=0\nQuantFormat.FP8=1\nQuantFormat.INT8=2\nQuantFormat.NVFP4=3\nQuantFormat.MXFP8=4\n"
          "ScaleLayout.ROW=0\nScaleLayout.COLUMN=1\nScaleLayout.COLUMN_TMA=2\nScaleLayout.PACKED_UE8M0=3\n"
          "ScaleLayout.SWIZZLED_128X4=4\nScaleLayout.SWIZZLED_8X4=5\nScaleLayout.LINEAR=6\n"

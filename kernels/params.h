@@ -113,10 +113,12 @@ struct Payload {
   bool norm, total, codes, marks; /* which of them there are; scales beside codes that have some */
 };
 
-/* A sharded launch's; other kernels are given the front of it. */
+/* A sharded launch's; other kernels are given the front of it. Row q of owner r is token q * row_stride + r * owner_stride:
+ * world and 1, token mod world; with kOwnerBlocks 1 and tokens / world, one block of tokens a rank. */
 struct ShardedParams {
   Params base;
   Payload payload;
+  uint32_t row_stride, owner_stride;
 };
 
 struct SimulatedShardedParams {

@@ -44,6 +44,9 @@ bool keeps_sharded(const arf_call& c, int world, int64_t workspace_bytes) {
 
 std::string check_marks(const arf_call& c) {
   if (c.flags & kSharded && c.flags & (kOneshot | kTwoshot)) return "flags SHARDED and ONESHOT or TWOSHOT exclude each other";
+  if (c.flags & kOwnerBlocks && (~c.flags & (kSharded | kResidualInSharded | kResidualOutSharded))) {
+    return "flag OWNER_BLOCKS needs SHARDED and both RESIDUAL_*_SHARDED";
+  }
   if (!(c.flags & (kResidualInSharded | kResidualOutSharded)) || (!c.allreduce_out && (c.norm_out || c.quant_out))) return "";
   return "a residual may be sharded beside norm_out or quant_out, and without allreduce_out";
 }

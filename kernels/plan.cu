@@ -312,6 +312,10 @@ std::string make_plan(int world, int64_t workspace_bytes, const arf_call& c, boo
     const int64_t two = piece_capacity(world, workspace_bytes, row_bytes, ARF_TWOSHOT);
     if (strategy == ARF_ONESHOT && one < c.tokens && two > one) strategy = ARF_TWOSHOT;
   }
+  if (c.flags & kOwnerBlocks && (strategy != ARF_SHARDED || c.tokens % world || c.tokens > sharded_capacity(c, world, workspace_bytes))) {
+    return "one block of tokens a rank: a sharded call of one piece, whose " + number(c.tokens) + " tokens " + number(world) +
+           " ranks share evenly";
+  }
   const int64_t capacity = strategy == ARF_SHARDED ? sharded_capacity(c, world, workspace_bytes)
                                                    : piece_capacity(world, workspace_bytes, row_bytes, strategy);
   if (capacity < 1) {
@@ -431,6 +435,8 @@ void fill_params(const arf_call& c, const Plan& plan, int rank, int world, void*
     if (plan.strategy == ARF_SHARDED) {
       params->payload = payload_of(c);
       params->payload.first = static_cast<uint32_t>(rows * row);
+      params->row_stride = c.flags & kOwnerBlocks ? 1 : world;
+      params->owner_stride = c.flags & kOwnerBlocks ? static_cast<uint32_t>(rows) : 1;
     }
     p->slot_bytes = static_cast<uint32_t>(rows * (row + params->payload.bytes));
     p->generation_bytes = workspace_bytes / 2 / 256 * 256;
@@ -467,6 +473,11 @@ void fill_params(const arf_call& c, const Plan& plan, int rank, int world, void*
   const int residual_item = c.residual_fp32 ? 4 : item;
   const int64_t residual_stride = (c.residual_stride ? c.residual_stride : c.hidden) * residual_item;
   p->residual = advance(c.residual, first * residual_stride);
+  if (c.flags & kOwnerBlocks) { /* they begin with our block, and are read and written there alone */
+    const int64_t in_front = rank * (tokens / world);
+    p->residual = advance(c.residual, -in_front * residual_stride);
+    p->residual_out = advance(c.residual_out, -in_front * c.hidden * (c.residual_out_fp32 ? 4 : item));
+  }
   p->residual_stride = residual_stride / kVectorBytes;
   const int64_t x_stride = (c.x_stride ? c.x_stride : c.hidden) * item;
   p->x_stride = x_stride / kVectorBytes;

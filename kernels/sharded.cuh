@@ -1,7 +1,8 @@
 /* The loop of a sharded residual: the owner of a token sums, adds, normalises and quantises it, and sends the others what
  * they read of it (its payload): the norm, or codes and scales, and where the residual leaves its chain that as well.
  *
- * Token t belongs to rank t mod world, in every piece. A generation holds world - 1 slots, one a sender, each of
+ * Token t belongs to rank t mod world, in every piece; with kOwnerBlocks to rank t / (tokens / world), and `residual` and
+ * `residual_out` hold a rank's own block alone: their pointers are set back by what lies in front of it. A generation holds world - 1 slots, one a sender, each of
  * ceil(tokens / world) rows of x that the sender contributes to our tokens, then as many rows of payload of its own tokens.
  * Rows of `residual` and `residual_out` that other ranks own are neither read nor written.
  *
@@ -78,30 +79,39 @@ struct Sharded {
     Link link = open_link(p, cta);
     settle(p, link);
     if (cta < p.pushers) {
-      for (uint32_t q = cta; q < rows; q += p.pushers) Loop::scatter(p, link, at, {q, 0});
+      for (uint32_t q = cta; q < rows; q += p.pushers) scatter(sp, link, at, q);
       return Loop::end_launch(p, link, at, cta, position.ctas);
     }
     const uint32_t first = position.first - p.pushers, step = position.step - p.pushers;
     if (!p.pushers) {
-      for (uint32_t q = first; q < rows; q += step) Loop::scatter(p, link, at, {q, 0});
+      for (uint32_t q = first; q < rows; q += step) scatter(sp, link, at, q);
     }
     const Given given = Loop::start(p, at, cta - p.pushers, position.ctas - p.pushers);
     E::await_weight();
     for (uint32_t q = first; q < rows; q += step) own_row(sp, scratch, link, at, cta, given, q);
     for (uint32_t q = first; q < rows; q += step) {
       for (int i = 0; i < Loop::world(p) - 1; ++i) {
-        const uint32_t owner = Loop::peer(p, i), t = q * Loop::world(p) + owner;
+        const uint32_t owner = Loop::peer(p, i), t = token(sp, q, owner);
         if (t < p.tokens) take_row(sp, scratch, link, at, cta, given, q, t, owner);
       }
     }
     Loop::end_launch(p, link, at, cta, position.ctas);
   }
 
+  ARF_DEVICE static uint32_t token(const ShardedParams& sp, uint32_t q, uint32_t owner) {
+    return q * sp.row_stride + owner * sp.owner_stride;
+  }
+
+  /* Our contribution to every peer's token of row q. */
+  ARF_DEVICE static void scatter(const ShardedParams& sp, const Link& link, const Place& at, uint32_t q) {
+    Loop::scatter(sp.base, link, at, {q, 0}, [&](uint32_t owner) { return token(sp, q, owner); });
+  }
+
   /* Our token of row q: finished here, then sent. */
   ARF_DEVICE static void own_row(const ShardedParams& sp, Shared scratch, Link& link, Place& at, uint32_t cta,
                                  const Given& given, uint32_t q) {
     const Params& p = sp.base;
-    const uint32_t t = q * Loop::world(p) + p.rank;
+    const uint32_t t = token(sp, q, p.rank);
     if (t >= p.tokens) return;
     const typename Loop::Own own = Loop::load_own(p, at, t);
     void* const scale_at = E::scale_target(p, at, t);

@@ -22,7 +22,8 @@ enum Flags : uint32_t {
   kMoeRoundScaled = 1u << 19,
   kResidualInSharded = 1u << 20,
   kResidualOutSharded = 1u << 21,
-  kAllFlags = 0x003fbf03u,
+  kOwnerBlocks = 1u << 22,
+  kAllFlags = 0x007fbf03u,
 };
 
 enum class Format : uint32_t { kNone = 0, kFp8 = 1, kInt8 = 2, kNvfp4 = 3, kMxfp8 = 4 };

@@ -51,13 +51,11 @@ class PrintedGraph:
             kwargs: dict[str, Any] = {}
             for index, argument in enumerate(_split(arguments)):
                 if named := _NAMED.match(argument):
-                    kwargs[named[1]] = self._argument(named[2])
+                    kwargs[named[1]] = named[2] if _is_string(target, named[1]) else self._argument(named[2])
                 elif target.startswith("auto_functionalized") and index == 0:
                     args.append(_overload(argument))
-                elif "all_reduce" in target and index > 0:
-                    args.append(argument)  # reduce op and group are strings
                 else:
-                    args.append(self._argument(argument))
+                    args.append(argument if _is_string(target, index) else self._argument(argument))
             node = self.graph.create_node("call_function", _target(target), tuple(args), kwargs, name=name)
         node.meta["val"] = self._value(value.strip())
         self.nodes[name] = node
@@ -122,6 +120,14 @@ def _overload(name: str) -> Any:
     for part in name.split("."):
         found = getattr(found, part)
     return found
+
+
+def _is_string(target: str, argument: int | str) -> bool:
+    """Whether an op's argument, by position or name, is a string: a group's name may look like a number."""
+    schema = getattr(_target(target), "_schema", None)
+    parameters = () if schema is None else schema.arguments
+    text = ("reduce_op", "group_name")  # torch 2.13 takes a ProcessGroup, too: their type says nothing
+    return any(argument in (index, each.name) and each.name in text for index, each in enumerate(parameters))
 
 
 def _target(name: str) -> Any:

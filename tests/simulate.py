@@ -41,6 +41,8 @@ ENGINE_COLLECTIVES = (
     "sglang::flashinfer_allreduce",
     "symm_mem::one_shot_all_reduce",
     "trtllm::allreduce",
+    "vllm::reduce_scatter",
+    "vllm::all_gather",
 )
 """Schema names of the all-reduces that :class:`Interpreter` simulates besides torch's own."""
 
@@ -66,12 +68,46 @@ def all_reduce(x: torch.Tensor, group: Any) -> torch.Tensor:
     return reference.sum_in_rank_order(torch.stack(ranks)).view(x.shape)
 
 
+def reduce_scatter(x: torch.Tensor, group: Any) -> torch.Tensor:
+    """This rank's part of the first dimension of the sum over simulated ranks. What they send is made up row by row, so
+    that it is the same in whatever order the rows come."""
+    group = find_group(group) if isinstance(group, str) else group
+    assert group is not None
+    ranks = [x] + [x.flip(-1).roll(rank, -1) * 2.0 ** (rank % 3) for rank in range(1, group.size())]
+    return reference.sum_in_rank_order(torch.stack(ranks))[: x.shape[0] // group.size()]
+
+
+def all_gather(mine: torch.Tensor, group: Any) -> torch.Tensor:
+    """The simulated ranks' rows behind one another: the others have this one's in another order, so that what is
+    computed of each row by itself may be gathered before or after."""
+    group = find_group(group) if isinstance(group, str) else group
+    assert group is not None
+    rows = mine.contiguous().view(torch.uint8).view(-1, mine.shape[-1] * mine.itemsize)
+    ranks = torch.cat([rows.roll(rank, 0) for rank in range(group.size())])
+    return ranks.view(mine.dtype).view(group.size() * mine.shape[0], *mine.shape[1:])
+
+
+def scatter_rows(x: torch.Tensor, group: Any, block: int) -> torch.Tensor:
+    """:func:`reference.scatter_rows` on the simulated ranks."""
+    world = group.size()
+    dealt = x.view(-1, world, block or max(x.shape[0] // world, 1), x.shape[-1]).transpose(0, 1)
+    return reduce_scatter(dealt.reshape(x.shape), group)
+
+
+def gather_rows(mine: torch.Tensor, group: Any, block: int) -> torch.Tensor:
+    """:func:`reference.gather_rows` on the simulated ranks."""
+    everyone = all_gather(mine, group).view(group.size(), -1, block or max(mine.shape[0], 1), mine.shape[-1])
+    return everyone.transpose(0, 1).reshape(-1, mine.shape[-1])
+
+
 @contextlib.contextmanager
 def simulated_ranks() -> Iterator[None]:
-    """The fused ops and the replays reduce with :func:`all_reduce`."""
+    """The fused ops and the replays reduce with :func:`all_reduce`, scatter and gather with the two above."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (reference, replay):
             patch.setattr(module, "ordered_all_reduce", all_reduce)
+            patch.setattr(module, "scatter_rows", scatter_rows)
+        patch.setattr(reference, "gather_rows", gather_rows)
         patch.setattr(replay, "rows_of_owners", lambda x, group: x)  # the reference leaves every row on every rank
         yield
 
@@ -84,10 +120,18 @@ class Interpreter(fx.Interpreter):
             return all_reduce(args[0], args[2])
         if target is c10d.all_reduce_.default:
             return args[0].copy_(all_reduce(args[0], args[2]))
+        if target is c10d.reduce_scatter_tensor.default:
+            return reduce_scatter(args[0], args[3])
+        if target is c10d.all_gather_into_tensor.default:
+            return all_gather(args[0], args[2])
         if target is c10d.wait_tensor.default:
             return args[0]
         schema = getattr(target, "_schema", None)
         if schema is not None and schema.name in ENGINE_COLLECTIVES:
+            if schema.name in ("vllm::reduce_scatter", "vllm::all_gather"):
+                collective = reduce_scatter if "scatter" in schema.name else all_gather
+                dim = args[1] if len(args) > 1 else kwargs["dim"]
+                return collective(args[0].movedim(dim, 0).contiguous(), dist.group.WORLD).movedim(0, dim).contiguous()
             result = all_reduce(args[0], dist.group.WORLD)
             return [result] if schema.name == "trtllm::allreduce" else result
         return super().call_function(target, args, kwargs)

@@ -34,6 +34,7 @@ from arfusion_pass.config import canonical_epsilon, switch
         ("strategy", "both"),
         ("strategy", 1),
         ("pdl", "yes"),
+        ("sequence_parallel", 1),
         ("raise_errors", 0),
     ],
 )

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
     ("command", "summary"),
     [
         (["minimal.py"], "1 of 1 sites fused, none missed, in 1 graph"),
+        (["sequence_parallel.py"], "3 of 3 sites fused, none missed, in 1 graph"),
         (["hf_tp_plan.py"], "5 of 5 sites fused, none missed, in 1 graph"),
         (["hf_tp_plan.py", "--generate", "4"], "with the pass: "),
     ],

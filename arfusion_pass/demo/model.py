@@ -14,7 +14,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard
-from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 
 Norm = Literal["llama", "gemma", "torch"]
 NORMS: tuple[Norm, ...] = ("llama", "gemma", "torch")
@@ -191,6 +198,32 @@ def parallelize(model: Decoder, mesh: DeviceMesh) -> Decoder:
         "layers.*.mlp.up_proj": ColwiseParallel(),
         "layers.*.mlp.down_proj": RowwiseParallel(input_layouts=Shard(-1)),
         "lm_head": ColwiseParallel(output_layouts=Replicate()),
+    }
+    parallelize_module(model, mesh, plan)
+    return model
+
+
+def parallelize_sequence(model: Decoder, mesh: DeviceMesh) -> Decoder:
+    """The same with sequence parallelism: residual and norms hold each rank's share of the tokens, so that every
+    row-wise layer ends in a reduce-scatter, and every norm in an all-gather. The ranks must divide the tokens."""
+    whole, share = Replicate(), Shard(1)
+    plan: dict[str, ParallelStyle] = {
+        "embedding": RowwiseParallel(input_layouts=whole, output_layouts=share),
+        "layers.*.input_norm": SequenceParallel(),
+        "layers.*.attention": PrepareModuleInput(
+            input_layouts=(share, None, None), desired_input_layouts=(whole, None, None)
+        ),
+        "layers.*.attention.q_proj": ColwiseParallel(),
+        "layers.*.attention.k_proj": ColwiseParallel(),
+        "layers.*.attention.v_proj": ColwiseParallel(),
+        "layers.*.attention.o_proj": RowwiseParallel(output_layouts=share),
+        "layers.*.post_attention_norm": SequenceParallel(),
+        "layers.*.mlp": PrepareModuleInput(input_layouts=(share,), desired_input_layouts=(whole,)),
+        "layers.*.mlp.gate_proj": ColwiseParallel(),
+        "layers.*.mlp.up_proj": ColwiseParallel(),
+        "layers.*.mlp.down_proj": RowwiseParallel(output_layouts=share),
+        "norm": SequenceParallel(),
+        "lm_head": ColwiseParallel(input_layouts=share, output_layouts=whole),
     }
     parallelize_module(model, mesh, plan)
     return model

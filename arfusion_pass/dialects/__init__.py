@@ -14,7 +14,17 @@ from arfusion_pass.dialects import (
     tensorrt_llm,
     vllm,
 )
-from arfusion_pass.dialects.reading.base import Dialect, Norm, Prologue, Quantised, Reduced, Refused
+from arfusion_pass.dialects.reading.base import (
+    Dialect,
+    Gathered,
+    Norm,
+    Prologue,
+    Quantised,
+    Reduced,
+    Refused,
+    Rows,
+    Scattered,
+)
 
 DIALECTS: tuple[Dialect, ...] = (
     functional_collectives.DIALECT,
@@ -30,4 +40,15 @@ DIALECTS: tuple[Dialect, ...] = (
 )
 """Every dialect, in the order they are asked."""
 
-__all__ = ["DIALECTS", "Dialect", "Norm", "Prologue", "Quantised", "Reduced", "Refused"]
+__all__ = [
+    "DIALECTS",
+    "Dialect",
+    "Gathered",
+    "Norm",
+    "Prologue",
+    "Quantised",
+    "Reduced",
+    "Refused",
+    "Rows",
+    "Scattered",
+]

@@ -36,7 +36,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from arfusion_pass.dialects.reading.custom_ops import CustomOpDialect, NormOp, QuantOp, functional_all_reduce
+from arfusion_pass.dialects.reading.custom_ops import (
+    CustomOpDialect,
+    NormOp,
+    QuantOp,
+    functional_all_gather,
+    functional_all_reduce,
+    functional_reduce_scatter,
+)
 from arfusion_pass.dialects.reading.custom_quantisers import (
     FP8_MIN_SCALE,
     INT8_MIN_SCALE,
@@ -209,5 +216,10 @@ QUANTISERS = {
 }
 
 DIALECT = CustomOpDialect(
-    "vllm", {"vllm::all_reduce": functional_all_reduce("tensor", "group_name")}, NORMS, QUANTISERS
+    "vllm",
+    {"vllm::all_reduce": functional_all_reduce("tensor", "group_name")},
+    NORMS,
+    QUANTISERS,
+    {"vllm::reduce_scatter": functional_reduce_scatter("tensor", "dim", "world_size", "group_name")},
+    {"vllm::all_gather": functional_all_gather("tensor", "dim", "world_size", "group_name")},
 )

@@ -25,7 +25,7 @@ from torch import fx
 
 from arfusion_pass.groups import resolve_group
 from arfusion_pass.ops import record
-from arfusion_pass.ops.reference import ordered_all_reduce, rows_of_owners
+from arfusion_pass.ops.reference import ordered_all_reduce, rows_of_owners, scatter_rows
 from arfusion_pass.ops.schema import OUTPUT_NAMES
 from arfusion_pass.ops.spec import Flags, QuantSpec
 from arfusion_pass.reporting.reports import FusionReport
@@ -157,7 +157,7 @@ def _extract(plan: Plan) -> ReplaySite:
     given = {"reduced": site.reduced.value}
     given.update({role: node for role, node in site.inputs.items() if role in ("residual", "weight", "scale")})
     wanted = {role: site.values[role] for role in plan.buffers if role in site.values}
-    norm = site.norm.norm  # None where the norm's own op quantises it: no node holds the norm
+    norm = site.norms[0] if site.norms else None  # None where no node holds the norm of all rows, only its codes
     if norm is not None:
         wanted.setdefault("norm_out", norm)
     module, names, env, unknown = _subgraph(given, wanted, site.reduced.aliases)
@@ -238,7 +238,10 @@ def _check(replay: ReplaySite, call: Call) -> SiteCheck:
     call = _whole(call, group)
     arguments, produced = call.arguments, call.outputs
     x = arguments["x"] if replay.prologue is None else _prologue(replay.prologue, arguments)
-    reduced = ordered_all_reduce(x, group)
+    if "block" in arguments:
+        reduced = scatter_rows(x.view(-1, x.shape[-1]), group, int(arguments["block"]))
+    else:
+        reduced = ordered_all_reduce(x, group)
     wanted = _interpret(replay, arguments, reduced, None)
     checks: dict[str, OutputCheck] = {}
     problems: list[str] = []
@@ -251,7 +254,7 @@ def _check(replay: ReplaySite, call: Call) -> SiteCheck:
         if role not in wanted:
             continue  # scales that nobody reads
         expected = wanted[role]
-        value = _as_in_graph(role, value, expected, wanted.get("norm_out", reduced).shape, arguments)
+        value = _as_in_graph(role, value, expected, wanted.get("norm_out", x).shape, arguments)
         checks[role] = compare(value.reshape(expected.shape), expected)
         inside = role == "quant_out" and "norm_out" not in wanted  # the graph's op keeps its norm to itself
         values = norm_values(arguments["flags"], arguments["weight"], x.dtype, expected.dtype)

@@ -8,6 +8,8 @@ given an fp32 norm therefore rounds to fp32 where its spec says ``T``.
 Shapes: ``[..., H]`` in, ``[..., H]`` out. A dynamic quantiser's scales come as a reader of the graph sees them: ``ROW``
 and ``LINEAR`` as ``[..., G]``; column-major layouts as the logical ``[T, G]`` (packed: ``[T, ceil(G / 4)]``) with
 their strides; swizzled ones as the padded 2-D buffer of :func:`arfusion_pass.ops.layouts.scale_allocation`.
+``reduce_scatter`` gives this rank's rows ``[T / world, H]`` of ``[..., H]``, ``all_gather`` all rows ``[T, H]`` again;
+row ``t`` is rank ``t // block % world``'s (a ``block`` of 0: ``T / world``).
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ _DYNAMIC = "(Tensor x, int quant, float bound) -> (Tensor, Tensor)"
 
 SCHEMAS: dict[str, str] = {
     "all_reduce": "(Tensor x, str group) -> Tensor",
+    "reduce_scatter": "(Tensor x, str group, SymInt block) -> Tensor",
+    "all_gather": "(Tensor x, str group, SymInt block) -> Tensor",
     "rms_norm": f"(Tensor x, {_NORM}) -> Tensor",
     "fused_add_rms_norm": f"(Tensor x, Tensor residual, {_NORM}, ScalarType residual_dtype) -> (Tensor, Tensor)",
     "quant_fp8_static": "(Tensor x, Tensor? scale, float scale_value, int quant) -> Tensor",
@@ -77,6 +81,16 @@ def ir_op(name: str) -> torch._ops.OpOverload:
 
 def _all_reduce(x: torch.Tensor, group: str) -> torch.Tensor:
     return reference.ordered_all_reduce(x.contiguous(), resolve_group(group) if group else None)
+
+
+def _reduce_scatter(x: torch.Tensor, group: str, block: int) -> torch.Tensor:
+    rows = x.contiguous().view(-1, x.shape[-1])
+    return reference.scatter_rows(rows, resolve_group(group) if group else None, block)
+
+
+def _all_gather(x: torch.Tensor, group: str, block: int) -> torch.Tensor:
+    rows = x.contiguous().view(-1, x.shape[-1])
+    return reference.gather_rows(rows, resolve_group(group) if group else None, block)
 
 
 def _rms_norm(
@@ -173,6 +187,18 @@ def _like(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     return x.new_empty(x.shape, dtype=dtype or x.dtype)
 
 
+def _tokens(x: torch.Tensor) -> Size:
+    return layouts.token_count(x.shape)
+
+
+def _world(group: str) -> int:
+    return resolve_group(group).size() if group else 1
+
+
+def _fake_rows(x: torch.Tensor, count: Size) -> torch.Tensor:
+    return x.new_empty((count, x.shape[-1]))
+
+
 def _fake_codes(x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
     return x.new_empty(layouts.codes_shape(x.shape, spec), dtype=layouts.codes_dtype(spec))
 
@@ -196,6 +222,8 @@ def _fake_dynamic(name: str) -> Callable[..., Any]:
 
 _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "all_reduce": (_all_reduce, lambda x, group: _like(x)),
+    "reduce_scatter": (_reduce_scatter, lambda x, group, block: _fake_rows(x, _tokens(x) // _world(group))),
+    "all_gather": (_all_gather, lambda x, group, block: _fake_rows(x, _tokens(x) * _world(group))),
     "rms_norm": (_rms_norm, lambda x, weight, epsilon, dtype, weight_bias, flags: _like(x, dtype)),
     "fused_add_rms_norm": (
         _fused_add_rms_norm,

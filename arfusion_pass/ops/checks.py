@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
+from arfusion_pass.groups import find_group
 from arfusion_pass.ops import layouts
 from arfusion_pass.ops.layouts import Size
 from arfusion_pass.ops.marks import without_mark
 from arfusion_pass.ops.memory import Rows, row_pitch, within_storage
-from arfusion_pass.ops.schema import OUTPUT_NAMES
+from arfusion_pass.ops.schema import OUTPUT_NAMES, SCATTERING_OP
 from arfusion_pass.ops.spec import (
     SHARDED_FLAGS,
     Apply,
@@ -34,6 +35,8 @@ INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MOE_FLAGS = Flags.MOE_ROUND_PRODUCT | Flags.MOE_ROUND_PARTIAL | Flags.MOE_ROUND_SUM | Flags.MOE_ROUND_SCALED
 ALL_FLAGS = int(sum(Flags))  # an int: ~ of an IntFlag drops the bits that it does not know
 FP32_MAX = torch.finfo(torch.float32).max
+SHARED_ROWS = ("residual", "allreduce_out", "residual_out")
+"""What sequence parallelism's op takes and gives of this rank's rows alone."""
 ROW_OUTPUTS = ("allreduce_out", "residual_out", "norm_out")
 IN_PLACE_INPUTS = ("x", "token_input", "shared", "residual")
 """Inputs that are read row by row, each before that row of any output is written (kernels/README.md, in-place use)."""
@@ -51,6 +54,7 @@ class FusedCall:
         spec: unpacked from ``quant`` and ``quant_bound``.
         outputs: given output tensors by name; absent where None.
         routed_scaling_factor: MoE finalize only.
+        block: sequence parallelism only.
     """
 
     op: str
@@ -66,6 +70,7 @@ class FusedCall:
     scale_value: float
     outputs: dict[str, torch.Tensor]
     routed_scaling_factor: float = 1.0
+    block: Size = 0
 
     @classmethod
     def bind(cls, op: str, arguments: dict[str, Any]) -> FusedCall:
@@ -191,6 +196,9 @@ class _Checker:
         self.certain = certain
         self.x_name = next(iter(call.inputs))
         self.dtype = call.x.dtype
+        self.scatters = call.op == SCATTERING_OP
+        group = find_group(call.group_name) if self.scatters and call.group_name else None
+        self.world = 1 if group is None else group.size()
 
     def fail(self, message: str) -> None:
         raise ValueError(f"arfusion::{self.call.op}: {message}")
@@ -212,13 +220,22 @@ class _Checker:
             self.fail(f"{name} must be {meaning} = {list(expected)}, got {list(tensor.shape)}")
 
     def rows(self, name: str, tensor: torch.Tensor, width: Size, meaning: str) -> None:
-        """``tensor`` is ``[..., width]`` with the call's number of tokens."""
+        """``tensor`` is ``[..., width]`` with the call's number of tokens, or with this rank's share of them."""
         wrong = tensor.dim() < 1 or self.differ(tensor.shape[-1], width)
         count = layouts.token_count(tensor.shape)
+        counts, tokens = [(count, self.tokens)], self.tokens
+        if self.scatters:  # every rank has as many rows, so a graph may spell T as T // world * world
+            share = self.tokens // self.world
+            shared = name in SHARED_ROWS
+            counts = [
+                (count * self.world if shared else count, self.tokens),
+                (count, share if shared else share * self.world),
+            ]
+            tokens = share if shared else tokens
         # The op that a residual came from takes as many rows of both, whatever the graph calls their number.
-        apart = known(count != self.tokens) if name == "residual" else self.differ(count, self.tokens)
-        if wrong or apart:
-            self.fail(f"{name} must be {meaning} with {self.tokens} tokens of {width}, got {list(tensor.shape)}")
+        differ = (lambda a, b: known(a != b)) if name == "residual" else self.differ
+        if wrong or all(differ(*pair) for pair in counts):
+            self.fail(f"{name} must be {meaning} with {tokens} tokens of {width}, got {list(tensor.shape)}")
 
     def dtypes(self, name: str, tensor: torch.Tensor, *allowed: torch.dtype) -> None:
         if tensor.dtype not in allowed:
@@ -239,6 +256,8 @@ class _Checker:
             self.need(index.dim() == 2, f"index must be [tokens, top_k], got {list(index.shape)}")
             self.dtypes("index", index, torch.int32)
         self.tokens = call.tokens
+        if self.scatters:
+            self.blocks()
         tensors = {**call.inputs, "residual": call.residual, "weight": call.weight, "scale": call.scale, **call.outputs}
         for name, tensor in tensors.items():
             if tensor is None:
@@ -249,6 +268,16 @@ class _Checker:
                 self.fail(f"{name} must be a dense tensor, got {'a nested one' if tensor.is_nested else tensor.layout}")
         if call.op.startswith("moe_"):
             self.moe_inputs()
+
+    def blocks(self) -> None:
+        """Every rank has as many rows, in blocks of one size."""
+        block, world = self.call.block, self.world
+        self.need(not known(block < 0), f"block must not be negative, got {block}")
+        one = known(block == 0)
+        unit: Any = world if one else world * block
+        if known(self.tokens % unit != 0):
+            dealt = "one block" if one else f"blocks of {block}"
+            self.fail(f"{self.tokens} tokens cannot be dealt to {world} ranks in {dealt} each")
 
     def moe_inputs(self) -> None:
         call, x = self.call, self.call.x
@@ -271,6 +300,7 @@ class _Checker:
         flags = call.flags
         meaningless = flags < 0 or without_mark(flags) & ~int(ALL_FLAGS)
         self.need(not meaningless, f"flags={flags:#x} has bits that mean nothing")
+        self.need(not flags & Flags.OWNER_BLOCKS, "flag OWNER_BLOCKS is for launches alone: use the op with a block")
         exclusive = ((Flags.ONESHOT, Flags.TWOSHOT), (Flags.ONESHOT, Flags.SHARDED), (Flags.TWOSHOT, Flags.SHARDED))
         for one, other in (*exclusive, (Flags.REFERENCE, Flags.FLASHINFER)):
             self.need(not (flags & one and flags & other), f"flags {one.name} and {other.name} exclude each other")
@@ -312,6 +342,7 @@ class _Checker:
         self.need(bool(outputs), "at least one output must be given: " + ", ".join(OUTPUT_NAMES))
         if call.flags & SHARDED_FLAGS:
             alone = "allreduce_out" not in outputs and ("norm_out" in outputs or "quant_out" in outputs)
+            self.need(not self.scatters, "the residual of this op always holds this rank's rows: no flags for that")
             self.need(alone, "a residual may be sharded beside norm_out or quant_out, and without allreduce_out")
         for name in ROW_OUTPUTS:
             if (tensor := outputs.get(name)) is not None:

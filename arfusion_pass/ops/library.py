@@ -8,10 +8,17 @@ Each op, eagerly::
     reduced = ordered_all_reduce(prologue(inputs), group)
     result = epilogue(reduced, residual, weight, scale, ...)
     for every output given: output.copy_(result's field)
+
+Sequence parallelism's op runs the epilogue on this rank's rows, and gathers what is written of all::
+
+    mine = scatter_rows(x, group, block)
+    result = epilogue(mine, residual, weight, scale, ...)
+    allreduce_out, residual_out = mine, result.total; norm_out.copy_(gather_rows(result.norm, group, block)); ...
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +27,7 @@ import torch
 from arfusion_pass.groups import resolve_group
 from arfusion_pass.ops import layouts, marks, record, reference
 from arfusion_pass.ops.checks import FusedCall, check_call
-from arfusion_pass.ops.schema import NAMESPACE, OUTPUT_NAMES, SCHEMAS
+from arfusion_pass.ops.schema import NAMESPACE, OUTPUT_NAMES, SCATTERING_OP, SCATTERING_SCHEMAS, SCHEMAS
 from arfusion_pass.ops.spec import Flags
 
 Dispatcher = Callable[[str, dict[str, Any]], bool]
@@ -61,7 +68,9 @@ def _run(call: FusedCall) -> None:
     group = resolve_group(call.group_name) if call.group_name else None
     outputs = call.outputs
     hidden = call.x.shape[-1]
-    reduced = reference.ordered_all_reduce(_prologue(call), group)
+    scatters = call.op == SCATTERING_OP
+    x, block = _prologue(call), int(call.block)
+    reduced = reference.scatter_rows(x, group, block) if scatters else reference.ordered_all_reduce(x, group)
     result = reference.epilogue(
         reduced,
         None if call.residual is None else call.residual.view(reduced.shape),
@@ -74,6 +83,8 @@ def _run(call: FusedCall) -> None:
         scale_value=call.scale_value,
         with_norm="norm_out" in outputs or "quant_out" in outputs,
     )
+    if scatters:
+        result = _gathered(result, call, group)
     fields = {"allreduce_out": result.reduced, "residual_out": result.total, "norm_out": result.norm}
     for name, value in fields.items():
         if name in outputs and value is not None:
@@ -82,6 +93,17 @@ def _run(call: FusedCall) -> None:
         _bytes(outputs["quant_out"]).copy_(_bytes(result.codes))
     if result.scales is not None:
         layouts.write_scales(result.scales, outputs["scale_out"], hidden, call.spec)
+
+
+def _gathered(result: reference.EpilogueResult, call: FusedCall, group: Any) -> reference.EpilogueResult:
+    """The norm, codes and scales of all rows, as far as they are written; the norm in its output's dtype."""
+
+    def whole(value: torch.Tensor | None) -> torch.Tensor | None:
+        return None if value is None else reference.gather_rows(value.contiguous(), group, int(call.block))
+
+    norm = call.outputs.get("norm_out")
+    given = None if norm is None or result.norm is None else result.norm.to(norm.dtype)
+    return dataclasses.replace(result, norm=whole(given), codes=whole(result.codes), scales=whole(result.scales))
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -150,10 +172,11 @@ def _implementations(name: str) -> tuple[Callable[..., None], Callable[..., None
 
 def _define() -> torch.library.Library | None:
     """Define all ops, once a process: a module imported twice (a reload, two paths) must not define again."""
-    if all(hasattr(getattr(torch.ops, NAMESPACE), name) for name in SCHEMAS):
+    schemas = {**SCHEMAS, **SCATTERING_SCHEMAS}
+    if all(hasattr(getattr(torch.ops, NAMESPACE), name) for name in schemas):
         return None
     library = torch.library.Library(NAMESPACE, "DEF")
-    for name, schema in SCHEMAS.items():
+    for name, schema in schemas.items():
         # With any other tag Inductor hands the op a transposed producer's strides.
         library.define(name + schema, tags=(torch.Tag.needs_contiguous_strides,))
         real, fake, negated = _implementations(name)

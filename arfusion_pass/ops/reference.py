@@ -19,12 +19,14 @@ __all__ = [
     "epilogue",
     "fused_add",
     "gather_ranks",
+    "gather_rows",
     "moe_finalize",
     "moe_reduce",
     "ordered_all_reduce",
     "quantise",
     "rms_norm",
     "rows_of_owners",
+    "scatter_rows",
     "sum_in_rank_order",
 ]
 
@@ -76,6 +78,35 @@ def rows_of_owners(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Te
     everyone = gather_ranks(x, group).flatten(1, -2)
     token = torch.arange(everyone.shape[1], device=x.device)
     return everyone[token % everyone.shape[0], token].view(x.shape)
+
+
+def scatter_rows(x: torch.Tensor, group: dist.ProcessGroup | None, block: int) -> torch.Tensor:
+    """This rank's rows ``[T / world, H]`` of the sum of ``x`` ``[T, H]`` over the ranks: row ``t`` is rank
+    ``t // block % world``'s, a ``block`` of 0 stands for ``T / world``.
+
+    Summed as the process group's own reduce-scatter does, in its order and with its roundings: so it has the bits of a
+    graph that calls that. ``None``, or a world of one rank, gives a copy of ``x``.
+    """
+    if group is None or dist.get_world_size(group) == 1:
+        return x.clone()
+    world, hidden = dist.get_world_size(group), x.shape[-1]
+    rows = x.shape[0] // world
+    dealt = x.reshape(-1, world, block or max(rows, 1), hidden).transpose(0, 1).contiguous()
+    mine = x.new_empty(rows, hidden)
+    if mine.numel():
+        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        scatter(mine, dealt.view(x.shape[0], hidden), group=group)
+    return mine
+
+
+def gather_rows(mine: torch.Tensor, group: dist.ProcessGroup | None, block: int) -> torch.Tensor:
+    """All ranks' rows ``[T, W]`` from each one's ``[T / world, W]``, of any dtype, in the order in which
+    :func:`scatter_rows` deals them out. ``None``, or a world of one rank, gives a copy of ``mine``."""
+    if group is None or dist.get_world_size(group) == 1:
+        return mine.clone()
+    everyone = gather_ranks(mine, group)
+    rows = max(mine.shape[0], 1)
+    return everyone.view(len(everyone), -1, block or rows, mine.shape[-1]).transpose(0, 1).reshape(-1, mine.shape[-1])
 
 
 def fused_add(reduced: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:

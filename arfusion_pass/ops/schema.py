@@ -51,4 +51,15 @@ SCHEMAS: dict[str, str] = {
         f"{EPILOGUE_INPUTS}, *, {OUTPUTS}) -> ()"
     ),
 }
-"""Op name to schema. ``tests/ops/test_schema.py`` freezes it and compares it with the op library's own list."""
+"""Op name to schema, of the ops that have kernels. ``tests/ops/test_schema.py`` freezes it and compares it with the op
+library's own list."""
+
+SCATTERING_OP = "reduce_scatter_rms_norm_all_gather"
+
+SCATTERING_SCHEMAS: dict[str, str] = {
+    # x [..., H], T rows of which row t is rank t // block % world's, a block of 0 standing for T / world. residual,
+    # allreduce_out (this rank's rows of the sum) and residual_out hold the rank's own T / world rows; norm_out,
+    # quant_out and scale_out all T
+    SCATTERING_OP: f"(Tensor x, {EPILOGUE_INPUTS}, SymInt block=0, *, {OUTPUTS}) -> ()",
+}
+"""The same of sequence parallelism's op, which has no kernel: the process group's own collectives run it."""

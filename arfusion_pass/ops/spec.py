@@ -35,6 +35,8 @@ class Flags(enum.IntFlag):
       rank's tokens (``token % world == rank``) need be defined. Set for all members of a chain
       (:mod:`arfusion_pass.rewrite.chains`), which decide alike whether they make use of it; not with
       ``allreduce_out``, and with the norm or its codes among the outputs.
+    * ``OWNER_BLOCKS``: of a launch alone (:mod:`arfusion_pass.runtime.scattering`), with ``SHARDED`` and both of the
+      above: rank ``r`` owns the tokens from ``r * tokens / world`` on, and the residuals hold those alone.
     * ``RECORD``: hand inputs and outputs to the recorder whose site number stands in bits 32 and up
       (:mod:`arfusion_pass.inspection.replay`), and run as without it.
 
@@ -65,6 +67,7 @@ class Flags(enum.IntFlag):
     MOE_ROUND_SCALED = 1 << 19
     RESIDUAL_IN_SHARDED = 1 << 20
     RESIDUAL_OUT_SHARDED = 1 << 21
+    OWNER_BLOCKS = 1 << 22
 
 
 ROUNDING_FLAGS = Flags.UNROUNDED_SUM | Flags.ROUND_BEFORE_WEIGHT

@@ -87,32 +87,46 @@ class AllReduceRMSNormChain:
         """The chain, its last op first; every value is an output."""
         x: PatternExpr = KeywordArg("x")
         if self.prologue is not None:
-            x = _call(getattr(ir.op, self.prologue).default, *map(KeywordArg, PROLOGUES[self.prologue]))
-        reduced = _call(ir.op.all_reduce.default, x, KeywordArg("group"))
+            x = call(getattr(ir.op, self.prologue).default, *map(KeywordArg, PROLOGUES[self.prologue]))
+        reduced = self.reduction(x)
         if self.add:
-            both = _call(
+            both = call(
                 ir.op.fused_add_rms_norm.default,
                 *(reduced, KeywordArg("residual"), KeywordArg("weight"), self.epsilon, self.dtype),
                 *(KeywordArg("weight_bias"), KeywordArg("flags"), KeywordArg("residual_dtype")),
             )
-            norm = _call(operator.getitem, both, 0)
-            values = [both, norm, _call(operator.getitem, both, 1), reduced]
+            norm = call(operator.getitem, both, 0)
+            values = [both, norm, call(operator.getitem, both, 1), reduced]
         else:
-            norm = _call(
+            norm = call(
                 ir.op.rms_norm.default,
                 *(reduced, KeywordArg("weight"), self.epsilon, self.dtype),
                 *(KeywordArg("weight_bias"), KeywordArg("flags")),
             )
             values = [norm, reduced]
+        whole = self.gathered(norm)
+        if whole is not norm:
+            values.insert(0, whole)
         if self.quantiser is None:
             return MultiOutputPattern(values)
         names = ("scale", "scale_value", "quant") if self.quantiser.takes_scale else ("quant", "quant_bound")
-        codes = _call(self.quantiser.op, norm, *map(KeywordArg, names))
+        codes = call(self.quantiser.op, whole, *map(KeywordArg, names))
         if not self.quantiser.has_scales:
             return MultiOutputPattern([codes, *values])
-        return MultiOutputPattern(
-            [codes, _call(operator.getitem, codes, 0), _call(operator.getitem, codes, 1), *values]
-        )
+        return MultiOutputPattern([codes, call(operator.getitem, codes, 0), call(operator.getitem, codes, 1), *values])
+
+    @property
+    def op_name(self) -> str:
+        """The fused op."""
+        return "_".join(filter(None, (self.prologue, "allreduce_rms_norm")))
+
+    def reduction(self, x: PatternExpr) -> CallFunction:
+        """The collective in front of the norm."""
+        return call(ir.op.all_reduce.default, x, KeywordArg("group"))
+
+    def gathered(self, norm: CallFunction) -> CallFunction:
+        """What the quantiser and others read of the norm: itself, where nothing gathers it."""
+        return norm
 
     def check(self, match: Match) -> bool:
         """Whether a match may be replaced. Dtypes and shapes were checked when the site was raised."""
@@ -147,7 +161,7 @@ class AllReduceRMSNormChain:
             buffers[role] = graph.call_function(torch.empty, ((0,),))  # its shape is known at commit
         fused = graph.call_function(
             auto_functionalized,
-            (getattr(torch.ops.arfusion, "_".join(filter(None, (self.prologue, "allreduce_rms_norm")))).default,),
+            (getattr(torch.ops.arfusion, self.op_name).default,),
             {
                 **reduced_inputs,
                 "residual": residual,
@@ -176,5 +190,5 @@ class AllReduceRMSNormChain:
         entry.register(patterns)  # type: ignore[arg-type]
 
 
-def _call(target: Any, *args: Any) -> CallFunction:
+def call(target: Any, *args: Any) -> CallFunction:
     return CallFunction(target, *args, _users=MULTIPLE)

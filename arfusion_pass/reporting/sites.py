@@ -1,4 +1,4 @@
-"""What the pass did to one all-reduce of a graph: a :class:`Site`, fused or missed with a reason."""
+"""What the pass did to an all-reduce, or reduce-scatter, of a graph: a :class:`Site`, fused or missed with a reason."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MERGED = "MergedAllReduce"
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """One all-reduce of a graph.
+    """One all-reduce of a graph, or one reduce-scatter with a norm behind it.
 
     Attributes:
         name: the all-reduce's node name in the user's graph.

@@ -150,7 +150,7 @@ def plan_buffer(
     if role in ("quant_out", "scale_out"):
         assert site.norm is not None
         assert site.quant is not None
-        shape = tensor_of(site.norm.norm or site.reduced.x).shape  # type: ignore[union-attr]
+        shape = site.rows.shape
         if role == "quant_out":
             layout = codes_layout(shape, site.quant.spec, like) if origin is not None else _codes(shape, site)
         else:

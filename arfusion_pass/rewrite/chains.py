@@ -23,7 +23,7 @@ from torch import fx
 from arfusion_pass.config import FusionConfig
 from arfusion_pass.graph import dtype_of, is_call, is_pure, keeps_rows, last_dim, only_user, same_shape, tensor_of
 from arfusion_pass.ops.layouts import group_count
-from arfusion_pass.ops.schema import OUTPUT_NAMES
+from arfusion_pass.ops.schema import OUTPUT_NAMES, SCATTERING_OP
 from arfusion_pass.ops.spec import Flags, QuantFormat, QuantSpec
 from arfusion_pass.patterns.chains import auto_functionalized
 
@@ -74,8 +74,11 @@ def mark_chains(chains: Sequence[Chain]) -> None:
 
 
 def _may_shard(call: fx.Node) -> bool:
-    """Whether a call's rows can be finished by their owner alone: it gives the norm or its codes, and a residual."""
+    """Whether a call's rows can be finished by their owner alone: it gives the norm or its codes, and a residual. In
+    sequence parallelism the model has sharded it already."""
     kwargs = call.kwargs
+    if call.args[0] is getattr(torch.ops.arfusion, SCATTERING_OP).default:
+        return False
     return kwargs["allreduce_out"] is None and (kwargs["norm_out"] is not None or kwargs["quant_out"] is not None)
 
 

@@ -25,6 +25,8 @@ def stamp(sites: list[RaisedSite], written: list[tuple[Plan, fx.Node]]) -> None:
     calls = {id(plan.site): call for plan, call in written}
     steps: dict[str, list[Step]] = {}
     for site in sites:
+        if site.scatters and id(site) not in calls:
+            continue  # tokens that ranks share unevenly give them other graphs there, which nothing of ours runs
         steps.setdefault(site.group, []).append(_step(site, calls.get(id(site))))
     taken = {group: marks.mark_of(those) for group, those in steps.items()}
     for plan, call in written:

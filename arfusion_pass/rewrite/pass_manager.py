@@ -14,6 +14,7 @@ from arfusion_pass.config import FusionConfig
 from arfusion_pass.ops.spec import Flags
 from arfusion_pass.patterns.chains import PROLOGUES, AllReduceRMSNormChain, auto_functionalized
 from arfusion_pass.patterns.indexer import AllReduceRMSNormIndexerChain
+from arfusion_pass.patterns.scattered import ReduceScatterRMSNormAllGatherChain
 from arfusion_pass.rewrite.raising import Shadow
 
 
@@ -51,13 +52,17 @@ class FusionPassManager:
                 add = norms[node.target]
                 epsilon, dtype = node.args[3 if add else 2], node.args[4 if add else 3]
                 prologue = prologues.get(getattr(node.args[0].args[0], "target", None))
-                held[AllReduceRMSNormChain, epsilon, dtype, add, None, prologue] = None
+                scatters = node.args[0].target is ir.op.reduce_scatter.default
+                chain = ReduceScatterRMSNormAllGatherChain if scatters else AllReduceRMSNormChain
+                held[chain, epsilon, dtype, add, None, prologue] = None
                 readers = [*node.users, *(user for value in node.users for user in value.users)]
+                if scatters:  # the quantiser reads what is gathered
+                    readers += [user for reader in readers for user in reader.users]
                 for reader in readers:
                     if reader.target in quantisers:
                         quantiser = quantisers[reader.target]
-                        held[AllReduceRMSNormChain, epsilon, dtype, add, quantiser, prologue] = None
-                        if quantiser.name == "quant_fp8_group" and reader.args[0].meta["readers"]:
+                        held[chain, epsilon, dtype, add, quantiser, prologue] = None
+                        if quantiser.name == "quant_fp8_group" and not scatters and reader.args[0].meta["readers"]:
                             held[AllReduceRMSNormIndexerChain, epsilon, dtype, add, quantiser, prologue] = None
         longest = sorted(held, key=lambda key: ((key[4] is None) + (key[5] is None), key[0] is AllReduceRMSNormChain))
         for chain, epsilon, dtype, add, quantiser, prologue in longest:

@@ -10,6 +10,8 @@ the site reads::
     %norm    = getitem(%both, 0); %total = getitem(%both, 1)
     %codes   = arfusion_ir.quant_fp8_static(%norm, %scale, 1.0, quant)
     return (%total, %codes)
+
+A reduce-scatter whose norm is gathered again (:mod:`arfusion_pass.rewrite.gathering`) begins a site as well.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from arfusion_pass import ir
 from arfusion_pass.config import FusionConfig, canonical_epsilon
-from arfusion_pass.dialects import DIALECTS, Norm, Prologue, Quantised, Reduced, Refused
+from arfusion_pass.dialects import DIALECTS, Norm, Prologue, Quantised, Reduced, Refused, Scattered
 from arfusion_pass.graph import (
     describe,
     dtype_of,
@@ -41,6 +43,7 @@ from arfusion_pass.graph import (
     views_of,
 )
 from arfusion_pass.ops.layouts import token_count
+from arfusion_pass.rewrite.gathering import Gathering, gathering
 from arfusion_pass.rewrite.hindrances import Hindrance, sum_before, why_no_norm
 from arfusion_pass.rewrite.output_views import codes_layout, scale_layout
 from arfusion_pass.rewrite.reductions import (
@@ -54,12 +57,14 @@ from arfusion_pass.rewrite.reductions import (
 
 @dataclasses.dataclass
 class RaisedSite:
-    """One all-reduce with what was recognised behind it.
+    """One all-reduce, or reduce-scatter, with what was recognised behind it.
 
     Attributes:
-        reduced: the all-reduce; None where it was refused at once.
+        reduced: the collective; None where it was refused at once.
         node: the node that names the site.
         prologue, norm, quant: the stages, or None.
+        scatters: whether it is a reduce-scatter's.
+        gathered: what gathers the norm's rows behind a reduce-scatter; None for an all-reduce.
         twins: quantisers of the same norm that compute what ``quant`` does: its outputs serve their readers too.
         note: why a quantiser behind the norm is left alone, or None.
         reason: why nothing can be fused, or None so far.
@@ -78,6 +83,7 @@ class RaisedSite:
     reduced: Reduced | None = None
     prologue: Prologue | None = None
     norm: Norm | None = None
+    gathered: Gathering | None = None
     quant: Quantised | None = None
     twins: tuple[Quantised, ...] = ()
     note: str | None = None
@@ -85,6 +91,21 @@ class RaisedSite:
     culprit: fx.Node | None = None
     hindrance: Hindrance | None = None
     dialects: tuple[str, ...] = ()
+    scatters: bool = False
+
+    @property
+    def norms(self) -> tuple[fx.Node, ...]:
+        """The nodes that hold the norm of all rows."""
+        if self.gathered is not None:
+            return self.gathered.norms
+        return () if self.norm is None or self.norm.norm is None else (self.norm.norm,)
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """A tensor of the shape ``[..., H]`` that a norm of all rows has."""
+        tensor = tensor_of(self.norms[0] if self.norms else self.reduced.x)  # type: ignore[union-attr]
+        assert tensor is not None
+        return tensor
 
     @property
     def holders(self) -> dict[str, tuple[fx.Node, ...]]:
@@ -94,7 +115,7 @@ class RaisedSite:
             holders["allreduce_out"] = self.reduced.values
         if self.norm is not None:
             holders["residual_out"] = (self.norm.total,)
-            holders["norm_out"] = (self.norm.norm,)
+            holders["norm_out"] = self.norms
         if self.quant is not None:
             quantisers = (self.quant, *self.twins)
             holders["quant_out"] = tuple(quant.codes for quant in quantisers)
@@ -113,6 +134,8 @@ class RaisedSite:
             inputs.update(self.prologue.inputs)
         elif self.reduced is not None:
             inputs["x"] = self.reduced.x
+        if self.gathered is not None and isinstance(self.gathered.rows.block, fx.Node):
+            inputs["block"] = self.gathered.rows.block
         if self.norm is not None:
             inputs["residual"] = self.norm.residual
             inputs["weight"] = self.norm.weight
@@ -123,7 +146,7 @@ class RaisedSite:
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
         """Every node that the fused call would stand for, in graph order."""
-        stages = (self.prologue, self.reduced, self.norm, self.quant, *self.twins)
+        stages = (self.prologue, self.reduced, self.norm, self.gathered, self.quant, *self.twins)
         return tuple(sorted({node for stage in stages if stage is not None for node in stage.nodes}))
 
     @property
@@ -161,22 +184,30 @@ class Shadow:
 
 
 def find_sites(graph: fx.Graph, config: FusionConfig) -> list[RaisedSite]:
-    """Every all-reduce of ``graph`` in graph order, with its stages or the reason why it has none."""
-    sites = [site for node in graph.nodes if (site := _all_reduce(node)) is not None]
+    """Every all-reduce of ``graph`` in graph order, with its stages or the reason why it has none; and every
+    reduce-scatter that a norm follows, with ``sequence_parallel`` every other one as well."""
+    sites = [site for node in graph.nodes if (site := _site(node, config)) is not None]
     candidates: dict[fx.Node, list[tuple[Norm, str]]] = {}
     for site in sites:
         if site.reason is None:
             candidates[site.node] = _norms(site, config)
-    reductions = open_reductions(site for site in sites if site.node in candidates)
+    if not config.sequence_parallel:
+        sites = [site for site in sites if not site.scatters or _has_norm(site, candidates)]
+    reductions = open_reductions(site for site in sites if site.node in candidates and not site.scatters)
     for site in sites:
         if site.reduced is None or site.reason is not None:
             continue
         if not candidates[site.node]:
-            site.hindrance, site.reason, site.culprit = why_no_norm(site.reduced, reductions, config.reassociate)
-        else:
+            moved = config.reassociate or site.scatters  # nothing is moved behind a reduce-scatter
+            site.hindrance, site.reason, site.culprit = why_no_norm(site.reduced, reductions, moved)
+            site.hindrance = None if site.scatters else site.hindrance
+        elif not site.scatters:
             norms = (norm for norm, _ in candidates[site.node])
             site.hindrance = next(filter(None, (sum_before(norm, site.reduced, reductions) for norm in norms)), None)
     _assign(sites, candidates, config)
+    for site in sites:
+        if site.reason is None and site.scatters:
+            _gather(site, config)
     for site in sites:
         if site.reason is None:
             _find_prologue(site)
@@ -186,6 +217,11 @@ def find_sites(graph: fx.Graph, config: FusionConfig) -> list[RaisedSite]:
         if site.reason is None and not any(site.outside_readers.values()):
             site.reason = "nobody reads its norm or anything else that the fused call would produce"
     return sites
+
+
+def _has_norm(site: RaisedSite, candidates: dict[fx.Node, list[tuple[Norm, str]]]) -> bool:
+    """Whether a norm was found behind a site, one that may be fused or one with a reason against it."""
+    return site.node in candidates and bool(candidates[site.node] or site.reason)
 
 
 def open_reductions(sites: Iterable[RaisedSite]) -> dict[fx.Node, Reduced]:
@@ -213,21 +249,58 @@ def build_shadow(sites: list[RaisedSite]) -> Shadow:
     return Shadow(fx.GraphModule(torch.nn.Module(), graph), sites)
 
 
-def _all_reduce(node: fx.Node) -> RaisedSite | None:
-    """The site that ``node`` opens, if it is an all-reduce in any dialect, with what speaks against it already."""
+def _site(node: fx.Node, config: FusionConfig) -> RaisedSite | None:
+    """The site that ``node`` opens, if it is an all-reduce or a reduce-scatter in any dialect, with what speaks against
+    it already."""
     if node.op != "call_function":
         return None
     for dialect in DIALECTS:
         found = dialect.all_reduce(node)
+        scatters = found is None
         if found is None:
+            found = dialect.reduce_scatter(node)
+        if found is None or (scatters and isinstance(found, Refused) and not config.sequence_parallel):
             continue
         if isinstance(found, Refused):
-            return RaisedSite(node, reason=found.reason, culprit=found.node, dialects=(dialect.name,))
-        found = in_its_own_order(in_its_own_dtype(found))
-        site = RaisedSite(node, found.group, found, dialects=(dialect.name,))
-        site.reason = check_reduced(found)
+            site = RaisedSite(node, reason=found.reason, culprit=found.node)
+        else:
+            found = found if isinstance(found, Scattered) else in_its_own_order(in_its_own_dtype(found))
+            site = RaisedSite(node, found.group, found, reason=check_reduced(found))
+        site.dialects, site.scatters = (dialect.name,), scatters
         return site
     return None
+
+
+def _gather(site: RaisedSite, config: FusionConfig) -> None:
+    """Find what gathers a reduce-scatter's norm, and a quantiser in front of that; else the reason."""
+    assert isinstance(site.reduced, Scattered) and site.norm is not None
+    found = gathering(site.reduced, site.norm)
+    if isinstance(found, Refused):
+        site.reason, site.culprit = found.reason, found.node
+        return
+    site.gathered, site.quant = found, found.quant
+    site.reduced = dataclasses.replace(site.reduced, x=found.rows.node)
+    if not config.sequence_parallel:
+        site.reason = (
+            f"its norm {describe(site.norm.result)} is gathered again, and only FusionConfig(sequence_parallel=True) "
+            "fuses that: no kernel does it yet, so it would be no faster"
+        )
+    elif last_dim(found.rows.node) != last_dim(site.norm.operand):
+        site.reason = (
+            f"{describe(found.rows.node)} has no rows of {last_dim(site.norm.operand)}, as its norm reads them"
+        )
+    elif found.quant is not None:
+        _check_gathered(site, config)
+
+
+def _check_gathered(site: RaisedSite, config: FusionConfig) -> None:
+    """What speaks against a quantiser whose codes are gathered, each rank's own."""
+    assert site.quant is not None
+    site.culprit = site.quant.codes
+    if not config.quantisers:
+        site.reason = f"{describe(site.quant.codes)} gathers codes, and FusionConfig has quantisers=False"
+    else:
+        site.reason = _unfit(site.quant, site) or _fuse_quantisers(site, [site.quant])
 
 
 def _norms(site: RaisedSite, config: FusionConfig) -> list[tuple[Norm, str]]:
@@ -331,8 +404,10 @@ def _assign(sites: list[RaisedSite], candidates: dict[fx.Node, list[tuple[Norm, 
 
 
 def _find_prologue(site: RaisedSite) -> None:
-    """The MoE combination in front of a site, where nobody else reads its result."""
+    """The MoE combination in front of an all-reduce, where nobody else reads its result."""
     assert site.reduced is not None and site.norm is not None
+    if site.scatters:
+        return
     if site.norm.residual is not None and not same_size(site.norm.residual, site.norm.operand):
         return  # a bias is spread to the shape of what is reduced, which then must be there
     for dialect in DIALECTS:
@@ -353,27 +428,24 @@ def _find_quantiser(site: RaisedSite) -> None:
     reading the norm."""
     assert site.norm is not None
     assert site.reduced is not None
+    if site.quant is not None:
+        return  # gathered behind a reduce-scatter
     if site.norm.norm is None:
         site.quant = site.norm.quant
         return
     dtype = dtype_of(site.reduced.x)
     alike: dict[Hashable, list[tuple[Quantised, str]]] = {}
     codes: set[fx.Node] = set()
-    for value in row_views(site.norm.norm):
+    for norm, value in [(each, value) for each in site.norms for value in row_views(each)]:
         for dialect in DIALECTS:
             for quant in dialect.quantisers(value):
                 if isinstance(quant, Refused):
                     site.note = site.note or quant.reason
-                elif quant.dtype not in (None, dtype):
-                    site.note = site.note or f"{describe(quant.codes)} rounds to {quant.dtype}, the reduced is {dtype}"
-                elif quant.scale is not None and (cause := _computed_from(quant.scale, site)) is not None:
-                    site.note = site.note or (
-                        f"the scale {describe(quant.scale)} is computed from {describe(cause)}, which the fused call "
-                        "would produce"
-                    )
+                elif (unfit := _unfit(quant, site)) is not None:
+                    site.note = site.note or unfit
                 elif quant.codes not in codes:
                     codes.add(quant.codes)
-                    views = path(site.norm.norm, value)
+                    views = path(norm, value)
                     quant = dataclasses.replace(quant, nodes=(*views, *quant.nodes))
                     if dtype == torch.float32 and quant.spec.unrounded:
                         spec = dataclasses.replace(quant.spec, unrounded=False)  # the same, and one kernel less
@@ -392,6 +464,18 @@ def _find_quantiser(site: RaisedSite) -> None:
             site.note = site.note or reason
 
 
+def _unfit(quant: Quantised, site: RaisedSite) -> str | None:
+    """The reason for which a quantiser has no place behind a site's norm."""
+    dtype = dtype_of(site.reduced.x)  # type: ignore[union-attr]
+    if quant.dtype not in (None, dtype):
+        return f"{describe(quant.codes)} rounds to {quant.dtype}, the reduced is {dtype}"
+    if quant.scale is not None and (cause := _computed_from(quant.scale, site)) is not None:
+        return (
+            f"the scale {describe(quant.scale)} is computed from {describe(cause)}, which the fused call would produce"
+        )
+    return None
+
+
 def _computed_from(node: fx.Node, site: RaisedSite) -> fx.Node | None:
     """The value of a site's all-reduce or norm that ``node`` is computed from, or None."""
     own, seen, stack = set(site.nodes), set[fx.Node](), [node]
@@ -408,8 +492,8 @@ def _computed_from(node: fx.Node, site: RaisedSite) -> fx.Node | None:
 def _fuse_quantisers(site: RaisedSite, quants: list[Quantised]) -> str | None:
     """Give a site quantisers that compute one thing; the reason if they cannot be fused."""
     assert site.norm is not None
-    shape = tensor_of(site.norm.norm).shape  # type: ignore[union-attr]
-    values: set[fx.Node | None] = {site.norm.norm}
+    shape = site.rows.shape
+    values: set[fx.Node | None] = {*site.norms}
     nodes: set[fx.Node] = set()
     for quant in quants:
         scales = tensor_of(quant.scales)
@@ -467,7 +551,14 @@ def _raise_site(graph: fx.Graph, site: RaisedSite, index: int, origins: dict[fx.
         x = origins[site.reduced.x]
         if last_dim(site.reduced.x) != (hidden := last_dim(norm.operand)):
             x = graph.call_function(torch.ops.aten.view.default, (x, [-1, hidden]))
-    reduced = call(ir.op.all_reduce.default, x, site.reduced.group)
+    block: object = 0
+    if site.gathered is not None and site.gathered.rows.block is not None:
+        block = site.gathered.rows.block
+        block = origins[block] if isinstance(block, fx.Node) else block
+    if site.scatters:
+        reduced = call(ir.op.reduce_scatter.default, x, site.reduced.group, block)
+    else:
+        reduced = call(ir.op.all_reduce.default, x, site.reduced.group)
     values["allreduce_out"] = reduced
     if norm.residual is None:
         norm_value = call(ir.op.rms_norm.default, reduced, weight, epsilon, dtype, norm.weight_bias, int(norm.flags))
@@ -484,6 +575,8 @@ def _raise_site(graph: fx.Graph, site: RaisedSite, index: int, origins: dict[fx.
         )
         norm_value = call(operator.getitem, both, 0)
         values["residual_out"] = call(operator.getitem, both, 1)
+    if site.scatters:
+        norm_value = call(ir.op.all_gather.default, norm_value, site.reduced.group, block)
     values["norm_out"] = norm_value
     if site.quant is not None:
         quantiser = ir.QUANTISERS[site.quant.op]

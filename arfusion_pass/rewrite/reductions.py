@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from arfusion_pass.config import DTYPES
-from arfusion_pass.dialects import Norm, Reduced, Refused
+from arfusion_pass.dialects import Norm, Reduced, Refused, Scattered
 from arfusion_pass.graph import (
     aten,
     describe,
@@ -121,6 +121,8 @@ def check_reduced(reduced: Reduced) -> str | None:
             f"no process group is called {reduced.group!r}; call arfusion_pass.register_group({reduced.group!r}, "
             "group) before compiling"
         )
+    if isinstance(reduced, Scattered) and reduced.world != group.size():
+        return f"{describe(reduced.node)} scatters to {reduced.world} ranks, and the group has {group.size()}"
     if group.size() == 1:
         return f"the group {reduced.group!r} has one rank: there is nothing to reduce"
     x = tensor_of(reduced.x)

@@ -65,6 +65,31 @@ def run_case(ranks: Ranks, config: Config, xs: list[torch.Tensor] | None = None,
                 assert not differs, f"{place}, rank {rank}: {name} differs in {differs} of {got.numel()} bytes"
 
 
+BLOCKS = Flags.SHARDED | Flags.RESIDUAL_IN_SHARDED | Flags.RESIDUAL_OUT_SHARDED | Flags.OWNER_BLOCKS
+
+
+def run_blocks(ranks: Ranks, config: Config) -> None:
+    """One block of tokens a rank, as sequence parallelism has them: two-shot's bits, residuals of its own rows."""
+    share = -(-config.tokens // ranks.world)
+    config = dataclasses.replace(config, tokens=share * ranks.world)
+    xs, shared = [rank_input(config, r, DEVICE) for r in range(ranks.world)], shared_inputs(config, DEVICE)
+    wanted = launch(ranks, config, Flags.TWOSHOT, xs, [shared] * ranks.world)[0].snapshot()
+    own = [slice(r * share, (r + 1) * share) for r in range(ranks.world)]
+    residuals = [None if shared.residual is None else shared.residual[rows].clone() for rows in own]
+    inputs = [dataclasses.replace(shared, residual=residual) for residual in residuals]
+    for rank, result in enumerate(launch(ranks, config, BLOCKS, xs, inputs)):
+        for name, buffer in result.buffers.items():
+            buffer.assert_guards(name)
+            got, want = as_bytes(buffer.tensor), as_bytes(wanted[name])
+            if name == "residual_out":  # the front of a buffer for all tokens
+                rows = want.view(config.tokens, -1)
+                want = torch.full_like(rows, POISON)
+                want[:share] = rows[own[rank]]
+                want = want.view(-1)
+            differs = int((got != want).sum())
+            assert not differs, f"blocks, rank {rank}: {name} differs in {differs} of {got.numel()} bytes"
+
+
 def launch(ranks: Ranks, config: Config, flags: int, xs: list[torch.Tensor], inputs: list[Shared]) -> list[Result]:
     chosen = dataclasses.replace(config, flags=int(config.flags) | int(flags))
     results = [allocate(chosen, DEVICE) for _ in xs]
@@ -190,6 +215,7 @@ def main() -> None:
         for index, config in enumerate(everything):
             if (index + world) % (23 if quick else 4) == 0:
                 attempt(f"world {world} {config}", lambda r=ranks, c=config: run_case(r, c))
+                attempt(f"world {world} blocks {config}", lambda r=ranks, c=config: run_blocks(r, c))
         attempt(f"world {world} sentinels", lambda r=ranks: run_sentinels(r))
         attempt(f"world {world} buffers", ranks.assert_clean)
         print(f"world {world}: {count} cases, {len(failures)} failures, {time.time() - start:.0f} s", flush=True)

@@ -61,6 +61,25 @@ def like(x: torch.Tensor, *_: object) -> torch.Tensor:
     return torch.empty_like(x)
 
 
+def _part(shape: torch.Size, dim: int, size: Callable[[int], int]) -> list[int]:
+    """``shape`` with another size of one dimension."""
+    return [size(length) if index == dim % len(shape) else length for index, length in enumerate(shape)]
+
+
+def _reduce_scatter(tensor: torch.Tensor, dim: int, world_size: int, group_name: str) -> torch.Tensor:
+    parts = tensor.movedim(dim, 0).contiguous()
+    mine = parts.new_empty(_part(parts.shape, 0, lambda n: n // world_size))
+    dist.reduce_scatter_tensor(mine, parts)
+    return mine.movedim(0, dim).contiguous()
+
+
+def _all_gather(tensor: torch.Tensor, dim: int, world_size: int, group_name: str) -> torch.Tensor:
+    mine = tensor.movedim(dim, 0).contiguous()
+    everyone = mine.new_empty(_part(mine.shape, 0, lambda n: n * world_size))
+    dist.all_gather_into_tensor(everyone.view(torch.uint8), mine.view(torch.uint8))
+    return everyone.movedim(0, dim).contiguous()
+
+
 # vLLM ----------------------------------------------------------------------------------------------------------------
 
 
@@ -242,6 +261,18 @@ def register_vllm(optional_weight: bool = True) -> None:
         "(Tensor tensor, str group_name) -> Tensor",
         lambda tensor, group_name: all_reduce(tensor),
         like,
+    )
+    define(
+        "vllm::reduce_scatter",
+        "(Tensor tensor, SymInt dim, SymInt world_size, str group_name) -> Tensor",
+        _reduce_scatter,
+        lambda tensor, dim, world_size, _: tensor.new_empty(_part(tensor.shape, dim, lambda n: n // world_size)),
+    )
+    define(
+        "vllm::all_gather",
+        "(Tensor tensor, SymInt dim, SymInt world_size, str group_name) -> Tensor",
+        _all_gather,
+        lambda tensor, dim, world_size, _: tensor.new_empty(_part(tensor.shape, dim, lambda n: n * world_size)),
     )
     define(
         "vllm_ir::rms_norm",

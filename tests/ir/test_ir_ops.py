@@ -17,6 +17,8 @@ NORM = ["weight: Optional[Tensor]", "epsilon: float", "dtype: int", "weight_bias
 DYNAMIC = (["x: Tensor", "quant: int", "bound: float"], 2)
 FROZEN: dict[str, tuple[list[str], int]] = {
     "all_reduce": (["x: Tensor", "group: str"], 1),
+    "reduce_scatter": (["x: Tensor", "group: str", "block: int"], 1),
+    "all_gather": (["x: Tensor", "group: str", "block: int"], 1),
     "rms_norm": (["x: Tensor", *NORM], 1),
     "fused_add_rms_norm": (["x: Tensor", "residual: Tensor", *NORM, "residual_dtype: int"], 2),
     "quant_fp8_static": (["x: Tensor", "scale: Optional[Tensor]", "scale_value: float", "quant: int"], 1),
@@ -65,6 +67,8 @@ def quant_arguments(spec: QuantSpec, scale: torch.Tensor | None = None) -> tuple
 
 SAMPLES: dict[str, tuple[Any, ...]] = {
     "all_reduce": (torch.randn(2, 3, 32), ""),
+    "reduce_scatter": (torch.randn(2, 3, 32), "", 0),
+    "all_gather": (torch.randn(2, 3, 32), "", 2),
     "rms_norm": (torch.randn(2, 3, 32).bfloat16(), torch.randn(32), 1e-6, torch.float32, 0.0, 1),
     "fused_add_rms_norm": (
         torch.randn(6, 32).bfloat16(),

@@ -10,6 +10,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from arfusion_pass.ops import layouts, library
+from arfusion_pass.ops.schema import SCATTERING_OP
 from arfusion_pass.ops.spec import NO_QUANT, QuantFormat, QuantSpec
 from tests.ops.cases import SPECS, arguments, outputs
 
@@ -35,6 +36,16 @@ def test_allreduce_rms_norm(name: str) -> None:
     inputs = (x, *positional(spec, residual.to(x.dtype), torch.randn(128)))
     kwargs = outputs((2, 3, 128), x.dtype, spec)
     torch.library.opcheck(library.fused_op("allreduce_rms_norm"), inputs, kwargs, test_utils=utilities(spec))
+
+
+@pytest.mark.parametrize("name", ["none", "int8", "group_tma"])
+def test_sequence_parallel(name: str) -> None:
+    """Sequence parallelism's op in a world of one rank, with a block."""
+    spec = SPECS.get(name, NO_QUANT)
+    x, residual = torch.randn(2, 3, 128, dtype=torch.bfloat16), torch.randn(6, 128)
+    inputs = (x, *positional(spec, residual.to(x.dtype), torch.randn(128)), 3)
+    kwargs = outputs((2, 3, 128), x.dtype, spec)
+    torch.library.opcheck(library.fused_op(SCATTERING_OP), inputs, kwargs, test_utils=utilities(spec))
 
 
 @pytest.mark.parametrize("name", ["none", "int8", "token"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from arfusion_pass.ops import library
-from arfusion_pass.ops.schema import OUTPUT_NAMES, SCHEMAS
+from arfusion_pass.ops.schema import OUTPUT_NAMES, SCATTERING_OP, SCATTERING_SCHEMAS, SCHEMAS
 from arfusion_pass.ops.spec import NO_QUANT, Apply, Bound, QuantFormat, QuantSpec, ScaleLayout, ScaleRound, ScaleRule
 
 EPILOGUE = [
@@ -51,6 +51,7 @@ FROZEN = {
         ("routed_scaling_factor", "float", None, False, False),
         *EPILOGUE,
     ],
+    SCATTERING_OP: [tensor("x"), *EPILOGUE[:10], ("block", "int", 0, False, False), *EPILOGUE[10:]],
 }
 
 
@@ -74,7 +75,7 @@ def test_arguments(name: str) -> None:
 
 def test_no_other_op() -> None:
     """The namespace's ops are the frozen ones."""
-    assert set(SCHEMAS) == set(FROZEN)
+    assert {**SCHEMAS, **SCATTERING_SCHEMAS}.keys() == FROZEN.keys()
     assert OUTPUT_NAMES == ("allreduce_out", "residual_out", "norm_out", "quant_out", "scale_out")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -11,6 +12,7 @@ import arfusion_pass as arf
 from arfusion_pass.reporting.reports import Reports
 from arfusion_pass.runtime import thresholds
 from arfusion_pass.runtime.thresholds import ThresholdTable
+from tests import sequence_parallel
 from tests.models import Tensor, gemma, llama, reduce
 from tests.simulate import STRICT, fused_copy, symbolic, tensors, trace
 
@@ -93,3 +95,14 @@ def test_strategy(monkeypatch: pytest.MonkeyPatch, tokens: int | str) -> None:
     assert strategies("cuda", arf.FusionConfig(strategy="twoshot")) == ["twoshot", None, None]
     assert strategies("cuda", arf.FusionConfig(backend="reference")) == [None, None, None]
     assert strategies("cpu") == [None, None, None]
+
+
+def test_no_strategy_of_a_reduce_scatter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process group runs sequence parallelism's op: the kernels' table says nothing of it."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    config = dataclasses.replace(STRICT, sequence_parallel=True)
+    x, r, w = symbolic((4, 32), (2, 32), (32,))
+    with x.fake_mode:  # type: ignore[attr-defined]
+        given = [torch.empty(each.shape, dtype=each.dtype, device="cuda") for each in (x, r, w)]
+    (site,) = arf.fuse(trace(lambda x, r, w: sequence_parallel.block(x, r, w, 2, llama), *given), config).sites
+    assert (site.fused, site.strategy) == (True, None)

@@ -43,6 +43,56 @@ class Reduced:
 
 
 @dataclasses.dataclass(frozen=True)
+class Rows:
+    """One tensor with the rows of all ranks, and who owns which: row ``t`` of its ``T`` rows is rank
+    ``t // block % world``'s.
+
+    Attributes:
+        node: the tensor, ``[..., H]``.
+        block: how many consecutive rows are one rank's; None for ``T / world``, one block a rank. What is scattered
+            has a symbolic one as the node that holds it, what is gathered as the size itself.
+        nodes: the nodes between the collective's own result and ``node``, ``node`` included; empty where they are one.
+    """
+
+    node: fx.Node
+    block: int | torch.SymInt | fx.Node | None = None
+    nodes: tuple[fx.Node, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Scattered(Reduced):
+    """A reduce-scatter by sum: ``value`` holds this rank's rows, ``[T / world, H]`` in whatever shape.
+
+    Attributes:
+        world: how many ranks the op says that there are.
+        rows: what is reduced, best first: before the ``cat`` that puts each rank's rows together, and as the op takes
+            it. ``x`` is one of them.
+    """
+
+    world: int = 0
+    rows: tuple[Rows, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Gathered:
+    """An all-gather of the ranks' rows.
+
+    Attributes:
+        node: the all-gather itself.
+        group: the process group's name.
+        world: how many ranks the op says that there are.
+        rows: its result, best first: behind the ``cat`` that puts the rows in order, and as the op gives it.
+        nodes: the all-gather and its waits.
+    """
+
+    node: fx.Node
+    group: str
+    world: int
+    rows: tuple[Rows, ...]
+    nodes: tuple[fx.Node, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Refused:
     """Something that is nearly a stage: ``reason`` is a sentence for the report, ``node`` what stood in the way."""
 
@@ -158,6 +208,14 @@ class Dialect:
     def all_reduce(self, node: fx.Node) -> Reduced | Refused | None:
         """The all-reduce that ``node`` is; None if it is none, Refused if it is one that cannot be fused."""
         return None
+
+    def reduce_scatter(self, node: fx.Node) -> Scattered | Refused | None:
+        """The reduce-scatter that ``node`` is; None if it is none, Refused if it is one that cannot be fused."""
+        return None
+
+    def all_gathers(self, shard: fx.Node) -> Iterable[Gathered]:
+        """The all-gathers that read ``shard``, this rank's rows."""
+        return ()
 
     def norms(self, value: fx.Node) -> Iterable[Norm | Refused]:
         """The norms, with or without an add, whose operand is ``value`` (a reduced value or a view of it)."""

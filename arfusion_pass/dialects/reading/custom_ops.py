@@ -16,7 +16,16 @@ from typing import Any
 import torch
 from torch import fx
 
-from arfusion_pass.dialects.reading.base import Dialect, Norm, Quantised, Reduced, Refused
+from arfusion_pass.dialects.reading.base import (
+    Dialect,
+    Gathered,
+    Norm,
+    Quantised,
+    Reduced,
+    Refused,
+    Rows,
+    Scattered,
+)
 from arfusion_pass.dialects.reading.op_calls import OpCall, Operand, Output, is_contiguous, op_name, product, same
 from arfusion_pass.dialects.reading.operands import Sum, epsilon_reason, readable_total, sums, weight_of
 from arfusion_pass.graph import (
@@ -225,6 +234,7 @@ class CustomOpDialect(Dialect):
         reductions: all-reduce ops.
         norms: norm ops, with or without an add and a quantiser.
         quantisers: quantiser ops.
+        scatters, gathers: reduce-scatter and all-gather ops.
     """
 
     def __init__(
@@ -233,8 +243,12 @@ class CustomOpDialect(Dialect):
         reductions: Mapping[str, Callable[[OpCall], Reduced | Refused]] | None = None,
         norms: Mapping[str, NormOp] | None = None,
         quantisers: Mapping[str, QuantOp] | None = None,
+        scatters: Mapping[str, Callable[[OpCall], Scattered | Refused]] | None = None,
+        gathers: Mapping[str, Callable[[OpCall, fx.Node], Gathered | None]] | None = None,
     ) -> None:
         self.name = name
+        self.scatter_ops = dict(scatters or {})
+        self.gather_ops = dict(gathers or {})
         self.reduction_ops = dict(reductions or {})
         self.norm_ops = dict(norms or {})
         self.quantiser_ops = dict(quantisers or {})
@@ -243,6 +257,19 @@ class CustomOpDialect(Dialect):
         """The all-reduce that ``node`` is, if its op is in the table."""
         reduction = self.reduction_ops.get(op_name(node) or "")
         return None if reduction is None else reduction(OpCall(node))
+
+    def reduce_scatter(self, node: fx.Node) -> Scattered | Refused | None:
+        """The reduce-scatter that ``node`` is, if its op is in the table."""
+        scatter = self.scatter_ops.get(op_name(node) or "") if self.scatter_ops else None
+        return None if scatter is None else scatter(OpCall(node))
+
+    def all_gathers(self, shard: fx.Node) -> Iterable[Gathered]:
+        """The all-gathers in the table that read ``shard``."""
+        for user in list(shard.users) if self.gather_ops else ():
+            gather = self.gather_ops.get(op_name(user) or "")
+            found = None if gather is None else gather(OpCall(user), shard)
+            if found is not None:
+                yield found
 
     def norms(self, value: fx.Node) -> Iterable[Norm | Refused]:
         """Direct norms of ``value`` first, then those of its sums with a residual."""
@@ -285,6 +312,53 @@ def functional_all_reduce(x: str, group: str, reduce_op: str | None = None) -> C
         return Reduced(node=call.node, value=call.node, x=tensor, group=name, nodes=(call.node,))
 
     return recognise
+
+
+def functional_reduce_scatter(x: str, dim: str, world: str, group: str) -> Callable[[OpCall], Scattered | Refused]:
+    """A reduce-scatter op that returns this rank's part of the sum: the names of its arguments."""
+
+    def recognise(call: OpCall) -> Scattered | Refused:
+        tensor, size, name = call[x], call[world], call[group]
+        if not isinstance(name, str) or not isinstance(tensor, fx.Node) or not isinstance(size, int):
+            return Refused(f"{describe(call.node)} names its group by {name!r}, {size!r}", call.node)
+        block = _block(tensor, call.node, call[dim])
+        if isinstance(block, str):
+            return Refused(f"{describe(call.node)} {block}", call.node)
+        if isinstance(block, torch.SymInt):
+            return Refused(f"{describe(call.node)} scatters a dimension of symbolic length behind others", call.node)
+        rows = Rows(tensor, block)
+        return Scattered(call.node, call.node, tensor, name, nodes=(call.node,), world=size, rows=(rows,))
+
+    return recognise
+
+
+def functional_all_gather(x: str, dim: str, world: str, group: str) -> Callable[[OpCall, fx.Node], Gathered | None]:
+    """An all-gather op that returns all ranks' rows: the names of its arguments."""
+
+    def recognise(call: OpCall, shard: fx.Node) -> Gathered | None:
+        size, name = call[world], call[group]
+        if not call.reads(x, shard) or not isinstance(name, str) or not isinstance(size, int):
+            return None
+        block = _block(call.node, shard, call[dim])
+        return (
+            None if isinstance(block, str) else Gathered(call.node, name, size, (Rows(call.node, block),), (call.node,))
+        )
+
+    return recognise
+
+
+def _block(whole: fx.Node, shard: fx.Node, dim: Any) -> Any:
+    """How many consecutive rows of ``whole`` are one rank's where ``shard`` is its part along ``dim``; None for one
+    block a rank. Why there are no such rows, in words."""
+    tensor, part = tensor_of(whole), tensor_of(shard)
+    if tensor is None or part is None or tensor.dim() != part.dim() or not isinstance(dim, int):
+        return "has no tensor in meta['val']"
+    dim %= tensor.dim()
+    if dim == tensor.dim() - 1:
+        return "scatters the last dimension, in which the norm lies"
+    if same(product(tensor.shape[:dim]), 1):
+        return None
+    return product(part.shape[dim:-1])
 
 
 def refused(reason: str) -> Callable[[OpCall], Reduced | Refused]:
