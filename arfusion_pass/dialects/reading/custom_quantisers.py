@@ -40,7 +40,9 @@ TOKEN_FP8 = QuantSpec(QuantFormat.FP8, group=-1, bound_on=Bound.SCALE, bound=FP8
 
 
 def static_fp8(call: OpCall, x: fx.Node) -> Any:
-    """One given scale for the tensor, applied by its reciprocal."""
+    """One given scale for the tensor, applied by its reciprocal. vLLM says so by a group of ``[-1, -1]``."""
+    if call["group_shape"] is not None and list(call["group_shape"]) != [-1, -1]:
+        return f"{describe(call.node)} has no scale of one element, but one for each group of {call['group_shape']}"
     return "quant_fp8_static", STATIC_FP8
 
 
