@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch._guards import CompileContext
 
-from arfusion_pass.source import Source, users_frame
+from arfusion_pass.source import Source, path_of, users_frame
 
 log = logging.getLogger("arfusion_pass")
 T = TypeVar("T")
@@ -55,6 +55,12 @@ def compile_id() -> str | None:
 def graph_break() -> GraphBreak | None:
     """The graph break at which the graph that Dynamo is compiling ends; None where it ends with its function."""
     return known(_graph_break) if compile_id() is not None else None
+
+
+def inference_leaf() -> str | None:
+    """An input of the graph that Dynamo is compiling that was made under ``torch.inference_mode()``, where the graph is
+    not compiled under it: its path (``"norm.weight"``), or None."""
+    return known(_inference_leaf) if compile_id() is not None else None
 
 
 def breaks_at_collectives() -> list[str]:
@@ -113,6 +119,18 @@ def _graph_break() -> GraphBreak | None:
         return None
     stack = [Source(frame.filename, frame.lineno or 0, frame.line or "", frame.name) for frame in reason.user_stack]
     return GraphBreak(reason.reason.strip().splitlines()[0], users_frame(stack))
+
+
+def _inference_leaf() -> str | None:
+    if torch.is_inference_mode_enabled():
+        return None
+    for node in _output().graph.find_nodes(op="placeholder"):
+        argument = node.meta.get("grapharg")
+        example = getattr(argument, "example", None)
+        if isinstance(example, torch.Tensor) and example.is_inference():
+            name = argument.source.name
+            return path_of(name if isinstance(name, str) else name()) or node.name
+    return None
 
 
 def _graph_key(parts: tuple[Any, ...]) -> str:

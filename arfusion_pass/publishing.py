@@ -89,9 +89,14 @@ def speak_through(name: str) -> None:
 def _log(report: FusionReport) -> None:
     level = logging.INFO if report.sites and report.rank in (None, 0) else logging.DEBUG
     log.log(level, "%s", log_line(report))
-    if report.rank in (None, 0) and NO_GRAD not in _warned and any(site.advice == NO_GRAD for site in report.missed):
+    if report.rank in (None, 0) and NO_GRAD not in _warned and (advice := _training(report)):
         _warned.add(NO_GRAD)  # said aloud once: the pass was asked for, and does nothing
-        log.warning("arfusion: %d all-reduces were not fused: %s", len(report.missed), NO_GRAD)
+        log.warning("arfusion: %d all-reduces were not fused: %s", len(report.missed), advice)
+
+
+def _training(report: FusionReport) -> str | None:
+    """The advice of a site that was missed because its graph trains."""
+    return next((site.advice for site in report.missed if (site.advice or "").startswith(NO_GRAD)), None)
 
 
 def _trace(report: FusionReport) -> None:

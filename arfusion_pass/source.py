@@ -101,8 +101,12 @@ def module_of(node: Any) -> str | None:
     if not isinstance(stack, dict) or not stack:
         return None
     entry = list(stack.values())[-1]
-    path = str(entry[0] if isinstance(entry, (tuple, list)) else entry)
-    path = re.sub(r"^L\[['\"](?:(?:args|kwargs)['\"]\]\[[^\]]*|\w+['\"])\]", "", path)  # L['self'], L['args'][0]
+    return path_of(str(entry[0] if isinstance(entry, (tuple, list)) else entry))
+
+
+def path_of(name: str) -> str | None:
+    """Dynamo's name of a value in a module, ``"L['self']._modules['norm'].weight"``, as ``"norm.weight"``."""
+    path = re.sub(r"^L\[['\"](?:(?:args|kwargs)['\"]\]\[[^\]]*|\w+['\"])\]", "", name)  # L['self'], L['args'][0]
     path = re.sub(r"(?:\._(?:modules|parameters|buffers))?\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", path)
     return path.strip(".") or None
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from torch import fx
 
-from arfusion_pass.compilation import GraphBreak
+from arfusion_pass.compilation import GraphBreak, inference_leaf
 from arfusion_pass.graph import aten, is_call, last_dim, other_operand, peel, tensor_of
 
 NO_GRAD = (
     "this is a training graph: call the model under torch.no_grad() or torch.inference_mode(), or freeze it with "
     "model.requires_grad_(False)"
 )
+LEAF = "{leaf} was made under torch.inference_mode(), and torch saves no such tensor for a backward"
 EPSILON = "make the epsilon a Python number: what a tensor or a buffer holds is not known while the graph is compiled"
 BEFORE = "add the bias before the all-reduce, on one rank alone, as a row-parallel linear with its bias on rank 0 does"
 BIAS = f"FusionConfig(reassociate=True) adds the bias to the residual and rounds elsewhere; or {BEFORE}"
@@ -35,7 +36,8 @@ def advise(all_reduce: fx.Node, culprit: fx.Node | None, reason: str, broken: Gr
         broken: the graph break at which the graph ends, or None.
     """
     if trains(all_reduce.graph) and (culprit is None or _reaches_output(culprit) or "output" in reason):
-        return NO_GRAD
+        leaf = inference_leaf()
+        return NO_GRAD if leaf is None else f"{NO_GRAD}; {LEAF.format(leaf=leaf)}"
     if reason.startswith("epsilon is") and "mark_dynamic" not in reason:
         return EPSILON
     if "reduces by 'avg'" in reason:
