@@ -312,7 +312,7 @@ def _norms(site: RaisedSite, config: FusionConfig) -> list[tuple[Norm, str]]:
     reason: str | None
     lengths = row_lengths(site.reduced.x)
     for held in site.reduced.values:
-        for value in views_of(held):
+        for value in filter(_is_computed_with, views_of(held)):
             for dialect in DIALECTS:
                 for found in dialect.norms(value):
                     norm = in_whole_rows(found, value, lengths)
@@ -326,6 +326,12 @@ def _norms(site: RaisedSite, config: FusionConfig) -> list[tuple[Norm, str]]:
     if not usable and reasons:
         site.reason, site.culprit = reasons[0]
     return usable
+
+
+def _is_computed_with(value: fx.Node) -> bool:
+    """Whether others than views of ``value`` read it: what reads those is found from them, and a long chain of views is
+    not gone through from each of its links."""
+    return any(source_of(user) is not value for user in value.users)
 
 
 def _check_norm(reduced: Reduced, norm: Norm, config: FusionConfig) -> str | None:

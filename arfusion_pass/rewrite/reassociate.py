@@ -94,12 +94,16 @@ class Moves:
         return [merged for merged in self.merged if merged.into is node]
 
 
+SWEEPS = 64
+"""Each takes one step of every all-reduce, and goes through the whole graph: models have one to three steps. A chain of
+2,000 addends would take minutes; what is left of it stays, and stays right."""
+
+
 def reassociate(graph: fx.Graph, config: FusionConfig) -> Moves:
     """Move every step that hinders an all-reduce of ``graph`` (:class:`arfusion_pass.rewrite.hindrances.Hindrance`) and
     can be moved, and then what stood behind it. A graph without such a step is not touched."""
     moves = Moves()
-    moved = True
-    while moved:
+    for _ in range(SWEEPS):
         changed: set[fx.Node] = set()
         sites = find_sites(graph, config)
         mover = _Mover(graph, open_reductions(sites), moves)
@@ -107,7 +111,8 @@ def reassociate(graph: fx.Graph, config: FusionConfig) -> Moves:
             # What was found of a site is stale where an earlier move of this sweep changed it: the next one sees it.
             if changed.isdisjoint(named := _named(site)) and mover.move(site):
                 changed |= named | mover.gone
-        moved = bool(changed)
+        if not changed:
+            break
     return moves
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import fx
 
 import arfusion_pass as arf
+from arfusion_pass.dialects import DIALECTS
 from arfusion_pass.rewrite import commit
 from arfusion_pass.rewrite.buffers import Buffer
 from tests.models import Tensor, llama, reduce, weightless
@@ -385,3 +386,19 @@ def test_different_group_sizes() -> None:
     name = alone.group_name
     module = trace(lambda x, w: llama(reduce(x, name), w, EPS), *tensors(X, W))
     assert "one rank" in check_unchanged(module).missed[0].reason
+
+
+def test_a_long_chain_of_views_is_gone_through_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not from each of its links: 4,000 views took minutes. The dialects are asked about what computes alone."""
+    asked: list[torch.fx.Node] = []
+    norms = DIALECTS[0].norms
+    monkeypatch.setattr(DIALECTS[0], "norms", lambda value: (asked.append(value), norms(value))[1])
+
+    def model(x: Tensor, w: Tensor) -> Tensor:
+        y = reduce(x)
+        for _ in range(20):
+            y = y.view(-1).view(4, 32)
+        return llama(y, w, 1e-6)
+
+    check_fused(trace(model, *tensors((4, 32), (32,))), 1)
+    assert len(asked) == 1

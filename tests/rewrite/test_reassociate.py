@@ -475,6 +475,24 @@ def test_write_between_two_merged() -> None:
         torch.testing.assert_close(got, wanted)
 
 
+def test_a_chain_of_more_addends_than_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left of it hinders the site; the graph computes what it did, and compiling ends."""
+    monkeypatch.setattr("arfusion_pass.rewrite.reassociate.SWEEPS", 2)
+
+    def model(x: Tensor, w: Tensor, *addends: Tensor) -> Tensor:
+        y = reduce(x)
+        for addend in addends:
+            y = y + addend
+        return norm(y, w)
+
+    shapes = [(4, HIDDEN), (HIDDEN,), *[(4, HIDDEN)] * 5]
+    module = trace(model, *tensors(*shapes, dtype=torch.float32))
+    fused, report = fused_copy(module, MOVING)
+    assert (report.note, report.matched_count) == (None, 0)
+    for wanted, got in zip(run(module, inputs := random_inputs(module)), run(fused, inputs), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
 @pytest.mark.parametrize("config", [STRICT, MOVING], ids=["left", "moved"])
 def test_chain_of_many_steps(config: Any) -> None:
     """1,200 factors in a row are no recursion too deep."""
