@@ -10,6 +10,8 @@ import pytest
 from tests.simulate import fake_world
 
 pytest_plugins = ["arfusion_pass.testing.plugin"]
+for size in ("COLUMNS", "LINES"):  # pytest-xdist gives its workers a terminal's; tables have a width of their own
+    os.environ.pop(size, None)
 ENVIRONMENT = dict(os.environ)
 
 

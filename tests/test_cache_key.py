@@ -127,11 +127,15 @@ def test_every_rewriting_source_counts(tmp_path: pathlib.Path, monkeypatch: pyte
 
 def test_each_folder_is_on_the_right_side() -> None:
     """The key covers what the pass imports, and nothing that it does not, but for what only tells (the report and where
-    it goes) and the ways in (which choose its config)."""
+    it goes, with what that imports) and the ways in (which choose its config)."""
     imports = grimp.build_graph("arfusion_pass", cache_dir=None)
+    tells = {"provenance", "publishing", "reporting"}
+    for name in imports.modules:
+        if name.split(".")[1:2] and name.split(".")[1] in tells:
+            imports.remove_module(name)
     read = {name.split(".")[1] for name in imports.find_upstream_modules("arfusion_pass.fusion_pass") if "." in name}
     outside = {name.removesuffix(".py") for name in cache_key.OUTSIDE_THE_REWRITE}
-    assert read & outside == {"provenance", "publishing", "reporting"}
+    assert not read & outside
     parts = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
     assert parts - outside - read == {"__init__", "engines", "fusion_pass", "install"}
 

@@ -376,7 +376,13 @@ def test_an_interrupt_starts_no_further_compiler(fake):
         """
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(build_module.__file__).parents[2]), "MAX_JOBS": "2"}
-    process = subprocess.Popen([sys.executable, "-c", script], env=environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     deadline = time.monotonic() + 300
     while len(fake.calls) < 2 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
