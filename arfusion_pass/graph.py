@@ -13,7 +13,7 @@ from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from arfusion_pass.source import line_of
+from arfusion_pass.source import Source, line_of
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -456,6 +456,10 @@ def is_written(node: fx.Node) -> bool:
     return False
 
 
+_FARTHEST_READER = 4
+"""Nodes between an input and a line that is said of it: a cast, an add and a view have none of their own."""
+
+
 def describe(node: fx.Node) -> str:
     """A node for a reason's sentence: ``model.py:10 "return y + self.bias" (aten.add.Tensor)``, or ``name (target)``
     where nobody recorded its line. An input of the graph is known by the line that reads it."""
@@ -463,9 +467,20 @@ def describe(node: fx.Node) -> str:
         return "the graph's output"
     source = line_of(node)
     if source is None and node.op == "placeholder":
-        reader = next(filter(None, map(line_of, node.users)), None)
+        reader = _nearest_line(node)
         return f"{node.name} ({node.target})" if reader is None else f"the input read by {reader}"
     return f"{node.name if source is None else source} ({node.target})"
+
+
+def _nearest_line(node: fx.Node) -> Source | None:
+    """The user's line of the nearest reader that has one: a cast that a compiler put in has none."""
+    readers, seen = [node], {node}
+    for _ in range(_FARTHEST_READER):
+        readers = [user for reader in readers for user in reader.users if user not in seen]
+        seen.update(readers)
+        if (line := next(filter(None, map(line_of, readers)), None)) is not None:
+            return line
+    return None
 
 
 def constant(node: Any, finite: bool = True, operation: fx.Node | None = None) -> float | None:

@@ -77,3 +77,14 @@ def test_the_module_is_the_innermost_ones_path(path: str, module: str | None) ->
     stack = {"1": ("L['self']", torch.nn.Module), "2": (path, torch.nn.Linear)}
     assert module_of(node(nn_module_stack=stack)) == module
     assert module_of(node()) is None
+
+
+def test_an_input_is_known_by_the_nearest_line_that_reads_it() -> None:
+    """Behind a cast without a line, so that the inputs of all layers read alike; by its name where no line is near."""
+    graph = fx.Graph()
+    epsilon = graph.placeholder("arg3_1")
+    cast = graph.call_function(torch.ops.prims.convert_element_type.default, (epsilon, torch.float32))
+    total = graph.call_function(torch.ops.aten.add.Tensor, (cast, 1))
+    assert describe(epsilon) == "arg3_1 (arg3_1)"
+    total.meta["stack_trace"] = TRACE
+    assert describe(epsilon) == 'the input read by model.py:10 "dist.all_reduce(y)"'

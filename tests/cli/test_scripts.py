@@ -84,6 +84,7 @@ def test_dynamic_says_how_to_mark_a_dimension() -> None:
     _, graphs = explain("dynamic")
     assert sites(graphs)
     assert all("mark_dynamic" in site["reason"] for site in sites(graphs))
+    assert len({site["reason"] for site in sites(graphs)}) == 1, "the line that reads it: layers share a row"
 
 
 def test_an_async_all_reduce_ends_the_graph_and_the_line_is_named() -> None:

@@ -52,7 +52,7 @@ def epsilon_reason(node: Any) -> str:
             "torch.compile(dynamic=True) makes it; mark the token dimension dynamic with torch._dynamo.mark_dynamic "
             "instead, so that epsilon stays a number"
         )
-    return f"epsilon is the value of the tensor {describe(source)}; the fused op takes a number: make it a Python float"
+    return f"epsilon is the value of a tensor, {describe(source)}; the fused op takes a number"
 
 
 @dataclasses.dataclass(frozen=True)
