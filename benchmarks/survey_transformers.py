@@ -124,11 +124,12 @@ def run_all(types: list[str], results: Path, seconds: float) -> None:
 
 def reason_kind(reason: str) -> str:
     """A reason in a few words."""
-    if "stands between" in reason:
-        return f"{re.sub(r'.*?[(](?:[a-z_]+[.])?(.+?)([.][a-z_]+)?[)] stands.*', lambda m: m[1], reason)[:24]} in front"
+    step = re.search(r"[(]\w+[.](\w+)[.\w]*[)] stands between", reason)
+    if step is not None:
+        return f"{step[1]} in front"
     kinds = {"is fused with": "sum of two, one fused", "throughout": "norm in 16 bits", "one head": "norm of heads"}
     kinds |= {"rounds the sum": "sum rounded", "no RMSNorm": "no RMSNorm follows", "epsilon is": "epsilon no number"}
-    kinds |= {"nobody reads": "not read"}
+    kinds |= {"nobody reads": "not read", "LayerNorm": "LayerNorm", "known RMSNorm": "another norm"}
     return next((kind for words, kind in kinds.items() if words in reason), reason[:60])
 
 

@@ -102,3 +102,9 @@ def test_every_site_is_exact(name: str, outcomes: dict[str, dict[str, Any]]) -> 
 def test_whole_model_is_as_accurate(name: str, outcomes: dict[str, dict[str, Any]]) -> None:
     """Against an fp32 model, the fused model's error is at most 1.1 times the unfused model's."""
     assert outcomes[name]["error_fused"] <= 1.1 * outcomes[name]["error_unfused"]
+
+
+def test_small_text_model() -> None:
+    """A model for several kinds of input is made small as its text model, which its causal class takes."""
+    config = small_config("llama4")
+    assert (config.model_type, config.hidden_size, config.num_hidden_layers) == ("llama4_text", 128, LAYERS)
