@@ -60,7 +60,7 @@ def test_metadata(wheel: zipfile.ZipFile) -> None:
     assert metadata["Version"] == arfusion_pass.__version__
     assert metadata["License-Expression"] == "Apache-2.0"
     required = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
-    assert {line.split(">")[0] for line in required} == {"click", "depyf", "jinja2", "rich", "torch"}
+    assert {line.split(">")[0] for line in required} == {"click", "depyf", "jinja2", "platformdirs", "rich", "torch"}
     assert "torch>=2.11" in required, "no upper bound"
     assert set(metadata.get_all("Provides-Extra", [])) == {"bench", "docs", "flashinfer", "hf", "test"}
     assert any(item.endswith("licenses/LICENSE") for item in wheel.namelist())

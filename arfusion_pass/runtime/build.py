@@ -40,6 +40,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+import platformdirs
 import torch
 
 from arfusion_pass.runtime import files, prebuilt
@@ -105,10 +106,8 @@ def cache_dir() -> Path:
     """The folder of built libraries and tuned thresholds (``ARFUSION_CACHE_DIR``, or the user's cache folder)."""
     if explicit := os.environ.get("ARFUSION_CACHE_DIR"):
         return _path("ARFUSION_CACHE_DIR", explicit)
-    if os.path.isabs(base := os.environ.get("XDG_CACHE_HOME", "")):  # a relative one is invalid, says its specification
-        return Path(base) / "arfusion"
     try:
-        return Path.home() / ".cache" / "arfusion"
+        return platformdirs.user_cache_path("arfusion").expanduser()
     except RuntimeError:  # no home folder: a container run under an unknown user id
         return Path(tempfile.gettempdir()) / f"arfusion-{os.getuid()}"
 
