@@ -185,8 +185,11 @@ def _store(key: str, reports: list[FusionReport]) -> None:
     path = _path(key)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps([report.to_dict() for report in reports]))
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(json.dumps([report.to_dict() for report in reports]))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # on a full disk
 
 
 def _load(key: str) -> list[FusionReport]:

@@ -149,6 +149,18 @@ def test_the_end_of_a_compilation_is_seen_after_a_reset() -> None:
     assert compilation._at_end[publishing.settle] in torch._dynamo.callback.callback_handler.end_callbacks
 
 
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, text: str) -> None:
+        path.touch()
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(publishing, "_path", lambda key: tmp_path / f"{key}.json")
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space"):
+        publishing._store("key", [FusionReport()])
+    assert not list(tmp_path.iterdir())
+
+
 def test_outside_of_dynamo_nothing_waits_and_nothing_is_stored() -> None:
     publishing.expect("key", lambda report: None)
     assert not publishing._compilations
