@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -106,7 +107,9 @@ def test_a_growing_dumps_pages_are_finished_when_its_process_ends(tmp_path: Path
         "    process = multiprocessing.get_context('fork').Process(target=child, args=(folder / 'b',))\n"
         "    process.start()\n    process.join()\n"
     )
-    done = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, check=False)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}  # the tests are not installed
+    command = [sys.executable, str(script), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     for name in ("a", "b"):
         assert "6 of 6 sites fused" in (tmp_path / name / "report.txt").read_text()
