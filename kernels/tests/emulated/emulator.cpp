@@ -19,7 +19,6 @@
 #include <deque>
 #include <map>
 #include <random>
-#include <stdexcept>
 #include <string>
 #include <sys/mman.h>
 #include <ucontext.h>
@@ -33,9 +32,8 @@ constexpr int kWarp = 32;
 
 std::mt19937_64 rng{1};
 uint32_t draw(uint32_t below) { return static_cast<uint32_t>(rng() % below); }
-int multiprocessors = 64;
+constexpr int kMultiprocessors = 64;
 uint64_t now_ns = 1000000000;
-uint64_t switches = 0;
 
 [[noreturn]] void die(const std::string& why) {
   fprintf(stderr, "emulated GPU: %s\n", why.c_str());
@@ -50,7 +48,7 @@ struct Fiber : Thread {
   Cta* cta;
   jmp_buf context;
   void* stack = nullptr;
-  bool started = false, blocked = false, ended = false;
+  bool started = false, blocked = false, at_barrier = false, ended = false;
   uint32_t result = 0; /* of a meeting of its warp */
   std::vector<std::pair<void*, const void*>> fetches;
 };
@@ -148,7 +146,6 @@ void body() {
 
 void run(Fiber& f) {
   current = &f;
-  ++switches;
   if (_setjmp(scheduler)) {
     current = nullptr;
     return;
@@ -176,7 +173,7 @@ void run(Fiber& f) {
 void release_barrier(Cta& cta) {
   cta.at_barrier = 0;
   for (Fiber& f : cta.fibers) {
-    if (f.blocked && f.result == ~0u - 1) f.blocked = false, f.result = 0;
+    if (f.at_barrier) f.blocked = f.at_barrier = false;
   }
 }
 
@@ -184,7 +181,7 @@ void sync_threads() {
   Fiber& self = fiber();
   Cta& cta = *self.cta;
   if (++cta.at_barrier == cta.live) return release_barrier(cta);
-  self.result = ~0u - 1; /* waits at the barrier */
+  self.at_barrier = true;
   block();
 }
 
@@ -490,7 +487,7 @@ bool step() {
       continue;
     }
     if (draw(50) == 0) s->patience = draw(200);
-    int room = multiprocessors;
+    int room = kMultiprocessors;
     for (const auto& l : s->launches) room -= static_cast<int>(l->running.size());
     for (size_t i = 0; i < s->launches.size() && i < 2; ++i) {
       Launch& l = *s->launches[i];
@@ -540,7 +537,7 @@ cudaError_t cudaDeviceSynchronize() {
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? multiprocessors : 9;
+  *value = attribute == cudaDevAttrMultiProcessorCount ? kMultiprocessors : 9;
   return cudaSuccess;
 }
 
@@ -571,6 +568,4 @@ __attribute__((visibility("default"))) void arf_call_failed(const char*, int) {}
 __attribute__((visibility("default"))) void emulated_defer(int on) { deferred = on; }
 __attribute__((visibility("default"))) void emulated_synchronize() { cudaDeviceSynchronize(); }
 __attribute__((visibility("default"))) void emulated_seed(uint64_t seed) { rng.seed(seed); }
-__attribute__((visibility("default"))) void emulated_multiprocessors(int count) { multiprocessors = count; }
-__attribute__((visibility("default"))) uint64_t emulated_switches() { return switches; }
 }
