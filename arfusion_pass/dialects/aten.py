@@ -132,18 +132,9 @@ def _weighted(
     nodes: tuple[fx.Node, ...],
 ) -> Norm:
     """The norm whose weight was multiplied in fp32 before ``norm``, with the last cast."""
-    last = only_user(norm)
-    if last is not None and is_cast(last, dtype) and not widens(last):
+    if (last := _rounded(norm, dtype)) is not None:
         norm, nodes = last, (*nodes, last)
-    return Norm(
-        operand=start,
-        norm=norm,
-        epsilon=inverse.epsilon,
-        epsilon_at=inverse.plus,
-        nodes=nodes,
-        weight=weight.node,
-        weight_bias=weight.bias,
-    )
+    return _norm(start, norm, inverse, nodes, weight, Flags.NONE)
 
 
 def _with_weight(
@@ -153,11 +144,10 @@ def _with_weight(
     hidden = last_dim(y)
     norm, flags, weight = y, Flags.NONE, None
 
-    user = only_user(y)
-    if user is not None and is_cast(user, dtype) and not widens(user):
-        norm, nodes = user, (*nodes, user)
+    if (low := _rounded(y, dtype)) is not None:
+        norm, nodes = low, (*nodes, low)
         flags = Flags.ROUND_BEFORE_WEIGHT
-        user = only_user(norm)
+    user = only_user(norm)
     if is_call(user, aten.mul.Tensor) and same_shape(user, norm):  # a weight of more dimensions would enlarge it
         weight = weight_of(other_operand(user, norm), hidden, dtype)  # type: ignore[arg-type]
     if weight is None:
@@ -165,12 +155,24 @@ def _with_weight(
     else:
         assert user is not None
         norm, nodes = user, (*nodes, user)
-        last = only_user(norm)
-        if last is not None and dtype_of(norm) == torch.float32 and is_cast(last, dtype) and not widens(last):
+        last = _rounded(norm, dtype) if dtype_of(norm) == torch.float32 else None
+        if last is not None:
             norm, nodes = last, (*nodes, last)
         elif flags and dtype != torch.float32 == dtype_of(norm) and weight.bias == 0.0 and weight.wide is not None:
             # A weight in the tensor's dtype means a product in it; this product is fp32 because the weight was widened.
             weight = dataclasses.replace(weight, node=weight.wide)
+    return _norm(start, norm, inverse, nodes, weight, flags)
+
+
+def _rounded(value: fx.Node, dtype: torch.dtype | None) -> fx.Node | None:
+    """The cast of ``value`` to ``dtype`` that alone reads it, where it may round."""
+    user = only_user(value)
+    return user if user is not None and is_cast(user, dtype) and not widens(user) else None
+
+
+def _norm(
+    start: fx.Node, norm: fx.Node, inverse: Inverse, nodes: tuple[fx.Node, ...], weight: Weight | None, flags: Flags
+) -> Norm:
     return Norm(
         operand=start,
         norm=norm,

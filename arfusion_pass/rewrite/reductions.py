@@ -48,15 +48,7 @@ def in_its_own_dtype(reduced: Reduced) -> Reduced:
                     return reduced
     if not casts or not all(same_shape(min(casts), cast) for cast in casts):
         return reduced
-    value, *others = sorted(casts)
-    nodes = dict.fromkeys(node for cast, views in casts.items() for node in (*views, cast))
-    return dataclasses.replace(
-        reduced,
-        value=value,
-        x=wide.args[0],  # type: ignore[arg-type]
-        nodes=(*reduced.nodes, *nodes),
-        aliases=tuple(others),
-    )
+    return _read_behind(reduced, wide.args[0], casts)
 
 
 def in_its_own_order(reduced: Reduced) -> Reduced:
@@ -79,15 +71,14 @@ def in_its_own_order(reduced: Reduced) -> Reduced:
                     return reduced
     if not back:
         return reduced
-    value, *others = sorted(back)
-    nodes = dict.fromkeys(node for last, views in back.items() for node in (*views, last))
-    return dataclasses.replace(
-        reduced,
-        value=value,
-        x=moved.args[0],  # type: ignore[arg-type]
-        nodes=(*reduced.nodes, *nodes),
-        aliases=tuple(others),
-    )
+    return _read_behind(reduced, moved.args[0], back)
+
+
+def _read_behind(reduced: Reduced, x: Any, values: dict[fx.Node, tuple[fx.Node, ...]]) -> Reduced:
+    """``reduced`` as an all-reduce of ``x`` whose sum are ``values``, each with the views that lead to it."""
+    value, *others = sorted(values)
+    nodes = dict.fromkeys(node for last, views in values.items() for node in (*views, last))
+    return dataclasses.replace(reduced, value=value, x=x, nodes=(*reduced.nodes, *nodes), aliases=tuple(others))
 
 
 def _without_copies(node: fx.Node) -> fx.Node:
