@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from arfusion_pass.runtime import c_api
+from arfusion_pass.runtime import c_api, fallback
 
 EMULATED = not torch.cuda.is_available()
 DEVICE = torch.device("cpu") if EMULATED else torch.device("cuda", 0)
@@ -17,6 +17,7 @@ def load(path: str | Path) -> ctypes.CDLL:
     """The library at ``path``; one with torch's binding registers its ops."""
     if not EMULATED:
         torch.ops.load_library(str(path))
+        fallback.register()  # the first call of each kind is checked there
     library = c_api.open_library(Path(path))
     if EMULATED:  # as this torch's own cast does, which the reference uses
         saturates = not bool(torch.tensor(1e4).to(torch.float8_e4m3fn).float().isnan())
