@@ -1,5 +1,5 @@
 """What becomes of a report: it is kept for ``arf.reports()``, logged, put into torch's trace, written to a folder, and
-stored beside Inductor's cache, where a warm start finds it.
+stored beside Inductor's cache, where a warm start finds it (vLLM's: :mod:`arfusion_pass.engines.vllm_reports`).
 
 Nothing here may stop a compilation: what fails is left out.
 
@@ -13,13 +13,15 @@ Nothing here may stop a compilation: what fails is left out.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import importlib
 import json
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +55,7 @@ def dumping() -> bool:
 
 def log_line(report: FusionReport) -> str:
     """One line on one graph: ``64 of 65 sites fused in graph 3 (0.4 s); 1 missed: ...``."""
-    took = "cached" if report.cached else f"{report.seconds:.1f} s"
+    took = "cached" if report.cached else "shared" if report.shared else f"{report.seconds:.1f} s"
     line = f"{report.matched_count} of {len(report.sites)} sites fused in graph {report.graph} ({took})"
     missed = report.missed
     if missed:
@@ -142,11 +144,24 @@ def expect(pass_key: Any, receive: Callable[[FusionReport], None]) -> None:
     """A cache asks for a pass's key: unless the pass is called, ``receive`` gets the reports stored for this graph."""
     on_compile_end(settle)
     name = compile_id()
-    if name is None or name in _compilations:
+    if name is None or name in _compilations or _elsewhere.get():
         return
     key = graph_key(pass_key)
     if key is not None:
         _compilations[name] = _Waiting(key, receive)
+
+
+_elsewhere: contextvars.ContextVar[bool] = contextvars.ContextVar("arfusion_reports_elsewhere", default=False)
+
+
+@contextlib.contextmanager
+def kept_elsewhere() -> Iterator[None]:
+    """Inside, nothing is kept beside Inductor's cache: an engine with a cache of its own keeps the reports there."""
+    token = _elsewhere.set(True)
+    try:
+        yield
+    finally:
+        _elsewhere.reset(token)
 
 
 def called(report: FusionReport) -> None:
@@ -154,7 +169,7 @@ def called(report: FusionReport) -> None:
     waiting = _compilations.get(compile_id() or "")
     if waiting is not None:
         waiting.reports.append(report)
-        known(lambda: _store(waiting.key, waiting.reports))
+        known(lambda: store(_path(waiting.key), waiting.reports))
 
 
 def settle() -> None:
@@ -163,10 +178,17 @@ def settle() -> None:
     _compilations.clear()
     for waiting in ended:
         if not waiting.reports:
-            for report in known(lambda waiting=waiting: _load(waiting.key)) or ():  # type: ignore[misc]
-                report = dataclasses.replace(report, cached=True, rank=rank(), graph=len(all_reports))
+            for report in recall(known(lambda waiting=waiting: load(_path(waiting.key))) or ()):  # type: ignore[misc]
                 waiting.receive(report)
-                publish(report)
+
+
+def recall(stored: Iterable[FusionReport]) -> list[FusionReport]:
+    """Publish what was stored by an earlier process, as reports of this one; gives them."""
+    told = []
+    for report in stored:
+        told.append(dataclasses.replace(report, cached=True, rank=rank(), graph=len(all_reports)))
+        publish(told[-1])
+    return told
 
 
 def settle_ended() -> None:
@@ -181,8 +203,12 @@ def _path(key: str) -> Path:
     return Path(cache_dir()) / "arfusion" / f"{key}.json"
 
 
-def _store(key: str, reports: list[FusionReport]) -> None:
-    path = _path(key)
+def store(path: Path, reports: list[FusionReport]) -> None:
+    """Write reports for a later process, whole or not at all.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -192,8 +218,12 @@ def _store(key: str, reports: list[FusionReport]) -> None:
         temporary.unlink(missing_ok=True)  # on a full disk
 
 
-def _load(key: str) -> list[FusionReport]:
-    path = _path(key)
+def load(path: Path) -> list[FusionReport]:
+    """What :func:`store` wrote; of a file that is not there, nothing.
+
+    Raises:
+        ValueError: the file is no report, or a later version's.
+    """
     return [FusionReport.from_dict(data) for data in json.loads(path.read_text())] if path.is_file() else []
 
 

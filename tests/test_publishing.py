@@ -154,10 +154,9 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.M
         path.touch()
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(publishing, "_path", lambda key: tmp_path / f"{key}.json")
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(OSError, match="No space"):
-        publishing._store("key", [FusionReport()])
+        publishing.store(tmp_path / "key.json", [FusionReport()])
     assert not list(tmp_path.iterdir())
 
 

@@ -7,7 +7,9 @@ Entry point ``arfusion`` of the group ``vllm.general_plugins``, called in every 
   lowers its IR;
 * ``VllmConfig.compute_hash``, the one key of all of vLLM's caches: compiled graphs, AOT and "mega" artefacts, memory
   plans. vLLM loads them by that key and a graph's index, without asking its passes. With our key in it a run with the
-  plug-in, one without it and one of another version never see each other's.
+  plug-in, one without it and one of another version never see each other's;
+* what compiles, writes and loads graphs, so that a start from these caches reports what was fused in them
+  (:mod:`arfusion_pass.engines.vllm_reports`);
 
 and tells :mod:`arfusion_pass.groups` where vLLM keeps its groups: a graph from a cache may be the first to need one.
 
@@ -32,6 +34,7 @@ from torch import fx
 
 from arfusion_pass import cache_key, groups
 from arfusion_pass.config import FusionConfig, switch
+from arfusion_pass.engines import vllm_reports
 from arfusion_pass.engines.groups import coordinators
 from arfusion_pass.fusion_pass import AllReduceFusionPass
 from arfusion_pass.publishing import speak_through
@@ -47,6 +50,8 @@ def register() -> None:
     """Let every pass manager that vLLM makes from now on run our pass. Calling it again changes nothing."""
     if not switch("ARFUSION_VLLM", True):
         return
+    from vllm.compilation.backends import CompilerManager
+    from vllm.compilation.caching import VllmSerializableFunction
     from vllm.compilation.passes.pass_manager import PostGradPassManager
     from vllm.config import VllmConfig
 
@@ -69,6 +74,8 @@ def register() -> None:
     configure_with_arfusion.arfusion = True  # type: ignore[attr-defined]
     PostGradPassManager.configure = configure_with_arfusion
     VllmConfig.compute_hash = compute_hash_with_arfusion
+    vllm_reports.keep_beside_graphs(CompilerManager)
+    vllm_reports.keep_in_artefact(VllmSerializableFunction)
 
 
 def install(manager: Any, config: FusionConfig | None = None) -> AllReduceFusionPass:

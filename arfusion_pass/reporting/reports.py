@@ -26,6 +26,8 @@ class FusionReport:
         graph_break: the line at which Dynamo ended the graph before its function ended, and why; None where it did not.
         rank: of the process in the default group; None where there is no group.
         cached: whether the graph came from a compile cache and this is the report that was stored with it.
+        shared: whether an engine gave this graph the code of an equal one before it, whose report this is but for the
+            modules: the pass was called once for both.
         before, after: the graph as printed before and after; filled only where recording is on
             (:func:`arfusion_pass.inspection.recording`).
         before_code, after_code: the same as Python, with the user's lines as comments.
@@ -38,6 +40,7 @@ class FusionReport:
     compile_id: str | None = None
     rank: int | None = None
     cached: bool = False
+    shared: bool = False
     graph_break: str | None = None
     before: str | None = dataclasses.field(default=None, repr=False)
     after: str | None = dataclasses.field(default=None, repr=False)
@@ -67,6 +70,7 @@ class FusionReport:
             "compile_id": self.compile_id,
             "rank": self.rank,
             "cached": self.cached,
+            "shared": self.shared,
             "graph_break": self.graph_break,
             "matched_count": self.matched_count,
             "seconds": self.seconds,

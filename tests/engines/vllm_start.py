@@ -92,8 +92,10 @@ def start(rank: int, world: int) -> dict[str, Any]:
         import arfusion_pass as arf
         from arfusion_pass.ops import reference
 
-        outcome["fused"] = arf.reports().matched_count
-        outcome["missed"] = [site.reason for site in arf.reports().missed]
+        reports = arf.reports()
+        outcome["fused"] = reports.matched_count
+        outcome["missed"] = [site.reason for site in reports.missed]
+        outcome["reports"] = [report.to_dict() for report in reports]
         calls = []
         original = reference.ordered_all_reduce
         reference.ordered_all_reduce = lambda *args: calls.append(1) or original(*args)  # type: ignore[func-returns-value]
@@ -125,30 +127,37 @@ def _stub_the_gpu() -> None:
 def _toy(quantised: bool) -> type:
     from vllm import ir
 
-    class Toy(torch.nn.Module):
-        """Layers of ``attention -> all-reduce -> add + norm -> matmul``, called as vLLM's models call them."""
+    class Layer(torch.nn.Module):
+        """``attention -> all-reduce -> add + norm -> matmul``, called as vLLM's models call them."""
 
-        def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        def __init__(self) -> None:
             super().__init__()
-            torch.manual_seed(torch.distributed.get_rank())  # each rank's shard
-            self.weights = torch.nn.ParameterList(
-                [(torch.randn(HIDDEN, HIDDEN) / 8).bfloat16() for _ in range(LAYERS)]
-            ).requires_grad_(False)
+            self.weight = torch.nn.Parameter((torch.randn(HIDDEN, HIDDEN) / 8).bfloat16(), requires_grad=False)
             shared = torch.rand(HIDDEN, generator=torch.Generator().manual_seed(0))
             self.norm = torch.nn.Parameter((1 + shared).bfloat16(), requires_grad=False)
 
+        def forward(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            attended = torch.empty_like(x)
+            torch.ops.toy.attention(x, attended)
+            reduced = torch.ops.vllm.all_reduce(attended @ self.weight, group_name="tp:0")
+            x, residual = ir.ops.fused_add_rms_norm(reduced, residual, self.norm, 1e-6)
+            if quantised:
+                codes = torch.empty_like(x, dtype=torch.float8_e4m3fn)
+                scales = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
+                torch.ops._C.dynamic_per_token_scaled_fp8_quant(codes, x, scales, None)
+                x = torch.ops.toy.scaled_mm(codes, scales, self.weight)
+            return x, residual
+
+    class Toy(torch.nn.Module):
+        def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+            super().__init__()
+            torch.manual_seed(torch.distributed.get_rank())  # each rank's shard
+            self.layers = torch.nn.ModuleList(Layer() for _ in range(LAYERS))
+
         def forward(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
             residual = x + positions.unsqueeze(-1).to(x.dtype) * 0.0
-            for weight in self.weights:
-                attended = torch.empty_like(x)
-                torch.ops.toy.attention(x, attended)
-                reduced = torch.ops.vllm.all_reduce(attended @ weight, group_name="tp:0")
-                x, residual = ir.ops.fused_add_rms_norm(reduced, residual, self.norm, 1e-6)
-                if quantised:
-                    codes = torch.empty_like(x, dtype=torch.float8_e4m3fn)
-                    scales = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
-                    torch.ops._C.dynamic_per_token_scaled_fp8_quant(codes, x, scales, None)
-                    x = torch.ops.toy.scaled_mm(codes, scales, weight)
+            for layer in self.layers:
+                x, residual = layer(x, residual)
             return x + residual
 
     return Toy
