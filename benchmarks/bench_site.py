@@ -241,8 +241,9 @@ def time_cell(arguments, timer, chain, made: list, tokens: int, device, notes: l
             isolated[contender.name] = min(timer.microseconds(alone, count, 7, timed.reset) for _ in range(2))
     for library in libraries.values():
         library.control[-STAMP_BYTES:].zero_()
-    timer.alternating(graphs, 1)
-    times = [timer.alternating(graphs, arguments.replays) for _ in range(arguments.repetitions)]
+    plays = {name: graph.replay for name, graph in graphs.items()}
+    timer.alternating(plays, 1)
+    times = [timer.alternating(plays, arguments.replays) for _ in range(arguments.repetitions)]
     adds = {
         name: sorted((row[name] - row[GEMMS_ALONE]) / chain.sites for row in times)
         for name in graphs

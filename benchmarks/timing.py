@@ -8,10 +8,13 @@ stand in the time of the first call. But for that wait the same method measured 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
+
+Play = Callable[[], object]
+"""Puts work on the current stream: a graph's ``replay``, or calls that no graph holds."""
 
 LAUNCH_CYCLES = 600_000
 """Of the GPU's clock, some 300 µs: longer than the launch of a graph of 200 calls takes the host."""
@@ -38,6 +41,12 @@ class Timer:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._cpu_group)
         return float(tensor.item())
 
+    def mean(self, value: float) -> float:
+        """Mean of the ranks' values."""
+        tensor = torch.tensor([value], dtype=torch.float64)
+        dist.all_reduce(tensor, group=self._cpu_group)
+        return float(tensor.item()) / dist.get_world_size(self._cpu_group)
+
     def capture(self, call: Callable[[], object], iterations: int, warm: bool) -> torch.cuda.CUDAGraph:
         """``iterations`` calls as one graph, after ``warm`` eager ones."""
         if warm:
@@ -59,19 +68,30 @@ class Timer:
         self, graph: torch.cuda.CUDAGraph, iterations: int, replays: int, reset: Callable[[], object] | None = None
     ) -> float:
         """Time of one call in the graph: median over ``replays`` (two more warm up), maximum over ranks."""
-        times = [self._replay(graph, reset) / iterations for _ in range(replays + 2)]
+        times = [self._once(graph.replay, reset) / iterations for _ in range(replays + 2)]
         return self.maximum(statistics.median(times[2:]))
 
-    def alternating(self, graphs: dict[str, torch.cuda.CUDAGraph], replays: int) -> dict[str, float]:
-        """µs of whole graphs, each replayed once, in turn, ``replays`` times: median, then maximum over ranks."""
-        times: dict[str, list[float]] = {name: [] for name in graphs}
-        for _ in range(replays):
-            for name, graph in graphs.items():
-                times[name].append(self._replay(graph))
-        return {name: self.maximum(statistics.median(values)) for name, values in times.items()}
+    def alternating(self, plays: Mapping[str, Play], times: int, reset: Play | None = None) -> dict[str, float]:
+        """µs of each play, once each, in turn, so many ``times``: median, then maximum over ranks."""
+        found: dict[str, list[float]] = {name: [] for name in plays}
+        for _ in range(times):
+            for name, play in plays.items():
+                found[name].append(self._once(play, reset))
+        return {name: self.maximum(statistics.median(values)) for name, values in found.items()}
 
-    def _replay(self, graph: torch.cuda.CUDAGraph, reset: Callable[[], None] | None = None) -> float:
-        """µs of one replay on this rank, behind a barrier and a pause in which the host launches it."""
+    def launch(self, play: Play, reset: Play | None = None) -> None:
+        """One play, untimed, that starts on all ranks at about one time: behind a barrier and that pause."""
+        with torch.cuda.stream(self.stream):
+            if reset is not None:
+                reset()
+            torch.cuda.synchronize()
+            dist.barrier(group=self._cpu_group)
+            torch.cuda._sleep(LAUNCH_CYCLES)
+            play()
+        torch.cuda.synchronize()
+
+    def _once(self, play: Play, reset: Play | None = None) -> float:
+        """µs of one play on this rank, behind a barrier and a pause in which the host launches it."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         with torch.cuda.stream(self.stream):
             if reset is not None:
@@ -81,7 +101,7 @@ class Timer:
             dist.all_reduce(self._tiny)
             torch.cuda._sleep(LAUNCH_CYCLES)
             start.record()
-            graph.replay()
+            play()
             end.record()
         torch.cuda.synchronize()
         return start.elapsed_time(end) * 1e3

@@ -39,6 +39,19 @@ def test_model_benchmark(tmp_path: Path) -> None:
     assert measured["from eager"] < 0.05
 
 
+def test_model_benchmark_of_a_prefill_in_fp8(tmp_path: Path) -> None:
+    """A whole prompt through FP8 linear layers: all 2n + 1 sites fuse, the 2n in front of FP8 layers with their
+    quantiser, each exact."""
+    pytest.importorskip("transformers")
+    small = ["--layers", "1", "--hidden", "128", "--prefill", "24", "--linear", "fp8", "--check"]
+    on_two_ranks("-m", "benchmarks.bench_model", *small, "--out", str(tmp_path / "model.json"))
+    measured = json.loads((tmp_path / "model.json").read_text())["prefill"]["24"]
+    for name in ("with the pass, replicated", "with the pass, sharded"):
+        found = measured[name]
+        assert (found["fused"], found["missed"], found["quantised"], found["exact"]) == (3, 0, 2, 3)
+    assert measured["with the pass, sharded"]["the replicated's bits"]
+
+
 def on_two_ranks(*command: str) -> str:
     """What a script or module prints under torchrun."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
