@@ -50,6 +50,18 @@ _PARTS: frozenset[Any] = frozenset(
 )
 """Ops that may leave elements out, repeat them or move them, and often do not."""
 
+_SPLITS: frozenset[Any] = frozenset(
+    {
+        aten.split.Tensor,
+        aten.split_with_sizes.default,
+        aten.chunk.default,
+        aten.tensor_split.sections,
+        aten.tensor_split.indices,
+        aten.unbind.int,
+    }
+)
+"""Ops that give a list of parts: a list of one has all elements."""
+
 CASTS: frozenset[Any] = frozenset(
     {prims.convert_element_type.default, aten._to_copy.default, aten.to.dtype, aten.type_as.default}
 )
@@ -64,6 +76,12 @@ def tensor_of(node: Any) -> torch.Tensor | None:
     """The fake tensor that a node stands for, or None."""
     value = value_of(node)
     return value if isinstance(value, torch.Tensor) else None
+
+
+def holds_tensors(node: Any) -> bool:
+    """Whether a node stands for a tensor, or for a list of some."""
+    value = value_of(node)
+    return any(isinstance(each, torch.Tensor) for each in (value if isinstance(value, (list, tuple)) else [value]))
 
 
 def dtype_of(node: Any) -> torch.dtype | None:
@@ -245,8 +263,8 @@ def peel(node: Any) -> Any:
 def source_of(node: Any) -> fx.Node | None:
     """What ``node`` gives the elements of: all of them, in the same order and dtype, in whatever shape. None if it
     computes anything, leaves elements out or moves them. Such a node is a view, a ``permute`` that moves dimensions of
-    size 1 only, a wait for what was waited for already, a clone, or the functional ``copy`` that a tensor reduced in
-    place leaves."""
+    size 1 only, a wait for what was waited for already, a clone, the functional ``copy`` that a tensor reduced in place
+    leaves, or a split into one part, which is a list, with the ``getitem`` of it."""
     if not (isinstance(node, fx.Node) and node.op == "call_function" and node.args):
         return None
     target = node.target
@@ -258,6 +276,11 @@ def source_of(node: Any) -> fx.Node | None:
     elif target is c10d.wait_tensor.default:
         if isinstance(source, fx.Node) and getattr(source.target, "namespace", "") == c10d.name:
             return source if source.target is target else None
+    elif target is operator.getitem:
+        return source if _is_list_of_one(source) else None
+    elif target in _SPLITS:
+        if not _is_list_of_one(node):
+            return None
     elif target in _PARTS:
         if not _moves_nothing(node, source):
             return None
@@ -284,6 +307,11 @@ def _moves_nothing(node: fx.Node, source: Any) -> bool:
         dims[first], dims[second] = dims[second], dims[first]
     kept = [dim for dim in dims if not _is_one(before.shape[dim])]
     return kept == sorted(kept)
+
+
+def _is_list_of_one(node: Any) -> bool:
+    parts = value_of(node)
+    return isinstance(node, fx.Node) and node.target in _SPLITS and isinstance(parts, (list, tuple)) and len(parts) == 1
 
 
 def _is_one(size: Any) -> bool:

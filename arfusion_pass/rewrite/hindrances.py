@@ -23,6 +23,7 @@ from arfusion_pass.graph import (
     constant,
     describe,
     dtype_of,
+    holds_tensors,
     is_call,
     is_cast,
     is_pure,
@@ -298,7 +299,7 @@ def _nearest_norm(reduced: Reduced) -> tuple[str, fx.Node | None] | None:
                 return _blame(steps[::-1], norm)
         for reader, _ in _readers(node):
             other = other or _other_norm(reader)
-            computes = reader.op == "call_function" and tensor_of(reader) is not None
+            computes = reader.op == "call_function" and holds_tensors(reader)
             ends = str(getattr(reader.target, "namespace", "")).startswith("_c10d") or is_call(reader, *PROJECTIONS)
             if computes and not ends and reader not in came:
                 came[reader] = node

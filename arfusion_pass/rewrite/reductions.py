@@ -131,8 +131,7 @@ def row_lengths(x: fx.Node) -> set[int] | None:
     view: fx.Node | None = x
     while view is not None:
         tensor = tensor_of(view)
-        assert tensor is not None
-        sizes = list(tensor.shape)
+        sizes = [] if tensor is None else list(tensor.shape)  # a list of one part has none
         while len(sizes) > 1 and statically_equal(sizes[-1], 1):
             sizes.pop()
         if len(sizes) < 2 and view is x:

@@ -80,7 +80,35 @@ def residual_without_batch(x: Tensor, w: Tensor, r: Tensor, g: Tensor) -> tuple[
     return ending(reduce(F.linear(x[:1], w)), r[0], g)
 
 
-VIEWED = [einsum, matrix_times_vector, squeezed, flat, flat_rows, heads, first_of_one, residual_without_batch]
+def one_chunk(x: Tensor, w: Tensor, r: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+    (y,) = torch.chunk(reduce(F.linear(x, w)), 1)
+    return ending(y, *r.split(BATCH), g)
+
+
+def unbound(x: Tensor, w: Tensor, r: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+    (total,) = (r[:1] + reduce(F.linear(x[:1], w))).unbind()
+    return llama(total, g, 1e-6), total
+
+
+def one_part_reduced(x: Tensor, w: Tensor, r: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+    (y,) = F.linear(x, w).split_with_sizes([HIDDEN], -1)
+    dist.all_reduce(y)
+    return ending(y, r, g)
+
+
+VIEWED = [
+    einsum,
+    matrix_times_vector,
+    squeezed,
+    flat,
+    flat_rows,
+    heads,
+    first_of_one,
+    residual_without_batch,
+    one_chunk,
+    unbound,
+    one_part_reduced,
+]
 
 
 @pytest.mark.parametrize("dynamic", [None, TOKENS], ids=["static", "dynamic"])
@@ -88,6 +116,17 @@ VIEWED = [einsum, matrix_times_vector, squeezed, flat, flat_rows, heads, first_o
 def test_views(model: Callable[..., Any], dynamic: int | None) -> None:
     """Contract *exact*: through another last dimension and back to the same rows, and with leading dimensions of 1."""
     check_fused(captured(model, inputs(), dynamic=dynamic), 1)
+
+
+def test_list_of_one_part() -> None:
+    """Contract *exact*: a list of the whole sum that others read as well stays, and holds what the kernel writes."""
+
+    def model(x: Tensor, w: Tensor, r: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+        total = r + reduce(F.linear(x, w))
+        parts = torch.split(total, TOKENS, 1)
+        return llama(parts[0], g, 1e-6), torch.cat([*parts, parts[0]])
+
+    check_fused(trace(model, *inputs()), 1)
 
 
 def test_rows_that_move() -> None:

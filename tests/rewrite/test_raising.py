@@ -123,6 +123,19 @@ def cropped(x: Tensor, w: Tensor) -> Tensor:
     return llama(reduce(x)[:2], w, EPS)
 
 
+def one_of_two_pieces(x: Tensor, w: Tensor) -> Tensor:
+    return llama(reduce(x).split(2)[0], w, EPS)
+
+
+def row_of_the_sum(x: Tensor, w: Tensor) -> Tensor:
+    return llama((x + reduce(x)).unbind()[1], w, EPS)
+
+
+def pair(x: Tensor, w: Tensor) -> Tensor:
+    value, _ = reduce(x).view(2, 2, HIDDEN).max(0)
+    return llama(value, w, EPS)
+
+
 def transposed(x: Tensor, w: Tensor) -> Tensor:
     return llama(reduce(x.expand(4, HIDDEN)).t().reshape(4, HIDDEN), w, EPS)
 
@@ -153,6 +166,9 @@ CASES: dict[Callable[..., Any], str] = {
     other_root: "belongs to no known RMSNorm",
     cube: "belongs to no known RMSNorm",
     cropped: "aten.slice.Tensor",
+    one_of_two_pieces: "split (aten.split.Tensor) stands between it and the norm",
+    row_of_the_sum: "unbind (aten.unbind.int) stands between it and the norm",
+    pair: "max_1 (aten.max.dim) stands between it and the norm",
     transposed: "aten.permute.default",
     dropped: "nobody reads",
 }
