@@ -16,6 +16,20 @@ import arfusion_pass
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
+_KERNELS = 8
+"""The largest group that the exchange kernels take; larger ones run, on NCCL."""
+
+
+def _ranks(context: click.Context, parameter: click.Parameter, count: int | None) -> int | None:
+    """A number of processes that this machine is asked to start, where that is sane."""
+    cores = len(os.sched_getaffinity(0))
+    if count is not None and count > max(cores, _KERNELS):
+        raise click.BadParameter(
+            f"{count} ranks are {count} processes, for {cores} cores; the kernels take groups of {_KERNELS} at most. "
+            f"Give {max(cores, _KERNELS)} or fewer."
+        )
+    return count
+
 
 @click.group(context_settings=_CONTEXT)
 @click.version_option(package_name="arfusion-pass")
@@ -47,7 +61,9 @@ def main() -> None:
     help="How RMSNorm is spelled: Hugging Face Llama (two roundings), Gemma (1 + weight), nn.RMSNorm.",
 )
 @click.option("--epsilon", type=click.FloatRange(min=0), default=1e-6, show_default=True, help="Of the norms.")
-@click.option("--world", type=click.IntRange(min=2), default=2, show_default=True, help="Tensor-parallel ranks.")
+@click.option(
+    "--world", type=click.IntRange(min=2), default=2, show_default=True, callback=_ranks, help="Tensor-parallel ranks."
+)
 @click.option(
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),
@@ -90,7 +106,11 @@ def demo(**options: object) -> None:
 
 @main.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @click.option(
-    "-n", "--nproc", type=click.IntRange(min=1), help="Start the script on this many ranks, as torchrun does."
+    "-n",
+    "--nproc",
+    type=click.IntRange(min=1),
+    callback=_ranks,
+    help="Start the script on this many ranks, as torchrun does.",
 )
 @click.option(
     "--json", "as_json", is_flag=True, help="The report as JSON, alone on stdout; the script's goes to stderr."

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 from arfusion_pass.cli import commands, main
 from arfusion_pass.demo import run
-from arfusion_pass.runtime import build
+from arfusion_pass.runtime import agreement, build
 
 SCRIPT = """\
 import sys
@@ -52,6 +52,16 @@ def test_demo_refuses_what_cannot_be(arguments: list[str], complaint: str) -> No
     result = CliRunner().invoke(main, ["demo", *arguments])
     assert result.exit_code == 2
     assert complaint in result.output
+
+
+@pytest.mark.parametrize("arguments", [["demo", "--world", "999999"], ["explain", "-n", "999999", __file__]])
+def test_ranks_that_no_machine_runs_are_not_started(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """And as many as the kernels take are, on however few cores."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2
+    assert "999999 ranks are 999999 processes, for 2 cores" in " ".join(result.output.split())
+    assert commands._ranks(None, None, agreement.MAX_WORLD) == commands._KERNELS  # type: ignore[arg-type]
 
 
 def test_demo_refuses_more_gpus_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
