@@ -70,7 +70,7 @@ def breaks_at_collectives() -> list[str]:
         return []
     words = re.compile(r"collective|all_?reduce|reduce_?scatter|all_?gather|process_?group|c10d|async_op", re.I)
     reasons = known(lambda: list(torch._dynamo.utils.counters["graph_break"])) or []
-    return [reason.strip().splitlines()[0] for reason in reasons if words.search(reason)]
+    return [*dict.fromkeys(reason.strip().splitlines()[0] for reason in reasons if words.search(reason))]
 
 
 def graph_key(*parts: Any) -> str | None:

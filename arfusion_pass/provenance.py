@@ -14,7 +14,7 @@ from torch import fx
 
 from arfusion_pass.compilation import GraphBreak, known
 from arfusion_pass.config import canonical_epsilon
-from arfusion_pass.graph import dtype_of, tensor_of
+from arfusion_pass.graph import tensor_of
 from arfusion_pass.groups import find_group
 from arfusion_pass.ops.layouts import token_count
 from arfusion_pass.ops.spec import Flags
@@ -31,7 +31,7 @@ from arfusion_pass.source import Source, line_of, module_of
 
 def describe(site: RaisedSite, moves: Moves) -> Site:
     """A site before the rewrite, while its nodes stand."""
-    x = None if site.reduced is None else tensor_of(site.reduced.x)
+    x = tensor_of(site.node if site.reduced is None else site.reduced.x)
     return Site(
         name=site.node.name,
         group=site.group,
@@ -39,7 +39,7 @@ def describe(site: RaisedSite, moves: Moves) -> Site:
         nodes=tuple(node.name for node in site.nodes) or (site.node.name,),
         epsilon=None if site.norm is None else canonical_epsilon(site.norm.epsilon),
         epsilon_source=None if site.norm is None else _source(site.norm.epsilon_at),
-        dtype=None if site.reduced is None else str(dtype_of(site.reduced.x)).removeprefix("torch."),
+        dtype=None if x is None else str(x.dtype).removeprefix("torch."),
         quantiser=None if site.quant is None else site.quant.op,
         dialect="+".join(dict.fromkeys(site.dialects)),
         note=site.note,

@@ -24,7 +24,8 @@ def why_no_all_reduce(graph: fx.Graph) -> str | None:
     if not found:
         norm = any(is_call(node, *_ROOTS) or "rms_norm" in str(node.target) for node in graph.nodes)
         breaks = breaks_at_collectives() if norm else []
-        return f"no all-reduce: Dynamo broke the graph at a collective: {'; '.join(breaks[:3])}" if breaks else None
+        broke = f"no all-reduce: Dynamo broke the graph at a collective: {'; '.join(breaks[:3])}"
+        return f"{broke}; a blocking call of it, or the functional one, stays in the graph" if breaks else None
     eager = [node for node in found if node.target._schema.name == "c10d::allreduce_"]  # type: ignore[union-attr]
     if eager:
         return (

@@ -68,6 +68,7 @@ def test_a_missed_site_says_where_and_what_to_do(script: str, obstacle: str | No
         assert not site["fused"]
         assert place(site["obstacle"]) == obstacle
         assert advice in site["advice"]
+        assert (site["dtype"], site["shape"]) == ("bfloat16", [4, 64])
         assert ".py:" in site["reason"], "the reason quotes a line, and names no node"
     assert len({site["reason"] for site in found}) == 1, "layers of one kind say the same, so that they share a row"
 
@@ -92,6 +93,8 @@ def test_an_async_all_reduce_ends_the_graph_and_the_line_is_named() -> None:
     done = arfusion("explain", str(SCRIPTS / "async_op.py"))
     assert "no all-reduce" in done.stdout
     assert 'graph break: async_op.py:9 "work = dist.all_reduce(y, async_op=True)"' in done.stdout
+    text = " ".join(done.stdout.split())
+    assert "at a collective: async_op=True for distributed collectives; a blocking call of it, or" in text, "said once"
 
 
 def test_a_script_that_wants_ranks_is_told_so() -> None:
