@@ -21,18 +21,19 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import arfusion_pass as arf
 from arfusion_pass.groups import find_group
 from arfusion_pass.inspection import replay
 from arfusion_pass.inspection.graph_diff import print_graph
 from arfusion_pass.ops import reference
+from arfusion_pass.testing import assert_fused, fake_group
 
 c10d = torch.ops._c10d_functional
 aten = torch.ops.aten
 prims = torch.ops.prims
 
+fake_world = fake_group  # this process is rank 0, its group is called "0"
 STRICT = arf.FusionConfig(raise_errors=True)
 
 ENGINE_COLLECTIVES = (
@@ -45,16 +46,6 @@ ENGINE_COLLECTIVES = (
     "vllm::all_gather",
 )
 """Schema names of the all-reduces that :class:`Interpreter` simulates besides torch's own."""
-
-
-@contextlib.contextmanager
-def fake_world(size: int = 2) -> Iterator[None]:
-    """A world of ``size`` ranks, this process being rank 0; its group is called ``"0"``."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def all_reduce(x: torch.Tensor, group: Any) -> torch.Tensor:
@@ -256,7 +247,7 @@ def check_fused(
 ) -> arf.FusionReport:
     """Fuse a copy: ``count`` sites, none missed, no all-reduce or wait left beside them, the same bits."""
     fused, report = fused_copy(module, config)
-    assert (report.matched_count, [site.reason for site in report.missed]) == (count, []), str(report)
+    assert_fused(report, count)
     assert calls(fused, c10d.all_reduce.default, c10d.wait_tensor.default) == 0
     assert calls(fused, torch.ops.higher_order.auto_functionalized) == count
     check_same(module, fused, ulps=ulps, **symbols)

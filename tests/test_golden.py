@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from arfusion_pass.inspection import graph_diff, print_graph
+from arfusion_pass.testing import assert_fused
 from tests.models import Tensor, fp32_result, gemma, llama, reduce, torch_norm
 from tests.simulate import captured, check_same, fused_copy, tensors
 
@@ -132,18 +133,16 @@ CASES: dict[Callable[..., Any], tuple[list[tuple[int, ...]], bool, int]] = {
 }
 
 
-def check_golden(name: str, module: fx.GraphModule, fused: fx.GraphModule, update: bool) -> None:
+Golden = Callable[[pathlib.Path, str], None]
+
+
+def check_golden(name: str, module: fx.GraphModule, fused: fx.GraphModule, golden: Golden) -> None:
     """The graph's difference is the one in ``golden/name.txt``."""
-    text = graph_diff(print_graph(module.graph), print_graph(fused.graph))
-    file = GOLDEN / f"{name}.txt"
-    if update:
-        file.write_text(text)
-    assert file.exists(), f"{file} is missing: run pytest --update-golden"
-    assert text == file.read_text(), f"{file.name} differs; if the new graph is right: pytest --update-golden\n{text}"
+    golden(GOLDEN / f"{name}.txt", graph_diff(print_graph(module.graph), print_graph(fused.graph)))
 
 
 @pytest.mark.parametrize("model", CASES, ids=lambda model: model.__name__)
-def test_golden(model: Callable[..., Any], request: pytest.FixtureRequest) -> None:
+def test_golden(model: Callable[..., Any], golden: Golden) -> None:
     """Torch's own graph, as of 2.13, turns into exactly this one; on any torch it fuses to the same bits.
 
     Odd cases are compiled with a symbolic token count: the difference holds the symbol, and no size is fixed.
@@ -151,14 +150,14 @@ def test_golden(model: Callable[..., Any], request: pytest.FixtureRequest) -> No
     shapes, dynamic, count = CASES[model]
     module = captured(model, tensors(*shapes), dynamic=T if dynamic else None)
     fused, report = fused_copy(module)
-    assert (report.matched_count, report.missed) == (count, ()), str(report)
+    assert_fused(report, count)
     for tokens in (5, 8) if dynamic else (T,):
         check_same(module, fused, tokens=tokens)
     if torch.__version__.startswith("2.13."):  # names and folded casts differ from release to release
-        check_golden(model.__name__, module, fused, request.config.getoption("--update-golden"))
+        check_golden(model.__name__, module, fused, golden)
 
 
-def test_training_graph(request: pytest.FixtureRequest) -> None:
+def test_training_graph(golden: Golden) -> None:
     """``a14_grad_train``: the forward graph of a training step stays as it is."""
 
     def model(x: Tensor, r: Tensor, w: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from tests import quant_cases as q
 from tests.dialects import engine_calls, engine_ops
 from tests.models import Tensor, llama, reduce
 from tests.simulate import captured, check_same, fused_copy, tensors
-from tests.test_golden import check_golden
+from tests.test_golden import Golden, check_golden
 
 T, H, K = 8, q.HIDDEN, 4
 EPS = 1e-6
@@ -129,7 +129,7 @@ V2 = (e_vllm_indexer, e_vllm_packed, e_sglang_group)
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.__name__)
-def test_golden_chain(model: Callable[..., Any], engine_world: None, request: pytest.FixtureRequest) -> None:
+def test_golden_chain(model: Callable[..., Any], engine_world: None, golden: Golden) -> None:
     """Torch 2.13's graph turns into exactly this one; on any torch it fuses under this name to the same bits."""
     arguments = [*tensors((T, H), (T, H), (H,)), torch.full((1,), 0.02)]
     if model.__name__.startswith("m_"):
@@ -140,7 +140,7 @@ def test_golden_chain(model: Callable[..., Any], engine_world: None, request: py
     assert [site.pattern for site in report.sites] == [MODELS[model]], str(report)
     check_same(module, fused)
     if torch.__version__.startswith("2.13."):
-        check_golden(model.__name__, module, fused, request.config.getoption("--update-golden"))
+        check_golden(model.__name__, module, fused, golden)
 
 
 def test_every_class_has_a_golden_difference() -> None:

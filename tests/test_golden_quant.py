@@ -12,7 +12,7 @@ import torch.distributed._functional_collectives as fc
 from tests import quant_cases as q
 from tests.quant_cases import Tensor
 from tests.simulate import captured, check_same, fused_copy
-from tests.test_golden import check_golden
+from tests.test_golden import Golden, check_golden
 
 pytestmark = pytest.mark.usefixtures("world")
 
@@ -67,7 +67,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.__name__)
-def test_golden(model: Callable[..., Any], request: pytest.FixtureRequest) -> None:
+def test_golden(model: Callable[..., Any], golden: Golden) -> None:
     """Torch 2.13's graph turns into exactly this one; on any torch it fuses under this name to the same bits."""
 
     def whole(x: Tensor, r: Tensor, w: Tensor, s: Tensor) -> Any:
@@ -82,4 +82,4 @@ def test_golden(model: Callable[..., Any], request: pytest.FixtureRequest) -> No
     for tokens in (5, 8) if dynamic else (6,):
         check_same(module, fused, tokens=tokens)
     if torch.__version__.startswith("2.13."):
-        check_golden(model.__name__, module, fused, request.config.getoption("--update-golden"))
+        check_golden(model.__name__, module, fused, golden)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Callable
 
 import pytest
 import torch.distributed as dist
@@ -84,7 +85,7 @@ def test_every_graph_is_listed() -> None:
 
 
 @pytest.mark.parametrize("name", PATTERNS)
-def test_graph(name: str, groups: None, request: pytest.FixtureRequest) -> None:
+def test_graph(name: str, groups: None, golden: Callable[[pathlib.Path, str], None]) -> None:
     """Contract: each real graph fuses with these patterns and none missed, computes the same, and changes as kept."""
     module = PrintedGraph((HERE / "graphs" / f"{name}.txt").read_text()).module()
     before = print_graph(module.graph)
@@ -101,7 +102,4 @@ def test_graph(name: str, groups: None, request: pytest.FixtureRequest) -> None:
     assert not report.missed, str(report)
     if name[0] in "abcd" and name != "b_llama_embed_first_layer":  # random integers are no rows of an embedding
         check_same(module, fused)
-    path, difference = GOLDEN / f"{name}.txt", graph_diff(before, after)
-    if request.config.getoption("--update-golden"):
-        path.write_text(difference)
-    assert path.read_text() == difference
+    golden(GOLDEN / f"{name}.txt", graph_diff(before, after))

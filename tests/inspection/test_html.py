@@ -10,8 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 
-import arfusion_pass as arf
-from arfusion_pass.inspection import replay
+from arfusion_pass import testing
 from arfusion_pass.inspection.dump import write_reports
 from arfusion_pass.inspection.html import diff_page, index_page
 from arfusion_pass.reporting.reports import FusionReport, Reports
@@ -67,10 +66,7 @@ def test_it_is_well_formed_and_asks_for_nothing() -> None:
 
 def test_a_site_unfolds_to_its_subgraph(world: None) -> None:
     """What stood there, with the user's line, and the call that stands there now, drawn; a missed site says why."""
-    with replay.recording() as recorder, torch.no_grad():
-        options = arf.inductor_options()
-        torch.compile(Two(), options=options)(torch.ones(4, 64), torch.ones(4, 64))
-    (report,) = recorder.reports
+    (report,) = testing.capture(Two(), torch.ones(4, 64), torch.ones(4, 64)).reports
     fused, missed = report.sites
     text = diff_page([report], replays={(0, fused.name): "exact"})
     body = text.partition(f'id="graph-0-{fused.name}"')[2].partition("</details>")[0]
