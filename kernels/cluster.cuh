@@ -69,6 +69,15 @@ ARF_DEVICE uint32_t load_shared(uint32_t from) {
   return word;
 }
 
+ARF_DEVICE uint4 load_shared_vector(uint32_t from) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" /* from this CTA, 16-byte aligned */
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(from)
+               : "memory");
+  return v;
+}
+
 /* Before the exchange: one thread makes `count` mbarriers of one arrival each, all CTAs learn of it in join_cluster. */
 ARF_DEVICE void open_barriers(uint32_t barriers, int count, const Part& part) {
 #if __CUDA_ARCH__ >= 900

@@ -19,10 +19,11 @@ namespace arf {
 constexpr int kMaxTiles = ARF_MAX_HIDDEN / 4 / kWarp; /* fp32 */
 
 /* Two copies, used by alternate rows: a row's barrier also says that all are done with the row before the last. */
-struct Scratch {
+struct alignas(16) Scratch {
   uint32_t squares[2][kMaxTiles]; /* bits of fp32 */
   uint32_t amax[2][kMaxTiles];
   uint64_t barriers[4]; /* in a cluster: squares, amax, for either parity */
+  uint32_t known[4];    /* Epilogue::know */
 };
 
 /* A Scratch by its shared-memory address. From the variable itself the compiler works its address out anew at every use,
@@ -36,11 +37,13 @@ struct Shared {
   ARF_DEVICE uint32_t squares(uint32_t parity) const { return base + offsetof(Scratch, squares) + parity * kMaxTiles * 4; }
   ARF_DEVICE uint32_t amax(uint32_t parity) const { return base + offsetof(Scratch, amax) + parity * kMaxTiles * 4; }
   ARF_DEVICE uint32_t barriers(uint32_t i) const { return base + offsetof(Scratch, barriers) + i * 8; }
+  ARF_DEVICE uint32_t known() const { return base + offsetof(Scratch, known); }
 };
 
 /* Where a thread stands: its CTA's part of the rows, and which row this is for the CTA. */
 struct Place {
   Part part;
+  uint32_t tiles; /* of a row */
   uint32_t first; /* first vector of the part */
   uint32_t row;
 
@@ -67,9 +70,10 @@ ARF_DEVICE float butterfly_sum(float s) {
   return s;
 }
 
-/* kCommon: a common call (plan.cu: is_common). What such a call cannot ask for costs it neither a branch nor a register. */
-template <int kDtype, int kFamily, int kHeld, bool kCommon>
+/* What a kernel's calls cannot ask for (params.h: Calls) costs it neither a branch nor a register. */
+template <int kDtype, int kFamily, int kHeld, int kCalls>
 struct Epilogue {
+  static constexpr bool kCommon = kCalls != kAnyCalls, kStraight = kCalls == kStraightCalls;
   static constexpr int N = kElements<kDtype>;
   static constexpr bool kWide = N == 8 && !kCommon; /* an fp32 row beside T takes two 16-byte loads a vector */
   using Q = Quantiser<kDtype>;
@@ -85,7 +89,7 @@ struct Epilogue {
   /* The residual of token t at vector v. Plain loads: residual_out may alias it. */
   ARF_DEVICE static Residual load_residual(const Params& p, uint32_t t, uint32_t v, bool holds) {
     Residual r = {};
-    if (p.residual && holds) {
+    if ((kStraight || p.residual) && holds) {
       const uint4* row = static_cast<const uint4*>(p.residual) + t * p.residual_stride;
       if (kWide && p.residual_fp32) {
         r.a = row[2 * v];
@@ -136,10 +140,11 @@ struct Epilogue {
     Weight weight;
     typename Q::Factor factor; /* of static FP8 its scale and how it is applied, of NVFP4 the encode scale */
     bool multiply, reciprocal; /* of kUsual: scales are products; x is multiplied by 1 / scale */
+    bool round_first;          /* of straight calls: kRoundBeforeWeight */
   };
 
   ARF_DEVICE static Given given(const Params& p, const Place& at) {
-    Given g = {fetch_weight(p, at), {}, false, false};
+    Given g = {fetch_weight(p, at), {}, false, false, false};
     if constexpr (kFamily == kStatic) g.factor = Q::static_factor(p, Q::given_scale(p));
     if constexpr (kFamily == kFp4) g.factor = Q::encode_factor(Q::given_scale(p));
     if constexpr (kFamily == kUsual) {
@@ -150,14 +155,43 @@ struct Epilogue {
     return g;
   }
 
-  /* Where this thread's scale of row t goes: worked out before the row arrives where a thread has one vector. */
-  ARF_DEVICE static void* scale_target(const Params& p, const Place& at, uint32_t t) {
-    void* scale_at = nullptr;
-    if constexpr (kCommon && kFamily >= kDynamic) {
-      scale_at = Q::scale_target(p, t, at.vector(0));
-      asm volatile("" : "+l"(scale_at)); /* nothing; opaque, as above */
+  /* What stands behind the last arrival of straight calls, by way of shared memory: the assembler would read it from the
+   * parameters there and then, some 40 cycles each, as it sees through every register. A barrier stands between the two. */
+  ARF_DEVICE static void tell(const Params& p, Shared scratch) {
+    if (!kStraight || threadIdx.x) return;
+    store_shared(scratch.known(), p.cluster);
+    store_shared(scratch.known() + 4, p.tiles);
+    store_shared(scratch.known() + 8, p.flags & kRoundBeforeWeight);
+  }
+  ARF_DEVICE static void know(Shared scratch, Place& at, Given& given) {
+    if constexpr (kStraight) {
+      const uint4 known = load_shared_vector(scratch.known());
+      at.part.count = known.x, at.tiles = known.y, given.round_first = known.z;
     }
-    return scale_at;
+  }
+
+  /* Where this thread's part of row t goes: worked out before the row arrives where a thread has one vector. */
+  struct Targets {
+    void* scale;
+    uint4 *total, *norm; /* of straight calls */
+  };
+
+  ARF_DEVICE static Targets targets(const Params& p, const Place& at, uint32_t t) {
+    Targets to = {};
+    if constexpr (kCommon && kFamily >= kDynamic) {
+      to.scale = Q::scale_target(p, t, at.vector(0));
+      asm volatile("" : "+l"(to.scale)); /* nothing; opaque, as above */
+    }
+    if constexpr (kStraight) {
+      const uint64_t i = static_cast<uint64_t>(t) * p.vectors + at.vector(0);
+      to.total = static_cast<uint4*>(p.residual_out) + i;
+      asm volatile("" : "+l"(to.total)); /* as above */
+      if constexpr (kFamily == kPlain) {
+        to.norm = static_cast<uint4*>(p.norm_out) + i;
+        asm volatile("" : "+l"(to.norm)); /* as above */
+      }
+    }
+    return to;
   }
 
   /* Before the first row is finished. */
@@ -203,11 +237,11 @@ struct Epilogue {
 
   /* From the fp32 sum over ranks to the value that the norm reads; writes allreduce_out and residual_out. */
   ARF_DEVICE static void add_residual(const Params& p, uint32_t t, uint32_t v, const float (&sum)[N], const Residual& r,
-                                      float (&value)[N]) {
+                                      float (&value)[N], const Targets& to) {
     const uint4 reduced = pack<kDtype>(sum);
-    if (p.allreduce_out) store_packed(p, p.allreduce_out, t, v, reduced);
+    if (!kStraight && p.allreduce_out) store_packed(p, p.allreduce_out, t, v, reduced);
     unpack<kDtype>(reduced, value);
-    if (p.residual) {
+    if (kStraight || p.residual) {
       float residual[N];
       if (kWide && p.residual_fp32) {
         widen(r.a, r.b, residual);
@@ -219,7 +253,11 @@ struct Epilogue {
     }
     if constexpr (kCommon) {
       const uint4 total = pack<kDtype>(value); /* for both */
-      if (p.residual_out) store_packed(p, p.residual_out, t, v, total);
+      if constexpr (kStraight) {
+        *to.total = total;
+      } else if (p.residual_out) {
+        store_packed(p, p.residual_out, t, v, total);
+      }
       unpack<kDtype>(total, value);
     } else {
       if (p.residual_out) store_vector(p, p.residual_out, p.residual_out_fp32, t, v, value);
@@ -246,18 +284,39 @@ struct Epilogue {
     for (int k = 0; k < kHeld; ++k) {
       if (k && k >= p.per_thread) break;
       float s = butterfly_sum(squares(row[k]));
-      deliver(p, scratch.squares(parity), scratch.barriers(parity), at.vector(k) / kWarp, bits_of(s), at.part);
+      const uint32_t tile = at.vector(k) / kWarp;
+      deliver(at, scratch.squares(parity) + 4 * word_of(tile), scratch.barriers(parity), tile, bits_of(s));
     }
     meet(scratch.barriers(parity), at);
+    if constexpr (kHeld == 1) return few_tiles(scratch.squares(parity));
     float s = 0.0f;
-    if constexpr (kHeld == 1) { /* at most 32 tiles; zeros for those that are not there change no sum */
-      if (lane < p.tiles) s = float_of(load_shared(scratch.squares(parity) + 4 * lane));
-    } else {
-      for (uint32_t tile = lane; tile < p.tiles; tile += kWarp) {
-        s = __fadd_rn(s, float_of(load_shared(scratch.squares(parity) + 4 * tile)));
-      }
+    for (uint32_t tile = lane; tile < p.tiles; tile += kWarp) {
+      s = __fadd_rn(s, float_of(load_shared(scratch.squares(parity) + 4 * tile)));
     }
     return butterfly_sum(s);
+  }
+
+  /* Of at most 32 tiles, with zeros for those that are not there, which change no sum: the eight whose numbers are equal
+   * modulo 4 lie side by side, so that a thread does the butterfly's first three steps in registers. */
+  ARF_DEVICE static uint32_t word_of(uint32_t tile) { return kHeld == 1 ? tile % 4 * 8 + tile / 4 : tile; }
+
+  /* The butterfly's bits: the same pairs are added. */
+  ARF_DEVICE static float few_tiles(uint32_t words) {
+    const uint32_t from = words + threadIdx.x % 4 * 32;
+    const uint4 a = load_shared_vector(from), b = load_shared_vector(from + 16); /* tiles 0, 4, 8, 12; 16, 20, 24, 28; and on */
+    const float s0 = __fadd_rn(float_of(a.x), float_of(b.x)), s4 = __fadd_rn(float_of(a.y), float_of(b.y));
+    const float s8 = __fadd_rn(float_of(a.z), float_of(b.z)), s12 = __fadd_rn(float_of(a.w), float_of(b.w));
+    float s = __fadd_rn(__fadd_rn(s0, s8), __fadd_rn(s4, s12));
+    s = __fadd_rn(s, __shfl_xor_sync(~0u, s, 2));
+    return __fadd_rn(s, __shfl_xor_sync(~0u, s, 1));
+  }
+
+  /* Before the first row; a barrier of the CTA stands between this and few_tiles. */
+  ARF_DEVICE static void clear_tiles(const Params& p, Shared scratch) {
+    if constexpr (kHeld == 1) {
+      if (threadIdx.x < p.tiles || threadIdx.x >= kWarp) return;
+      for (uint32_t parity = 0; parity < 2; ++parity) store_shared(scratch.squares(parity) + 4 * word_of(threadIdx.x), 0);
+    }
   }
 
   /* The row's largest magnitude, NaN if it has one. The order does not matter to a maximum. */
@@ -267,7 +326,8 @@ struct Epilogue {
     for (int k = 0; k < kHeld; ++k) {
       if (k && k >= p.per_thread) break;
       const uint32_t amax = __reduce_max_sync(~0u, Q::amax_of(row[k]));
-      deliver(p, scratch.amax(parity), scratch.barriers(2 + parity), at.vector(k) / kWarp, amax, at.part);
+      const uint32_t tile = at.vector(k) / kWarp;
+      deliver(at, scratch.amax(parity) + 4 * tile, scratch.barriers(2 + parity), tile, amax);
     }
     meet(scratch.barriers(2 + parity), at);
     uint32_t amax = 0;
@@ -275,13 +335,12 @@ struct Epilogue {
     return float_of(__reduce_max_sync(~0u, amax));
   }
 
-  /* A tile's word to wherever the row is worked on, and the wait for all of them. In a cluster per_thread is 1. */
-  ARF_DEVICE static void deliver(const Params& p, uint32_t words, uint32_t barrier, uint32_t tile, uint32_t word,
-                                 const Part& part) {
-    if (part.count > 1) {
-      publish(words + 4 * tile, barrier, word, tile < p.tiles, p.tiles, part);
+  /* A tile's word to `slot` wherever the row is worked on, and the wait for all of them. In a cluster per_thread is 1. */
+  ARF_DEVICE static void deliver(const Place& at, uint32_t slot, uint32_t barrier, uint32_t tile, uint32_t word) {
+    if (at.part.count > 1) {
+      publish(slot, barrier, word, tile < at.tiles, at.tiles, at.part);
     } else if (threadIdx.x % kWarp == 0) {
-      store_shared(words + 4 * tile, word);
+      store_shared(slot, word);
     }
   }
 
@@ -294,15 +353,16 @@ struct Epilogue {
   }
 
   /* Normalises a vector in place, writes norm_out, and leaves what the quantiser reads. */
-  ARF_DEVICE static void normalise(const Params& p, const Weight& weight, uint32_t t, uint32_t v, uint32_t slot, float rstd,
-                                   float (&x)[N]) {
+  ARF_DEVICE static void normalise(const Params& p, const Given& given, uint32_t t, uint32_t v, uint32_t slot, float rstd,
+                                   float (&x)[N], const Targets& to) {
+    if constexpr (kStraight) return normalise_straight(given, rstd, x, to);
     const bool round_first = p.flags & kRoundBeforeWeight;
 #pragma unroll
     for (int i = 0; i < N; ++i) x[i] = __fmul_rn(x[i], rstd);
     if (round_first) unpack<kDtype>(pack<kDtype>(x), x);
     if (has_weight(p)) {
       float w[N];
-      read_weight(p, weight, slot, w);
+      read_weight(p, given.weight, slot, w);
       if (p.weight_bias != 0.0f) { /* not for 0: -0.0 + 0 is +0.0 */
 #pragma unroll
         for (int i = 0; i < N; ++i) w[i] = __fadd_rn(w[i], p.weight_bias);
@@ -316,9 +376,26 @@ struct Epilogue {
     if (kFamily != kPlain && !p.quant.unrounded()) unpack<kDtype>(pack<kDtype>(x), x);
   }
 
-  /* Norm and quantiser of row t; all threads call. Lanes without a vector hold zeros. scale_at: scale_target of the row. */
+  /* One rounding behind the product serves norm_out, the quantiser and a model's second rounding alike. */
+  ARF_DEVICE static void normalise_straight(const Given& given, float rstd, float (&x)[N], const Targets& to) {
+    float w[N];
+    unpack<kDtype>(given.weight.raw, w);
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = __fmul_rn(x[i], rstd);
+    if (given.round_first) unpack<kDtype>(pack<kDtype>(x), x);
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = __fmul_rn(x[i], w[i]);
+    const uint4 norm = pack<kDtype>(x);
+    if constexpr (kFamily == kPlain) {
+      *to.norm = norm;
+    } else {
+      unpack<kDtype>(norm, x);
+    }
+  }
+
+  /* Norm and quantiser of row t; all threads call. Lanes without a vector hold zeros. */
   ARF_DEVICE static void norm_and_quantise(const Params& p, Shared scratch, const Place& at, const Given& given, uint32_t t,
-                                           Row& row, void* scale_at) {
+                                           Row& row, const Targets& to) {
     if (!needs_norm(p)) return;
     const float mean = __fmul_rn(sum_of_squares(p, scratch, at, row), p.inverse_hidden);
     if (at.row == 0) stamp(kReduced);
@@ -326,9 +403,9 @@ struct Epilogue {
 #pragma unroll
     for (int k = 0; k < kHeld; ++k) {
       if (k && k >= p.per_thread) break;
-      if (at.vector(k) < p.vectors) normalise(p, given.weight, t, at.vector(k), at.slot(k), rstd, row[k]);
+      if (at.vector(k) < p.vectors) normalise(p, given, t, at.vector(k), at.slot(k), rstd, row[k], to);
     }
-    if constexpr (kFamily != kPlain) quantise(p, scratch, at, given, t, row, scale_at);
+    if constexpr (kFamily != kPlain) quantise(p, scratch, at, given, t, row, to.scale);
   }
 
   /* The quantiser alone, of a row as it reads it; all threads call. */

@@ -1,7 +1,7 @@
 /* The kernels: local, one-shot and two-shot, each a loop over tokens with the same epilogue.
  *
  * kWorld: 1 local; 2, 4, 8; 0 for any world up to 8. kHeld: vectors a thread may hold of a row; 1 where the row has at most
- * 1024 (hidden 8192, fp32 4096), which keeps the decode kernels nearly free of spills. kCommon: a common call (plan.cu).
+ * 1024 (hidden 8192, fp32 4096), which keeps the decode kernels nearly free of spills. kCalls: what is known of the call.
  * A CTA waits for pushes by CTAs of its own index on other ranks (same tokens), or by the first p.pushers CTAs, which wait
  * for nobody. CTAs are dispatched in order, so a grid larger than what fits at once still makes progress. */
 #pragma once
@@ -11,9 +11,10 @@
 
 namespace arf {
 
-template <int kDtype, int kWorld, int kFamily, int kHeld, bool kCommon>
+template <int kDtype, int kWorld, int kFamily, int kHeld, int kCalls>
 struct Kernel {
-  using E = Epilogue<kDtype, kFamily, kHeld, kCommon>;
+  using E = Epilogue<kDtype, kFamily, kHeld, kCalls>;
+  static constexpr bool kCommon = E::kCommon;
   static constexpr int N = E::N;
 
   struct Own {
@@ -63,7 +64,8 @@ struct Kernel {
     uint32_t mix = words[kWords - 1];
 #pragma unroll
     for (int i = 0; i < kWords; i += kLine) mix = mix * 31 + words[i];
-    const Place at = {position.part, position.part.rank * blockDim.x, 0};
+    const Place at = {position.part, p.tiles, position.part.rank * blockDim.x, 0};
+    E::clear_tiles(p, scratch);
     open_barriers(scratch.barriers(0), 4, at.part);
     if (mix == 0x5bd1e995u) __nanosleep(1); /* a use of the words that cannot be dropped; harmless the one time in 2^32 */
     wait_for_previous_kernel();
@@ -92,7 +94,7 @@ struct Kernel {
     E::await_weight();
     join_cluster(at.part);
     for (uint32_t t = first; t < p.tokens; t += step, ++at.row) {
-      void* const scale_at = E::scale_target(p, at, t);
+      const typename E::Targets to = E::targets(p, at, t);
       float row[kHeld][N];
 #pragma unroll
       for (int k = 0; k < kHeld; ++k) {
@@ -101,14 +103,14 @@ struct Kernel {
         if (k) residual = E::load_residual(p, t, at.vector(k), true);
         float sum[N];
         unpack<kDtype>(own.x[k], sum);
-        E::add_residual(p, t, at.vector(k), sum, residual, row[k]);
+        E::add_residual(p, t, at.vector(k), sum, residual, row[k], to);
       }
       /* The next row's loads overlap with this row's reduction. In-place use is safe: rows do not overlap. */
       if (t + step < p.tokens) {
         own = load_own(p, at, t + step);
         residual = E::load_residual(p, t + step, at.vector(0), holds(p, at, 0));
       }
-      E::norm_and_quantise(p, scratch, at, given, t, row, scale_at);
+      E::norm_and_quantise(p, scratch, at, given, t, row, to);
     }
     if (!(p.flags & kTriggerEarly)) let_next_kernel_start();
   }
@@ -130,10 +132,12 @@ struct Kernel {
     settle(p, link);
     if (!p.pushers) push_row(p, link, at, first, own);
     stamp(kPushed);
-    const Given given = start(p, at, cta - p.pushers, ctas - p.pushers);
+    Given given = start(p, at, cta - p.pushers, ctas - p.pushers);
     E::await_weight();
     join_cluster(at.part);
+    E::tell(p, scratch);
     __syncthreads(); /* all have read the pair; while the first row is on its way this and the stores cost nothing */
+    E::know(scratch, at, given);
     rotate(p, link, cta, ctas);
     for (uint32_t t = first; t < p.tokens; t += step, ++at.row) {
       if (t != first) {
@@ -148,7 +152,7 @@ struct Kernel {
           if (holds(p, at, k)) E::prefetch_residual(p, t + step, at.vector(k));
         }
       }
-      void* const scale_at = E::scale_target(p, at, t);
+      const typename E::Targets to = E::targets(p, at, t);
       float row[kHeld][N];
 #pragma unroll
       for (int k = 0; k < kHeld; ++k) {
@@ -157,9 +161,9 @@ struct Kernel {
         float sum[N];
         receive_sum<kDtype, kWorld>(p, link, cta, p.own + offset_of(p, link, at, t, k), t, lanes(p, at, k), own.x[k], sum);
         if (t == first) stamp(kArrived);
-        E::add_residual(p, t, at.vector(k), sum, residual[k], row[k]);
+        E::add_residual(p, t, at.vector(k), sum, residual[k], row[k], to);
       }
-      E::norm_and_quantise(p, scratch, at, given, t, row, scale_at);
+      E::norm_and_quantise(p, scratch, at, given, t, row, to);
       if (t == first) stamp(kStored);
 #pragma unroll
       for (int k = 0; k < kHeld; ++k) {
@@ -243,7 +247,7 @@ struct Kernel {
     if (t >= p.tokens || !shares(p, u, p.rank)) return;
     const uint64_t sums = static_cast<uint64_t>(world(p) - 1) * p.slot_bytes;
     const Own own = load_own(p, at, t);
-    void* const scale_at = E::scale_target(p, at, t);
+    const typename E::Targets to = E::targets(p, at, t);
     float row[kHeld][N];
 #pragma unroll
     for (int k = 0; k < kHeld; ++k) {
@@ -254,9 +258,9 @@ struct Kernel {
       float sum[N];
       receive_sum<kDtype, kWorld>(p, link, cta, p.own + offset, t, lanes(p, at, k), own.x[k], sum);
       push_all<kWorld>(p, link, sums + offset, pack<kDtype>(sum));
-      E::add_residual(p, t, at.vector(k), sum, residual, row[k]);
+      E::add_residual(p, t, at.vector(k), sum, residual, row[k], to);
     }
-    E::norm_and_quantise(p, scratch, at, given, t, row, scale_at);
+    E::norm_and_quantise(p, scratch, at, given, t, row, to);
 #pragma unroll
     for (int k = 0; k < kHeld; ++k) {
       if (holds(p, at, k)) empty_all<kWorld>(p, link, p.own + offset_of(p, link, at, u.q, k));
@@ -272,7 +276,7 @@ struct Kernel {
       const uint32_t t = u.q * world(p) + owner;
       if (t >= p.tokens || !shares(p, u, owner)) continue;
       char* const sums = p.own + static_cast<uint64_t>(world(p) - 1 + slot_of(owner, p.rank)) * p.slot_bytes;
-      void* const scale_at = E::scale_target(p, at, t);
+      const typename E::Targets to = E::targets(p, at, t);
       float row[kHeld][N];
 #pragma unroll
       for (int k = 0; k < kHeld; ++k) {
@@ -282,9 +286,9 @@ struct Kernel {
         const typename E::Residual residual = E::load_residual(p, t, at.vector(k), true);
         float sum[N];
         unpack<kDtype>(receive_one(p, link, cta, from, ARF_TWOSHOT_GATHER, t, owner, lanes(p, at, k)), sum);
-        E::add_residual(p, t, at.vector(k), sum, residual, row[k]);
+        E::add_residual(p, t, at.vector(k), sum, residual, row[k], to);
       }
-      E::norm_and_quantise(p, scratch, at, given, t, row, scale_at);
+      E::norm_and_quantise(p, scratch, at, given, t, row, to);
 #pragma unroll
       for (int k = 0; k < kHeld; ++k) {
         if (holds(p, at, k)) empty_one(link, sums + offset_of(p, link, at, u.q, k));
@@ -348,23 +352,23 @@ struct Kernel {
   }
 };
 
-template <int kDtype, int kWorld, int kFamily, int kHeld, bool kTwoShot, bool kCommon>
+template <int kDtype, int kWorld, int kFamily, int kHeld, bool kTwoShot, int kCalls>
 __global__ void __launch_bounds__(kMaxThreads, 1) fused_kernel(const __grid_constant__ Params p) {
   __shared__ Scratch storage;
   const Shared scratch(storage);
   const Position position = {blockIdx.x, gridDim.x, cluster_number(), cluster_count(), {rank_in_cluster(), p.cluster}};
   if constexpr (kWorld == 1) {
-    Kernel<kDtype, kWorld, kFamily, kHeld, kCommon>::local(p, scratch, position);
+    Kernel<kDtype, kWorld, kFamily, kHeld, kCalls>::local(p, scratch, position);
   } else if constexpr (kTwoShot) {
-    Kernel<kDtype, kWorld, kFamily, kHeld, kCommon>::two_shot(p, scratch, position);
+    Kernel<kDtype, kWorld, kFamily, kHeld, kCalls>::two_shot(p, scratch, position);
   } else {
-    Kernel<kDtype, kWorld, kFamily, kHeld, kCommon>::one_shot(p, scratch, position);
+    Kernel<kDtype, kWorld, kFamily, kHeld, kCalls>::one_shot(p, scratch, position);
   }
 }
 
 /* All ranks in one launch: cluster b is rank b mod world's cluster b / world, so that CTAs of one index are dispatched together.
  * The same device code as the any-world kernels; only the parameters lie in shared memory. */
-template <int kDtype, int kFamily, bool kTwoShot, bool kCommon>
+template <int kDtype, int kFamily, bool kTwoShot, int kCalls>
 __global__ void __launch_bounds__(kMaxThreads, 1) simulated_kernel(const __grid_constant__ SimulatedParams all, int world) {
   __shared__ Scratch storage;
   __shared__ Params p;
@@ -374,40 +378,49 @@ __global__ void __launch_bounds__(kMaxThreads, 1) simulated_kernel(const __grid_
   __syncthreads();
   const uint32_t first = cluster_number() / world, part = rank_in_cluster();
   const Position position = {first * p.cluster + part, gridDim.x / world, first, cluster_count() / world, {part, p.cluster}};
-  constexpr int kHeld = kCommon ? 1 : kMaxVectors<kDtype>;
+  constexpr int kHeld = kCalls != kAnyCalls ? 1 : kMaxVectors<kDtype>;
   if constexpr (kTwoShot) {
-    Kernel<kDtype, 0, kFamily, kHeld, kCommon>::two_shot(p, scratch, position);
+    Kernel<kDtype, 0, kFamily, kHeld, kCalls>::two_shot(p, scratch, position);
   } else {
-    Kernel<kDtype, 0, kFamily, kHeld, kCommon>::one_shot(p, scratch, position);
+    Kernel<kDtype, 0, kFamily, kHeld, kCalls>::one_shot(p, scratch, position);
   }
 }
 
+/* Which kernels exist: for straight calls, of 16 bits, plain, static and usual FP8. */
+constexpr int general(int calls) { return calls == kStraightCalls ? kCommonCalls : calls; }
+constexpr int usual_of(int calls) { return calls == kAnyCalls ? kDynamic : kUsual; }
+constexpr int straight_of(int dtype) { return dtype == ARF_FP32 ? kCommonCalls : kStraightCalls; }
+
 }  // namespace arf
 
-/* The body of a kernel getter: table[row][family]. */
-#define ARF_FUSED_ROW(DTYPE, WORLD, HELD, TWO, COMMON)                                                                  \
-  {reinterpret_cast<const void*>(&arf::fused_kernel<DTYPE, WORLD, arf::kPlain, HELD, TWO, COMMON>),                     \
-   reinterpret_cast<const void*>(&arf::fused_kernel<DTYPE, WORLD, arf::kStatic, HELD, TWO, COMMON>),                    \
-   reinterpret_cast<const void*>(&arf::fused_kernel<DTYPE, WORLD, arf::kDynamic, HELD, TWO, COMMON>),                   \
-   reinterpret_cast<const void*>(&arf::fused_kernel<DTYPE, WORLD, arf::kFp4, HELD, TWO, COMMON>),                       \
-   reinterpret_cast<const void*>(&arf::fused_kernel<DTYPE, WORLD, COMMON ? arf::kUsual : arf::kDynamic, HELD, TWO, COMMON>)}
-#define ARF_SIMULATED_ROW(DTYPE, TWO, COMMON)                                                                           \
-  {reinterpret_cast<const void*>(&arf::simulated_kernel<DTYPE, arf::kPlain, TWO, COMMON>),                              \
-   reinterpret_cast<const void*>(&arf::simulated_kernel<DTYPE, arf::kStatic, TWO, COMMON>),                             \
-   reinterpret_cast<const void*>(&arf::simulated_kernel<DTYPE, arf::kDynamic, TWO, COMMON>),                            \
-   reinterpret_cast<const void*>(&arf::simulated_kernel<DTYPE, arf::kFp4, TWO, COMMON>),                                \
-   reinterpret_cast<const void*>(&arf::simulated_kernel<DTYPE, COMMON ? arf::kUsual : arf::kDynamic, TWO, COMMON>)}
+/* The bodies of kernel getters: table[row][family]. Families that have no kernels of their own take their neighbour's. */
+#define ARF_FUSED_ROW(DTYPE, WORLD, HELD, TWO, CALLS)                                                                   \
+  {reinterpret_cast<const void*>(&arf::fused_kernel<DTYPE, WORLD, arf::kPlain, HELD, TWO, CALLS>),                      \
+   reinterpret_cast<const void*>(&arf::fused_kernel<DTYPE, WORLD, arf::kStatic, HELD, TWO, CALLS>),                     \
+   reinterpret_cast<const void*>(&arf::fused_kernel<DTYPE, WORLD, arf::kDynamic, HELD, TWO, arf::general(CALLS)>),      \
+   reinterpret_cast<const void*>(&arf::fused_kernel<DTYPE, WORLD, arf::kFp4, HELD, TWO, arf::general(CALLS)>),          \
+   reinterpret_cast<const void*>(&arf::fused_kernel<DTYPE, WORLD, arf::usual_of(CALLS), HELD, TWO, CALLS>)}
+#define ARF_SIMULATED_ROW(DTYPE, TWO, CALLS)                                                                            \
+  {reinterpret_cast<const void*>(&arf::simulated_kernel<DTYPE, arf::kPlain, TWO, CALLS>),                               \
+   reinterpret_cast<const void*>(&arf::simulated_kernel<DTYPE, arf::kStatic, TWO, CALLS>),                              \
+   reinterpret_cast<const void*>(&arf::simulated_kernel<DTYPE, arf::kDynamic, TWO, arf::general(CALLS)>),               \
+   reinterpret_cast<const void*>(&arf::simulated_kernel<DTYPE, arf::kFp4, TWO, arf::general(CALLS)>),                   \
+   reinterpret_cast<const void*>(&arf::simulated_kernel<DTYPE, arf::usual_of(CALLS), TWO, CALLS>)}
 #define ARF_LOCAL_TABLE(DTYPE)                                                                                          \
-  static const void* const table[3][arf::kFamilies] = {ARF_FUSED_ROW(DTYPE, 1, arf::kMaxVectors<DTYPE>, false, false),  \
-                                                       ARF_FUSED_ROW(DTYPE, 1, 1, false, false),                        \
-                                                       ARF_FUSED_ROW(DTYPE, 1, 1, false, true)};
+  static const void* const table[3][arf::kFamilies] = {                                                                 \
+      ARF_FUSED_ROW(DTYPE, 1, arf::kMaxVectors<DTYPE>, false, arf::kAnyCalls),                                          \
+      ARF_FUSED_ROW(DTYPE, 1, 1, false, arf::kAnyCalls), ARF_FUSED_ROW(DTYPE, 1, 1, false, arf::kCommonCalls)};
 #define ARF_WORLD_TABLE(DTYPE, WORLD)                                                                                   \
-  static const void* const table[4][arf::kFamilies] = {                                                                 \
-      ARF_FUSED_ROW(DTYPE, WORLD, 1, false, false), ARF_FUSED_ROW(DTYPE, WORLD, 1, true, false),                        \
-      ARF_FUSED_ROW(DTYPE, WORLD, 1, false, true), ARF_FUSED_ROW(DTYPE, WORLD, 1, true, true)};
+  static const void* const table[5][arf::kFamilies] = {                                                                 \
+      ARF_FUSED_ROW(DTYPE, WORLD, 1, false, arf::kAnyCalls), ARF_FUSED_ROW(DTYPE, WORLD, 1, true, arf::kAnyCalls),      \
+      ARF_FUSED_ROW(DTYPE, WORLD, 1, false, arf::kCommonCalls), ARF_FUSED_ROW(DTYPE, WORLD, 1, true, arf::kCommonCalls), \
+      ARF_FUSED_ROW(DTYPE, WORLD, 1, false, arf::straight_of(DTYPE))};
 #define ARF_ANY_TABLE(DTYPE)                                                                                            \
-  static const void* const table[2][arf::kFamilies] = {ARF_FUSED_ROW(DTYPE, 0, arf::kMaxVectors<DTYPE>, false, false),  \
-                                                       ARF_FUSED_ROW(DTYPE, 0, arf::kMaxVectors<DTYPE>, true, false)};
+  static const void* const table[2][arf::kFamilies] = {                                                                 \
+      ARF_FUSED_ROW(DTYPE, 0, arf::kMaxVectors<DTYPE>, false, arf::kAnyCalls),                                          \
+      ARF_FUSED_ROW(DTYPE, 0, arf::kMaxVectors<DTYPE>, true, arf::kAnyCalls)};
 #define ARF_SIMULATED_TABLE(DTYPE)                                                                                      \
-  static const void* const table[4][arf::kFamilies] = {ARF_SIMULATED_ROW(DTYPE, false, false), ARF_SIMULATED_ROW(DTYPE, true, false), \
-                                                       ARF_SIMULATED_ROW(DTYPE, false, true), ARF_SIMULATED_ROW(DTYPE, true, true)};
+  static const void* const table[5][arf::kFamilies] = {                                                                 \
+      ARF_SIMULATED_ROW(DTYPE, false, arf::kAnyCalls), ARF_SIMULATED_ROW(DTYPE, true, arf::kAnyCalls),                  \
+      ARF_SIMULATED_ROW(DTYPE, false, arf::kCommonCalls), ARF_SIMULATED_ROW(DTYPE, true, arf::kCommonCalls),            \
+      ARF_SIMULATED_ROW(DTYPE, false, arf::straight_of(DTYPE))};

@@ -130,6 +130,10 @@ static_assert(sizeof(SimulatedShardedParams) + sizeof(int) <= 4096, "a kernel's 
  * kDynamic the specs that most models use (plan.cu: is_usual), in kernels for common calls only. */
 enum Family { kPlain = 0, kStatic = 1, kDynamic = 2, kFp4 = 3, kUsual = 4, kFamilies = 5 };
 
+/* What a kernel takes for granted of its calls (plan.cu). Straight calls, of the common: what a decode step asks for between
+ * two GEMMs: residual in and out, the norm or its FP8 codes and nothing else, no bias to the weight. One-shot only. */
+enum Calls { kAnyCalls = 0, kCommonCalls = 1, kStraightCalls = 2 };
+
 /* Which set of kernels. Two, four and eight ranks have their own for rows of at most 1024 vectors; any other world, and
  * wider rows, take kAny. */
 enum World { kLocal = 0, kTwo = 1, kFour = 2, kEight = 3, kAny = 4, kSimulated = 5, kShardedAll = 6, kWorlds = 7 };
@@ -138,7 +142,7 @@ enum World { kLocal = 0, kTwo = 1, kFour = 2, kEight = 3, kAny = 4, kSimulated =
 enum ShardedRow { kShardedCommon = 0, kShardedTwo = 1, kShardedAny = 2, kShardedSimulated = 3, kShardedSimulatedCommon = 4,
                   kShardedRows = 5 };
 
-/* Row 0 one-shot, 1 two-shot, 2 and 3 the same for common calls (not kAny); local: 0 rows of more than 1024
+/* Row 0 one-shot, 1 two-shot, 2 and 3 the same for common calls, 4 one-shot for straight ones (not kAny); local: 0 rows of more than 1024
  * vectors, 1 narrower, 2 common calls; sharded: ShardedRow. Each .cu has one. */
 using KernelGetter = const void* (*)(int row, int family);
 

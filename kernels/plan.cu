@@ -224,6 +224,12 @@ bool is_common(const arf_call& c) {
          (c.dtype == ARF_FP32 || !fp32_beside);
 }
 
+/* Of a common call with the quantiser's family set: a straight one (params.h: Calls). */
+bool is_straight(const arf_call& c, int family) {
+  const bool writes = family == kPlain ? c.norm_out && !c.quant_out : (family == kStatic || family == kUsual) && !c.norm_out;
+  return c.dtype != ARF_FP32 && c.residual && c.residual_out && !c.allreduce_out && c.weight_bias == 0.0f && writes;
+}
+
 /* The FP8 that most models use: static, per token, or groups of 128 with fp32 scales. Layouts differ only in their strides,
  * and a cast that saturates clamps. Common calls know it at compile time. */
 bool is_usual(const arf_call& c) {
@@ -329,7 +335,7 @@ std::string make_plan(int world, int64_t workspace_bytes, const arf_call& c, boo
   plan->kernel_row = strategy == ARF_TWOSHOT;
   plan->kernels = simulated ? kSimulated : wide ? kAny : world == 2 ? kTwo : world == 4 ? kFour : world == 8 ? kEight : kAny;
   if (!wide && plan->kernels != kAny) set_common(c, plan);
-  if (plan->common) plan->kernel_row += 2;
+  if (plan->common) plan->kernel_row = strategy == ARF_ONESHOT && is_straight(c, plan->family) ? 4 : plan->kernel_row + 2;
   if (strategy == ARF_SHARDED) {
     if (world > 2 && !simulated) plan->common = false, plan->family = family_of(c);
     plan->kernels = kShardedAll;

@@ -18,7 +18,7 @@ struct Plan {
   int threads;
   int cluster;
   int split;
-  bool common;  /* what the kernels with kCommon know of the call */
+  bool common;  /* what the kernels know of the call (params.h: Calls) */
   int pushers;  /* CTAs that only push */
   bool quiet;
   int shared_bytes;

@@ -60,9 +60,9 @@ ARF_DEVICE uint32_t read_back_byte(const void* from) {
   return w;
 }
 
-template <int kDtype, int kWorld, int kFamily, int kHeld, bool kCommon>
+template <int kDtype, int kWorld, int kFamily, int kHeld, int kCalls>
 struct Sharded {
-  using Loop = Kernel<kDtype, kWorld, kFamily, kHeld, kCommon>;
+  using Loop = Kernel<kDtype, kWorld, kFamily, kHeld, kCalls>;
   using E = typename Loop::E;
   using Q = Quantiser<kDtype>;
   using Given = typename E::Given;
@@ -114,7 +114,7 @@ struct Sharded {
     const uint32_t t = token(sp, q, p.rank);
     if (t >= p.tokens) return;
     const typename Loop::Own own = Loop::load_own(p, at, t);
-    void* const scale_at = E::scale_target(p, at, t);
+    const typename E::Targets to = E::targets(p, at, t);
     float row[kHeld][N];
 #pragma unroll
     for (int k = 0; k < kHeld; ++k) {
@@ -123,9 +123,9 @@ struct Sharded {
       const typename E::Residual residual = E::load_residual(p, t, at.vector(k), true);
       float sum[N];
       receive_sum<kDtype, kWorld>(p, link, cta, p.own + Loop::offset_of(p, link, at, q, k), t, Loop::lanes(p, at, k), own.x[k], sum);
-      E::add_residual(p, t, at.vector(k), sum, residual, row[k]);
+      E::add_residual(p, t, at.vector(k), sum, residual, row[k], to);
     }
-    E::norm_and_quantise(p, scratch, at, given, t, row, scale_at);
+    E::norm_and_quantise(p, scratch, at, given, t, row, to);
     const uint64_t payload = link.offset + sp.payload.first + static_cast<uint64_t>(q) * sp.payload.bytes;
 #pragma unroll
     for (int k = 0; k < kHeld; ++k) {
@@ -265,7 +265,7 @@ struct Sharded {
       for (int k = 0; k < kHeld; ++k) {
         if (!p.quant.unrounded()) unpack<kDtype>(pack<kDtype>(row[k]), row[k]);
       }
-      E::quantise(p, scratch, at, given, t, row, E::scale_target(p, at, t));
+      E::quantise(p, scratch, at, given, t, row, E::targets(p, at, t).scale);
       if (kFamily >= kDynamic && p.group < 0) ++at.row; /* its maximum took the scratch of this parity, and a barrier */
     }
   }
@@ -379,15 +379,15 @@ struct Sharded {
   }
 };
 
-template <int kDtype, int kWorld, int kFamily, int kHeld, bool kCommon>
+template <int kDtype, int kWorld, int kFamily, int kHeld, int kCalls>
 __global__ void __launch_bounds__(kMaxThreads, 1) sharded_kernel(const __grid_constant__ ShardedParams p) {
   __shared__ Scratch storage;
   const Shared scratch(storage);
-  Sharded<kDtype, kWorld, kFamily, kHeld, kCommon>::run(p, scratch, {blockIdx.x, gridDim.x, blockIdx.x, gridDim.x, {0, 1}});
+  Sharded<kDtype, kWorld, kFamily, kHeld, kCalls>::run(p, scratch, {blockIdx.x, gridDim.x, blockIdx.x, gridDim.x, {0, 1}});
 }
 
 /* All ranks in one launch: CTA b is rank b mod world's CTA b / world (kernels.cuh: simulated_kernel). */
-template <int kDtype, int kFamily, bool kCommon>
+template <int kDtype, int kFamily, int kCalls>
 __global__ void __launch_bounds__(kMaxThreads, 1) simulated_sharded_kernel(const __grid_constant__ SimulatedShardedParams all,
                                                                            int world) {
   __shared__ Scratch storage;
@@ -397,7 +397,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) simulated_sharded_kernel(const
   for (unsigned i = threadIdx.x; i < sizeof(ShardedParams) / 4; i += blockDim.x) reinterpret_cast<uint32_t*>(&p)[i] = from[i];
   __syncthreads();
   const uint32_t cta = blockIdx.x / world, ctas = gridDim.x / world;
-  Sharded<kDtype, 0, kFamily, kCommon ? 1 : kMaxVectors<kDtype>, kCommon>::run(p, scratch, {cta, ctas, cta, ctas, {0, 1}});
+  Sharded<kDtype, 0, kFamily, kCalls != kAnyCalls ? 1 : kMaxVectors<kDtype>, kCalls>::run(p, scratch, {cta, ctas, cta, ctas, {0, 1}});
 }
 
 }  // namespace arf
@@ -408,15 +408,15 @@ __global__ void __launch_bounds__(kMaxThreads, 1) simulated_sharded_kernel(const
    reinterpret_cast<const void*>(&arf::sharded_kernel<D, W, arf::kStatic, K, C>),                   \
    reinterpret_cast<const void*>(&arf::sharded_kernel<D, W, arf::kDynamic, K, C>),                  \
    reinterpret_cast<const void*>(&arf::sharded_kernel<D, W, arf::kFp4, K, C>),                      \
-   reinterpret_cast<const void*>(&arf::sharded_kernel<D, W, C ? arf::kUsual : arf::kDynamic, K, C>)}
+   reinterpret_cast<const void*>(&arf::sharded_kernel<D, W, arf::usual_of(C), K, C>)}
 #define ARF_SIMULATED_SHARDED_ROW(D, C)                                                             \
   {reinterpret_cast<const void*>(&arf::simulated_sharded_kernel<D, arf::kPlain, C>),                \
    reinterpret_cast<const void*>(&arf::simulated_sharded_kernel<D, arf::kStatic, C>),               \
    reinterpret_cast<const void*>(&arf::simulated_sharded_kernel<D, arf::kDynamic, C>),              \
    reinterpret_cast<const void*>(&arf::simulated_sharded_kernel<D, arf::kFp4, C>),                  \
-   reinterpret_cast<const void*>(&arf::simulated_sharded_kernel<D, C ? arf::kUsual : arf::kDynamic, C>)}
+   reinterpret_cast<const void*>(&arf::simulated_sharded_kernel<D, arf::usual_of(C), C>)}
 #define ARF_SHARDED_TABLE(D)                                                                        \
   static const void* const table[arf::kShardedRows][arf::kFamilies] = {                             \
-      ARF_SHARDED_ROW(D, 2, 1, true), ARF_SHARDED_ROW(D, 2, 1, false),                              \
-      ARF_SHARDED_ROW(D, 0, arf::kMaxVectors<D>, false), ARF_SIMULATED_SHARDED_ROW(D, false),       \
-      ARF_SIMULATED_SHARDED_ROW(D, true)};
+      ARF_SHARDED_ROW(D, 2, 1, arf::kCommonCalls), ARF_SHARDED_ROW(D, 2, 1, arf::kAnyCalls),        \
+      ARF_SHARDED_ROW(D, 0, arf::kMaxVectors<D>, arf::kAnyCalls),                                   \
+      ARF_SIMULATED_SHARDED_ROW(D, arf::kAnyCalls), ARF_SIMULATED_SHARDED_ROW(D, arf::kCommonCalls)};

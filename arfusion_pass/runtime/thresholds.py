@@ -54,7 +54,9 @@ _MOST_SHARDED = 1024 * 16
 """Bytes of the widest row whose residual a table may have sharded (``keeps_sharded`` in ``kernels/payload.cu``)."""
 
 # kBuiltIn in kernels/payload.cu: chosen nowhere yet, but by FusionConfig(strategy="sharded") or a tuned file.
-_BUILT_IN_SHARDED: dict[str, dict[str, dict[str, int]]] = {ANY_HIDDEN: {"2": {ANY_HIDDEN: NEVER}}}
+_BUILT_IN_SHARDED: dict[str, dict[str, dict[str, int]]] = {
+    ANY_HIDDEN: {"2": {ANY_HIDDEN: NEVER, "4096": 4 << 20, "7168": 7 << 19, "8192": 8 << 20}}
+}
 
 Rows = Mapping[str, Mapping[str, Mapping[str, int]]]
 

@@ -275,6 +275,10 @@ void cluster_ctarank(uint32_t& n) { n = fiber().cta->rank_in_cluster; }
 
 void st_shared(uint32_t to, uint32_t word) { memcpy(shared_at(to), &word, 4); }
 void ld_shared(uint32_t& word, uint32_t from) { memcpy(&word, shared_at(from), 4); }
+void ld_shared_4(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, uint32_t from) {
+  if (from % 16) die("a vector of shared memory that is not aligned to 16 bytes");
+  for (uint32_t* word : {&a, &b, &c, &d}) memcpy(word, shared_at(from), 4), from += 4;
+}
 
 /* An mbarrier of one arrival a phase, in its 8 bytes. */
 struct Barrier {

@@ -9,6 +9,7 @@ void nclusterid(uint32_t& n);
 void cluster_ctarank(uint32_t& n);
 void st_shared(uint32_t to, uint32_t word);
 void ld_shared(uint32_t& word, uint32_t from);
+void ld_shared_4(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d, uint32_t from);
 void mbarrier_init(uint32_t at);
 void mbarrier_arrive_expect(uint32_t at, uint32_t bytes);
 void mbarrier_await(uint32_t at, uint32_t phase);

@@ -21,6 +21,7 @@ INSTRUCTIONS = {
     "mov.u32 %0, %cluster_ctarank;": "cluster_ctarank",
     "st.shared.u32 [%0], %1;": "st_shared",
     "ld.shared.u32 %0, [%1];": "ld_shared",
+    "ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];": "ld_shared_4",
     "mbarrier.init.shared::cta.b64 [%0], 1;": "mbarrier_init",
     "fence.mbarrier_init.release.cluster;": "nothing",
     "barrier.cluster.arrive.relaxed.aligned;": "cluster_arrive",
