@@ -53,7 +53,7 @@ _BUILT_IN: dict[str, dict[str, dict[str, int]]] = {
 _MOST_SHARDED = 1024 * 16
 """Bytes of the widest row whose residual a table may have sharded (``keeps_sharded`` in ``kernels/payload.cu``)."""
 
-# kBuiltIn in kernels/payload.cu: chosen nowhere yet, but by FusionConfig(strategy="sharded") or a tuned file.
+# kBuiltIn in kernels/payload.cu, which says how it was measured.
 _BUILT_IN_SHARDED: dict[str, dict[str, dict[str, int]]] = {
     ANY_HIDDEN: {"2": {ANY_HIDDEN: NEVER, "4096": 4 << 20, "7168": 7 << 19, "8192": 8 << 20}}
 }
