@@ -90,6 +90,20 @@ def token_torchao(h: Tensor) -> tuple[Tensor, Tensor]:
     return (h.float() / s).clamp(-448.0, 448.0).to(FP8), s
 
 
+def token_ends(h: Tensor) -> tuple[Tensor, Tensor]:
+    """compressed-tensors' largest magnitude, from both ends of a row."""
+    low, high = h.amin(-1, keepdim=True), h.amax(-1, keepdim=True)
+    low, high = torch.min(low, torch.zeros_like(low)), torch.max(high, torch.zeros_like(high))
+    s = torch.max(low.abs(), high.abs()).float().clamp(min=1e-12) / 448.0
+    return (h.float() / s).clamp(-448.0, 448.0).to(FP8), s
+
+
+def token_aminmax(h: Tensor) -> tuple[Tensor, Tensor]:
+    low, high = torch.aminmax(h.float(), dim=-1, keepdim=True)
+    s = torch.maximum(high.abs(), low.clamp(max=0.0).abs()).clamp(min=1e-12) / 448.0
+    return (h.float() / s).clamp(-448.0, 448.0).to(FP8), s
+
+
 def token_squeezed(h: Tensor) -> tuple[Tensor, Tensor]:
     q, s = token(h)
     return q, s.squeeze(-1)
@@ -283,6 +297,24 @@ def group_other_scale(h: Tensor) -> tuple[Tensor, Tensor]:
     v = h.reshape(h.shape[0], 2, 128).float()
     s = (v.abs().amax(-1, keepdim=True) / 448.0).flip(1)
     return (v / s).clamp(-448.0, 448.0).to(FP8).reshape(h.shape), s
+
+
+def token_compressed(h: Tensor) -> tuple[Tensor, Tensor]:
+    """compressed-tensors in full: a scale of 0 is replaced, any other one stays, however small."""
+    low, high = h.amin(-1, keepdim=True), h.amax(-1, keepdim=True)
+    s = torch.max(low.clamp(max=0.0).abs(), high.clamp(min=0.0).abs()) / 448.0
+    s = torch.where(s == 0, torch.tensor(torch.finfo(s.dtype).eps, dtype=s.dtype), s)
+    return (h / s).clamp(-448.0, 448.0).to(FP8), s
+
+
+def token_highest(h: Tensor) -> tuple[Tensor, Tensor]:
+    s = h.float().amax(-1, keepdim=True).clamp(min=1e-12) / 448.0
+    return (h.float() / s).clamp(-448.0, 448.0).to(FP8), s
+
+
+def token_lowest(h: Tensor) -> tuple[Tensor, Tensor]:
+    s = h.float().amin(-1, keepdim=True).abs().clamp(min=1e-12) / 448.0
+    return (h.float() / s).clamp(-448.0, 448.0).to(FP8), s
 
 
 def int8_torchao(y: Tensor) -> tuple[Tensor, ...]:

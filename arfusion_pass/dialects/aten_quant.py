@@ -9,6 +9,7 @@ leave it. ``[...]`` may be missing, views (reshape, unsqueeze, squeeze) and loss
 
     FP8 and INT8 per token, FP8 per group of 128, 64 or 32 (%v = reshape(%norm, [T, H / g, g]))
       %amax  = aten.amax.default(aten.abs.default(%v), [-1], True)       # or max.dim and getitem 0
+               or maximum(abs(amin(%v)), abs(amax(%v))), either one with 0 before
       [%amax = aten.clamp_min.default(%amax, bound)]
       %scale = aten.div.Tensor(%amax, 448.0)              # INT8: 127; or mul by 1 / 448
       [%scale = aten.clamp_min.default(%scale, bound)]
@@ -88,9 +89,10 @@ class AtenQuant(Dialect):
 def _stuck(node: fx.Node, states: States) -> bool:
     """Whether ``node``, which no rule knows, computes or reads a value that only a quantiser computes."""
     inputs = [states.get(inner) for inner in node.all_input_nodes]
-    if is_call(node, aten.amin.default) and isinstance(inputs[0], Rows):
-        return True  # torchao's INT8: the larger of -amin and amax, over 127.5
-    return any(isinstance(state, (PerUnit, Scaled)) or (isinstance(state, Rows) and state.absolute) for state in inputs)
+    tell = [
+        each for each in inputs if isinstance(each, (PerUnit, Scaled)) or (isinstance(each, Rows) and each.absolute)
+    ]
+    return any(not (isinstance(each, PerUnit) and each.kind == Kind.HIGHEST) for each in tell)  # so begins a softmax
 
 
 def _quantised(norm: fx.Node, node: fx.Node, states: States, hidden: int) -> Quantised | Refused:
@@ -188,7 +190,9 @@ def _of_same_amax(scale: fx.Node, slice_: set[fx.Node], states: States) -> bool:
         node = stack.pop()
         if node in slice_:
             continue
-        if not isinstance(states.get(node), PerUnit) or is_call(node, aten.amax.default, aten.max.dim):
+        if not isinstance(states.get(node), PerUnit) or is_call(
+            node, aten.amax.default, aten.amin.default, aten.max.dim
+        ):
             return False
         stack.extend(inner for inner in node.all_input_nodes if inner in states)
     return True

@@ -13,7 +13,8 @@ What the ops compute, read in vLLM's sources; ``T`` is the dtype of ``x``:
     returned rounded to ``T``; ``(x * rsqrt).to(weight.dtype) * weight`` rounds before a weight in ``T``
     (``ROUND_BEFORE_WEIGHT``) and not before an fp32 one, such as Gemma's ``weight.float() + 1``; without a weight
     there is one rounding.
-    These are the op's own (native) semantics. vLLM may lower the op to a kernel that rounds elsewhere.
+    ``static_quant_fp8``: ``x.float() * (1 / scale)``, clamped, with a scale of one element.
+    These are the ops' own (native) semantics. vLLM may lower an op to a kernel that rounds elsewhere.
 ``_C::rms_norm``, ``_C::fused_add_rms_norm``
     The sum is rounded to ``T`` and the norm reads that. ``Tensor? weight`` in the schema: ``T(x * rsqrt * weight)``
     in fp32. ``Tensor weight`` (before vLLM's norms were IR ops, up to 0.19): ``T(x * rsqrt) * weight`` in ``T``.
@@ -125,6 +126,15 @@ def _norm_block(call: OpCall, x: fx.Node) -> Any:
     return "quant_fp8_group", spec
 
 
+def _ir_static(call: OpCall, x: fx.Node) -> Any:
+    """One given scale, applied by its reciprocal in fp32."""
+    if call["fp8_dtype"] != torch.float8_e4m3fn:
+        return f"{describe(call.node)} quantises to {call['fp8_dtype']}; float8_e4m3fn is fused"
+    if call["num_token_padding"] is not None:
+        return f"{describe(call.node)} pads its rows (num_token_padding)"
+    return static_fp8(call, x)
+
+
 def _group(call: OpCall, x: fx.Node) -> Any:
     rounding = ScaleRound.POW2_LOG2 if call["scale_ue8m0"] else ScaleRound.FP32
     reason = fp8_range(call, "fp8_min", "fp8_max")
@@ -200,6 +210,7 @@ NORMS = {
 }
 
 QUANTISERS = {
+    "vllm_ir::static_quant_fp8": QuantOp("x", 0, _ir_static, scale="scale"),
     "_C::static_scaled_fp8_quant": QuantOp("input", "result", static_fp8, scale="scale"),
     "_C::dynamic_per_token_scaled_fp8_quant": QuantOp("input", "result", _token, scales="scale"),
     "_C::per_token_group_fp8_quant": QuantOp("input", "output_q", _group, scales="output_s"),

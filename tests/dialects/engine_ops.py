@@ -96,6 +96,12 @@ def _ir_fused_add_rms_norm(x, x_residual, weight, epsilon, variance_size=None): 
     return (y if weight is None else y.to(weight.dtype) * weight).to(x.dtype), total.to(x.dtype)
 
 
+def _ir_static_quant_fp8(x, scale, fp8_dtype, num_token_padding=None):  # type: ignore[no-untyped-def]
+    codes = to_fp8(x.float() * scale.float().reciprocal())
+    rows = max((num_token_padding or 0) - x.shape[0], 0)
+    return torch.nn.functional.pad(codes.view(torch.uint8), (0, 0, 0, rows)).view(fp8_dtype)
+
+
 def _c_rms_norm(result, input, weight, epsilon):  # type: ignore[no-untyped-def]
     y = rms(input, epsilon)
     result.copy_(y if weight is None else y * weight.float())
@@ -285,6 +291,14 @@ def register_vllm(optional_weight: bool = True) -> None:
         "(Tensor x, Tensor x_residual, Tensor? weight, float epsilon, SymInt? variance_size=None) -> (Tensor, Tensor)",
         _ir_fused_add_rms_norm,
         lambda x, *_: (torch.empty_like(x), torch.empty_like(x)),
+    )
+    define(
+        "vllm_ir::static_quant_fp8",
+        "(Tensor x, Tensor scale, ScalarType fp8_dtype, SymInt? num_token_padding=None) -> Tensor",
+        _ir_static_quant_fp8,
+        lambda x, scale, fp8_dtype, num_token_padding=None: x.new_empty(
+            max(num_token_padding or 0, x.shape[0]), *x.shape[1:], dtype=fp8_dtype
+        ),
     )
     define("_C::rms_norm", f"(Tensor! result, Tensor input, {weight}, float epsilon) -> ()", _c_rms_norm)
     define(

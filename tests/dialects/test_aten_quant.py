@@ -67,6 +67,8 @@ add("token", site(q.token), TOKEN_NAME, TOKEN | ON_AMAX)
 add("token_vllm", site(q.token_vllm), TOKEN_NAME, TOKEN | ON_SCALE | {"apply": RECIPROCAL})
 add("token_torchao", site(q.token_torchao), TOKEN_NAME, TOKEN | {"scale_round": TENSOR})
 add("token_squeezed", site(q.token_squeezed), TOKEN_NAME, TOKEN | ON_AMAX)
+add("token_ends", site(q.token_ends), TOKEN_NAME, TOKEN | ON_AMAX)
+add("token_aminmax", site(q.token_aminmax), TOKEN_NAME, TOKEN | ON_AMAX)
 LOW_BOUND = float(torch.tensor(1e-4).bfloat16())
 LOW = {"scale_round": TENSOR, "in_dtype": True, "bound_on": AMAX, "bound": LOW_BOUND}
 add("token_low", site(q.token_low), TOKEN_NAME, TOKEN | LOW)
@@ -161,7 +163,10 @@ for function, note in (
     (q.group_96, "groups"),
     (q.group_of_columns, "amax"),
     (q.group_other_scale, "rev"),
-    (q.int8_torchao, "amin"),
+    (q.int8_torchao, "neg"),
+    (q.token_compressed, "where"),
+    (q.token_highest, None),
+    (q.token_lowest, "clamp_min"),
     (q.int8_truncated, "convert_element_type"),
     (q.int8_symmetric_unbounded, "bounds"),
     (q.group_pow2_mask, "by its bits"),

@@ -226,6 +226,16 @@ def f_static_fan_out(x, r, w, s):  # type: ignore[no-untyped-def]
     return static(norm, s), torch.ops.vllm.rocm_unquantized_gemm(norm, w.expand(16, HIDDEN)), total
 
 
+def f_ir_static(x, r, w, s):  # type: ignore[no-untyped-def]
+    norm, total = ir_add(reduce(x), r, w)
+    return torch.ops.vllm_ir.static_quant_fp8(norm, s, fp8), total
+
+
+def f_ir_static_padded(x, r, w, s):  # type: ignore[no-untyped-def]
+    norm, total = ir_add(reduce(x), r, w)
+    return torch.ops.vllm_ir.static_quant_fp8(norm, s, fp8, 17), total
+
+
 def f_per_channel(x, r, w):  # type: ignore[no-untyped-def]
     norm, total = ir_add(reduce(x), r, w)
     return static(norm, norm.new_ones(HIDDEN, dtype=torch.float32), [-1, 1]), total
@@ -375,6 +385,9 @@ QUANT_CASES = {
     "static_plain": Case(f_static_plain, with_scale, (PLAIN + "StaticQuantFP8",)),
     "static_fan_out": Case(f_static_fan_out, with_scale, (ADD + "StaticQuantFP8",)),
     "static_off": Case(f_static, with_scale, (ADD,), config={"quantisers": False}),
+    "ir_static": Case(f_ir_static, with_scale, (ADD + "StaticQuantFP8",)),
+    "ir_static_dynamic": Case(f_ir_static, with_scale, (ADD + "StaticQuantFP8",), dynamic=True),
+    "ir_static_padded": Case(f_ir_static_padded, with_scale, (ADD,), note="pads its rows"),
     "per_channel": Case(f_per_channel, standard, (ADD,), note="no scale of one element"),
     "token": Case(f_token, standard, (ADD + "TokenQuantFP8",)),
     "group_row": Case(f_group_row, standard, (ADD + "GroupQuantFP8",)),

@@ -24,6 +24,7 @@ from arfusion_pass.graph import (
     is_call,
     is_cast,
     is_pure,
+    is_written,
     last_dim,
     peel,
     same_shape,
@@ -90,20 +91,26 @@ def _abs(node: fx.Node, states: States) -> State | None:
     state = states.get(node.args[0])
     if isinstance(state, Rows):
         return Rows(state.rounded, True)
+    if isinstance(state, PerUnit) and state.kind in (Kind.LOWEST, Kind.HIGHEST):
+        return state.to(Kind.LOWEST_SIZE if state.kind == Kind.LOWEST else Kind.HIGHEST_SIZE)
     return state if isinstance(state, PerUnit) and state.kind in (Kind.AMAX, Kind.SCALE) else None
 
 
 def _amax(node: fx.Node, states: States) -> State | None:
+    """The largest of absolute values, or of the elements the largest or the smallest."""
     source = node.args[0]
     state, tensor = states.get(source), tensor_of(source)
     unit, dims = last_dim(source), argument(node, "dim")
-    if not isinstance(state, Rows) or not state.absolute or tensor is None or unit is None:
+    if not isinstance(state, Rows) or tensor is None or unit is None:
         return None
     dims = dims if isinstance(dims, (list, tuple)) else [dims]
     if len(dims) != 1 or dims[0] not in (-1, tensor.dim() - 1):
         return None
-    kind = Kind.AMAX_AND_INDEX if node.target is aten.max.dim else Kind.AMAX
-    return PerUnit(kind, unit, state.rounded)
+    absolute = {aten.amax.default: Kind.AMAX, aten.max.dim: Kind.AMAX_AND_INDEX}
+    signed = {aten.amax.default: Kind.HIGHEST, aten.amin.default: Kind.LOWEST}
+    kinds: dict[Any, Kind] = absolute if state.absolute else signed
+    kind = kinds.get(node.target)
+    return None if kind is None else PerUnit(kind, unit, state.rounded)
 
 
 def _clamp(node: fx.Node, states: States) -> State | None:
@@ -112,24 +119,37 @@ def _clamp(node: fx.Node, states: States) -> State | None:
     state = states.get(args[0])
     low, high = argument(node, "min"), argument(node, "max")
     if target in (aten.maximum.default, aten.minimum.default):
+        other = states.get(args[1])
+        if isinstance(state, PerUnit) and isinstance(other, PerUnit):
+            sizes = {state.kind, other.kind} == {Kind.LOWEST_SIZE, Kind.HIGHEST_SIZE}
+            amax = state.to(Kind.AMAX)
+            return amax if sizes and target is aten.maximum.default and other.to(Kind.AMAX) == amax else None
         if state is None:
             state, low = states.get(args[1]), args[0]
         else:
             low = args[1]
         low, high = (low, None) if target is aten.maximum.default else (None, low)
-    lower, upper = constant(low), constant(high)
+    lower, upper = _everywhere(low, node), _everywhere(high, node)
     if (low is not None and lower is None) or (high is not None and upper is None):
         return None
     if isinstance(state, Scaled):
         return state.clamped(lower, upper)
     if not isinstance(state, PerUnit):
         return None
+    if state.kind in (Kind.LOWEST, Kind.HIGHEST):
+        return state if (lower, upper) == ((None, 0.0) if state.kind == Kind.LOWEST else (0.0, None)) else None
     if state.kind == Kind.EXPONENT_UP:
         # 0 becomes the exponent 1 here and stays 0 in a spec: the same only where the scale cannot be that small.
         return state if lower in (1.0, None) and upper in (254.0, None) and state.positive else None
     if state.kind not in (Kind.AMAX, Kind.SCALE) or lower is None or upper is not None:
         return None
     return state.bounded(lower, _low(node))
+
+
+def _everywhere(bound: Any, node: fx.Node) -> float | None:
+    """The number that a bound is, also as a tensor of the result's shape that is full of it."""
+    filled = is_call(bound, aten.full.default) and same_shape(bound, node) and not is_written(bound)
+    return constant(bound.args[1] if filled else bound)
 
 
 def _divide(node: fx.Node, states: States) -> State | None:
@@ -366,8 +386,7 @@ _integer_rules()
 
 _RULES: dict[Any, Callable[[fx.Node, States], State | None]] = {
     aten.abs.default: _abs,
-    aten.amax.default: _amax,
-    aten.max.dim: _amax,
+    **dict.fromkeys((aten.amax.default, aten.amin.default, aten.max.dim), _amax),
     **dict.fromkeys((aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default), _clamp),
     **dict.fromkeys((aten.maximum.default, aten.minimum.default), _clamp),
     **dict.fromkeys((aten.div.Tensor, aten.div.Scalar), _divide),

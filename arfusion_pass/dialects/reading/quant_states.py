@@ -39,6 +39,13 @@ class Kind(enum.Enum):
     """What a number per unit is."""
 
     AMAX = enum.auto()
+    LOWEST = enum.auto()
+    """The smallest element, or 0 where that is smaller."""
+    HIGHEST = enum.auto()
+    """The largest element, or 0 where that is larger."""
+    LOWEST_SIZE = enum.auto()
+    """Its absolute value; the larger one of this and the next is ``AMAX``."""
+    HIGHEST_SIZE = enum.auto()
     AMAX_AND_INDEX = enum.auto()
     """The pair that ``aten.max.dim`` gives."""
     SCALE = enum.auto()
@@ -62,6 +69,9 @@ class Kind(enum.Enum):
     """The exponent, one more where there is a mantissa."""
     POWER_BITS = enum.auto()
     """The bits of the power of two."""
+
+
+ENDS = (Kind.LOWEST, Kind.HIGHEST, Kind.LOWEST_SIZE, Kind.HIGHEST_SIZE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +124,7 @@ class PerUnit:
         if self.rounded != low:
             return None
         bound = narrowed(self.bound, low)
-        if self.kind == Kind.AMAX:
+        if self.kind == Kind.AMAX or self.kind in ENDS:
             return dataclasses.replace(self, bound=bound)  # the largest of 16-bit values is one
         if bound != self.bound:
             return None
