@@ -48,6 +48,10 @@ class AllReduceFusionPass(CustomGraphPass):
         publishing.publish(report)
         publishing.called(report)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> AllReduceFusionPass:
+        """Itself: Inductor copies its options where it compiles for AOTInductor, and the reports belong here."""
+        return self
+
     def uuid(self) -> Any:
         """Inductor's cache key for this pass (:mod:`arfusion_pass.cache_key`); None, no caching, while recording."""
         if recording.active() is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import re
 from pathlib import Path
@@ -57,3 +58,20 @@ def test_commands_and_names_in_the_pages_exist() -> None:
             assert getattr(arf, name) is not None, (page.name, name)
         for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
             compile(block, page.name, "exec")
+
+
+TORCHS = ("Could not find schema for arfusion::", "object has no attribute 'allreduce_rms_norm'")
+
+
+def test_what_troubleshooting_quotes_is_said() -> None:
+    """Each quotation of its first column, between its dots, stands in a string of the package, or is torch's."""
+    said = "\n".join(
+        "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in getattr(node, "values", [node]))
+        for path in sorted((ROOT / "arfusion_pass").rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str))
+    )
+    rows = re.findall(r"^\| ([^|]+) \|", (DOCS / "troubleshooting.md").read_text(), re.MULTILINE)
+    quoted = [part.strip() for row in rows for text in re.findall(r'"([^"]+)"', row) for part in text.split("...")]
+    assert len(quoted) > 10
+    assert [part for part in quoted if part not in said and part not in TORCHS] == []

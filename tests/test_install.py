@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import arfusion_pass as arf
 from arfusion_pass.install import HOOK, CustomInferenceAwareGraphPass, PassChain, chained
+from arfusion_pass.ops import library
+from arfusion_pass.testing import assert_fused
 from tests.models import llama, reduce
 from tests.simulate import tensors, trace
 
@@ -118,6 +121,28 @@ def test_chains_an_inference_aware_pass(way: str, world: None) -> None:
                         torch.compile(model)(*inputs)
     assert seen == [True]
     assert fusion.reports.matched_count == 1
+
+
+@pytest.mark.slow
+def test_a_package_of_aotinductor(world: None, tmp_path: Path) -> None:
+    """Exported, compiled with the pass, packaged, loaded: the package calls the fused op, and the options' pass has the
+    report though Inductor copies its options."""
+
+    class Model(torch.nn.Module):
+        def forward(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+            return llama(reduce(x), w, 1e-6)
+
+    inputs = (torch.randn(4, 32), torch.ones(32))
+    options = arf.inductor_options()
+    package = torch._inductor.aoti_compile_and_package(
+        torch.export.export(Model(), inputs), package_path=str(tmp_path / "model.pt2"), inductor_configs=options
+    )
+    assert_fused(options[HOOK].reports, 1)
+    calls: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(library, "_run", lambda call: calls.append(call.op))
+        torch._inductor.aoti_load_package(package)(*inputs)
+    assert calls == ["allreduce_rms_norm"]
 
 
 def test_key_of_an_inference_aware_chain() -> None:

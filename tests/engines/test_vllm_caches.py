@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engines.vllm_start import LAYERS, start
+from tests.engines.vllm_start import HIDDEN, LAYERS, TOKENS, start
 from tests.helpers import run_ranks
 
 if importlib.util.find_spec("vllm") is None:
@@ -78,3 +78,37 @@ def test_second_starts(mega: str, tmp_path: pathlib.Path, monkeypatch: pytest.Mo
     assert (back["aot_loaded"], back["fused_calls"]) == (1, LAYERS), back
     assert told(back) == told(first)
     assert torch.equal(back["out"], first["out"])
+
+
+def test_a_quantised_start(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's per-token FP8 quantiser behind each norm goes into the fused call, and each rank gives what plain torch
+    does. (Unfused it does not: on CPU vLLM's all-reduce returns its input, whose memory Inductor gives away.)"""
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    monkeypatch.setenv("START_QUANTISED", "1")
+    outcomes = run_ranks(2, start, timeout=900.0)
+    sites = [site for report in outcomes[0]["reports"] for site in report["sites"]]
+    pattern = "AllReduceFusedAddRMSNormTokenQuantFP8"
+    assert [(site["module"], site["pattern"]) for site in sites] == [(module, pattern) for module in MODULES]
+    for outcome, expected in zip(outcomes, _quantised(2), strict=True):
+        assert outcome["fused_calls"] == LAYERS
+        assert (outcome["out"] - expected).abs().max().item() < 0.02 * expected.abs().max().item()
+
+
+def _quantised(world: int) -> list[torch.Tensor]:
+    """What the toy gives on each rank."""
+    weights = []
+    for rank in range(world):
+        torch.manual_seed(rank)
+        weights.append([(torch.randn(HIDDEN, HIDDEN) / 8).bfloat16() for _ in range(LAYERS)])
+    norm = (1 + torch.rand(HIDDEN, generator=torch.Generator().manual_seed(0))).bfloat16()
+    residual = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(0)).bfloat16()
+    xs = [residual] * world
+    for layer in zip(*weights, strict=True):
+        reduced = sum((x * 0.5 @ weight).float() for x, weight in zip(xs, layer, strict=True))
+        total = reduced.bfloat16().float() + residual.float()  # type: ignore[union-attr]
+        residual = total.bfloat16()
+        x = (total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + 1e-6)).bfloat16() * norm
+        scale = x.float().abs().amax(-1, keepdim=True) / 448.0
+        codes = (x.float() / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+        xs = [(codes.float() * scale).bfloat16() @ weight for weight in layer]
+    return [(x + residual).float() for x in xs]
