@@ -54,6 +54,9 @@ from arfusion_pass.rewrite.reductions import (
     row_lengths,
 )
 
+COMPUTES = ("aten", "prims")
+"""Namespaces of ops that are no collectives: nearly all of a graph's nodes, which no dialect is asked about."""
+
 
 @dataclasses.dataclass
 class RaisedSite:
@@ -232,7 +235,8 @@ def open_reductions(sites: Iterable[RaisedSite]) -> dict[fx.Node, Reduced]:
 
 def build_shadow(sites: list[RaisedSite]) -> Shadow:
     """The shadow graph of the sites that have no reason against them."""
-    graph = fx.Graph()
+    module = fx.GraphModule(torch.nn.Module(), fx.Graph())  # while it is empty: no code is generated of the nodes
+    graph = module.graph
     origins: dict[fx.Node, fx.Node] = {}
     live: list[fx.Node] = []
     for site in sites:
@@ -246,13 +250,13 @@ def build_shadow(sites: list[RaisedSite]) -> Shadow:
         if site.reason is None:
             live += _raise_site(graph, site, index, origins)
     graph.output(tuple(live))
-    return Shadow(fx.GraphModule(torch.nn.Module(), graph), sites)
+    return Shadow(module, sites)
 
 
 def _site(node: fx.Node, config: FusionConfig) -> RaisedSite | None:
     """The site that ``node`` opens, if it is an all-reduce or a reduce-scatter in any dialect, with what speaks against
     it already."""
-    if node.op != "call_function":
+    if node.op != "call_function" or getattr(node.target, "namespace", None) in COMPUTES:
         return None
     for dialect in DIALECTS:
         found = dialect.all_reduce(node)
