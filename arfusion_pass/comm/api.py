@@ -106,9 +106,13 @@ def allreduce_fusion(
         use_oneshot: True or False forces a strategy; None takes the measured table's. The bits are the same.
         fp32_acc: accepted. The sum is always taken in fp32, in rank order, and rounded once: FlashInfer's default of
             False, a rounding after every rank, loses accuracy and buys nothing.
-        moe_reduction_device_num_experts, moe_reduction_scale_input, moe_reduction_active_experts_token_input,
-            moe_reduction_token_input, expanded_idx_to_permuted_idx, expert_scale_factor, shared_expert_output: patterns
-            6 and 7, see :mod:`arfusion_pass.comm.moe`.
+        moe_reduction_device_num_experts: pattern 6, see :mod:`arfusion_pass.comm.moe`, as are the three that follow.
+        moe_reduction_scale_input: pattern 6.
+        moe_reduction_active_experts_token_input: pattern 6.
+        moe_reduction_token_input: pattern 6.
+        expanded_idx_to_permuted_idx: pattern 7, see :mod:`arfusion_pass.comm.moe`, as are the two that follow.
+        expert_scale_factor: pattern 7.
+        shared_expert_output: pattern 7.
         block_quant_group_size: patterns 8 and 9: a power of two from 8 to 256 (fp32: 4 to 128) that divides hidden_dim.
         weight_bias: added to ``rms_gamma``: 1.0 for Gemma's and Qwen3-Next's norms. Pattern 0 ignores it.
         moe_finalize_backend: ``"trtllm"`` or ``"cake"``, which run the same kernel here.

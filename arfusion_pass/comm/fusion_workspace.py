@@ -349,14 +349,19 @@ def create_allreduce_fusion_workspace(
         backend: ``"auto"`` (our kernels on CUDA, the reference elsewhere), ``"native"`` (our kernels or an error),
             ``"reference"`` (torch ops), ``"flashinfer"`` (FlashInfer's kernels; what they get wrong goes to ours).
             FlashInfer's own ``"trtllm"`` and ``"mnnvl"`` mean ``"auto"``.
-        world_size, rank: of the group; may be left out.
-        max_token_num, hidden_dim, dtype: the largest call to come (bf16, fp16 or fp32). One workspace serves every
-            ``(tokens, hidden, dtype)`` that ``is_buffer_size_sufficient`` accepts, and larger calls in pieces.
-        gpus_per_node, force_oneshot_support: accepted; nothing here depends on them.
+        world_size: of the group; may be left out.
+        rank: in the group; may be left out.
+        max_token_num: tokens of the largest call to come. One workspace serves every ``(tokens, hidden, dtype)`` that
+            ``is_buffer_size_sufficient`` accepts, and larger calls in pieces.
+        hidden_dim: its hidden size.
+        dtype: its dtype: bf16, fp16 or fp32.
+        gpus_per_node: accepted; nothing here depends on it.
+        force_oneshot_support: accepted; nothing here depends on it.
         comm_backend: FlashInfer's ``TorchDistBackend`` or the like: its process group is used where ``group`` is None.
         group: the process group; default: ``comm_backend``'s, else the default group. A sub-group is fine: every rank
             of it makes the workspace.
-        top_k ... config: settings of FlashInfer's ``mnnvl-cutedsl`` backend, refused as by its other backends.
+        top_k: as all that follow but ``device``, a setting of FlashInfer's ``mnnvl-cutedsl`` backend, refused as by its
+            other backends.
         device: where the calls' tensors live; default: the current CUDA device, or the CPU where there is none.
 
     Raises:

@@ -115,7 +115,8 @@ def trtllm_mnnvl_fused_allreduce_add_rmsnorm_quant(
             encode scale. Dynamic FP8 ignores it.
         layout_code: NVFP4's scale layout; all three work.
         quant_type: ``MNNVLQuantType.FP8``, ``NVFP4`` or ``DYNAMIC_FP8``; ``NONE`` is refused.
-        launch_with_pdl, strategy: as in :func:`trtllm_mnnvl_allreduce`.
+        launch_with_pdl: as in :func:`trtllm_mnnvl_allreduce`.
+        strategy: as in :func:`trtllm_mnnvl_allreduce`.
         weight_bias: added to ``gamma``; 1.0 for Gemma's norm.
 
     Returns:

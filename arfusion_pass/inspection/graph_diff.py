@@ -71,7 +71,8 @@ def graph_diff(before: str, after: str, context: int = 2) -> str:
     """What the pass changed: the table of op counts, an empty line, the unified diff.
 
     Args:
-        before, after: graphs as :func:`print_graph` prints them (``FusionReport.before``, ``.after``).
+        before: a graph as :func:`print_graph` prints it (``FusionReport.before``).
+        after: the same after the pass (``FusionReport.after``).
         context: unchanged lines around each change.
     """
     if before == after:

@@ -107,8 +107,10 @@ def prepare(
     Args:
         group: a process group, the name that the fused ops call it by, or None for the default group. A process group
             that an engine registered under names of its own (``register_group``) is prepared under those names.
-        max_token_num, hidden_dim, dtype: the largest call to come; more tokens go in pieces, always. Default: the
-            whole of ``max_bytes``.
+        max_token_num: tokens of the largest call to come; more go in pieces, always. Default: the whole of
+            ``max_bytes``.
+        hidden_dim: its hidden size.
+        dtype: its dtype.
         device: CUDA device; default: the current one.
         max_bytes: upper limit of the symmetric memory a rank; default 128 MiB, or ``ARFUSION_WORKSPACE_MIB``.
         timeout: of a wait inside a kernel; default: the process group's.
