@@ -44,6 +44,7 @@ struct Shared {
 struct Place {
   Part part;
   uint32_t tiles; /* of a row */
+  uint32_t flags; /* the call's */
   uint32_t first; /* first vector of the part */
   uint32_t row;
 
@@ -140,11 +141,10 @@ struct Epilogue {
     Weight weight;
     typename Q::Factor factor; /* of static FP8 its scale and how it is applied, of NVFP4 the encode scale */
     bool multiply, reciprocal; /* of kUsual: scales are products; x is multiplied by 1 / scale */
-    bool round_first;          /* of straight calls: kRoundBeforeWeight */
   };
 
   ARF_DEVICE static Given given(const Params& p, const Place& at) {
-    Given g = {fetch_weight(p, at), {}, false, false, false};
+    Given g = {fetch_weight(p, at), {}, false, false};
     if constexpr (kFamily == kStatic) g.factor = Q::static_factor(p, Q::given_scale(p));
     if constexpr (kFamily == kFp4) g.factor = Q::encode_factor(Q::given_scale(p));
     if constexpr (kFamily == kUsual) {
@@ -161,12 +161,12 @@ struct Epilogue {
     if (!kStraight || threadIdx.x) return;
     store_shared(scratch.known(), p.cluster);
     store_shared(scratch.known() + 4, p.tiles);
-    store_shared(scratch.known() + 8, p.flags & kRoundBeforeWeight);
+    store_shared(scratch.known() + 8, p.flags);
   }
-  ARF_DEVICE static void know(Shared scratch, Place& at, Given& given) {
+  ARF_DEVICE static void know(Shared scratch, Place& at) {
     if constexpr (kStraight) {
       const uint4 known = load_shared_vector(scratch.known());
-      at.part.count = known.x, at.tiles = known.y, given.round_first = known.z;
+      at.part.count = known.x, at.tiles = known.y, at.flags = known.z;
     }
   }
 
@@ -174,10 +174,11 @@ struct Epilogue {
   struct Targets {
     void* scale;
     uint4 *total, *norm; /* of straight calls */
+    uint32_t flags;
   };
 
   ARF_DEVICE static Targets targets(const Params& p, const Place& at, uint32_t t) {
-    Targets to = {};
+    Targets to = {nullptr, nullptr, nullptr, at.flags};
     if constexpr (kCommon && kFamily >= kDynamic) {
       to.scale = Q::scale_target(p, t, at.vector(0));
       asm volatile("" : "+l"(to.scale)); /* nothing; opaque, as above */
@@ -258,7 +259,7 @@ struct Epilogue {
       } else if (p.residual_out) {
         store_packed(p, p.residual_out, t, v, total);
       }
-      unpack<kDtype>(total, value);
+      if (!(to.flags & kUnroundedSum)) unpack<kDtype>(total, value);
     } else {
       if (p.residual_out) store_vector(p, p.residual_out, p.residual_out_fp32, t, v, value);
       if (!(p.flags & kUnroundedSum)) unpack<kDtype>(pack<kDtype>(value), value);
@@ -382,7 +383,7 @@ struct Epilogue {
     unpack<kDtype>(given.weight.raw, w);
 #pragma unroll
     for (int i = 0; i < N; ++i) x[i] = __fmul_rn(x[i], rstd);
-    if (given.round_first) unpack<kDtype>(pack<kDtype>(x), x);
+    if (to.flags & kRoundBeforeWeight) unpack<kDtype>(pack<kDtype>(x), x);
 #pragma unroll
     for (int i = 0; i < N; ++i) x[i] = __fmul_rn(x[i], w[i]);
     const uint4 norm = pack<kDtype>(x);

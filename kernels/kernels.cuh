@@ -64,7 +64,7 @@ struct Kernel {
     uint32_t mix = words[kWords - 1];
 #pragma unroll
     for (int i = 0; i < kWords; i += kLine) mix = mix * 31 + words[i];
-    const Place at = {position.part, p.tiles, position.part.rank * blockDim.x, 0};
+    const Place at = {position.part, p.tiles, p.flags, position.part.rank * blockDim.x, 0};
     E::clear_tiles(p, scratch);
     open_barriers(scratch.barriers(0), 4, at.part);
     if (mix == 0x5bd1e995u) __nanosleep(1); /* a use of the words that cannot be dropped; harmless the one time in 2^32 */
@@ -132,12 +132,12 @@ struct Kernel {
     settle(p, link);
     if (!p.pushers) push_row(p, link, at, first, own);
     stamp(kPushed);
-    Given given = start(p, at, cta - p.pushers, ctas - p.pushers);
+    const Given given = start(p, at, cta - p.pushers, ctas - p.pushers);
     E::await_weight();
     join_cluster(at.part);
     E::tell(p, scratch);
     __syncthreads(); /* all have read the pair; while the first row is on its way this and the stores cost nothing */
-    E::know(scratch, at, given);
+    E::know(scratch, at);
     rotate(p, link, cta, ctas);
     for (uint32_t t = first; t < p.tokens; t += step, ++at.row) {
       if (t != first) {

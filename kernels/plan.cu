@@ -216,11 +216,11 @@ void split_rows(int64_t tokens, int major, Plan* plan) {
   plan->threads = tiles_each * kWarp;
 }
 
-/* What most models' graphs ask for: tensors of one dtype, a weight, a norm of the rounded sum. Kernels of their own
- * (template parameter kCommon) do without the branches and registers of everything else. */
+/* What most models' graphs ask for: tensors of one dtype and a weight. Kernels of their own (template parameter kCalls) do
+ * without the branches and registers of everything else. */
 bool is_common(const arf_call& c) {
   const bool fp32_beside = c.residual_fp32 || c.residual_out_fp32 || c.weight_fp32 || c.norm_out_fp32;
-  return c.op == ARF_OP_ALLREDUCE && c.weight && (c.norm_out || c.quant_out) && !(c.flags & kUnroundedSum) &&
+  return c.op == ARF_OP_ALLREDUCE && c.weight && (c.norm_out || c.quant_out) &&
          (c.dtype == ARF_FP32 || !fp32_beside);
 }
 

@@ -233,10 +233,10 @@ def straight_cases() -> list[Config]:
     for dtype, (name, quant), flag in itertools.product(
         DTYPES,
         (("", "norm_out"), *((name, "quant_out") for name in ("static", "token", "group128"))),
-        (0, int(Flags.ROUND_BEFORE_WEIGHT)),
+        (0, int(Flags.UNROUNDED_SUM), int(Flags.ROUND_BEFORE_WEIGHT), 3),
     ):
         spec = SPECS[name] if name else NO_QUANT
-        hidden = 4096 if flag else 2176  # clusters of several CTAs; a last tile of their own
+        hidden = 4096 if flag & 2 else 2176  # clusters of several CTAs; a last tile of their own
         made.append(
             Config(tokens=3, hidden=hidden, dtype=dtype, spec=spec, flags=flag, outputs=("residual_out", quant))
         )
@@ -490,7 +490,7 @@ def main() -> None:
             c
             for i, c in enumerate(everything)
             if (i % 23 == 0 and c.tokens < 200) or (c.tokens, c.hidden) == (257, PUSHED)
-        ] + straight_cases()[:16:3]
+        ] + straight_cases()[:32:5]
     start = time.time()
     if not quick:
         for config in everything + [dataclasses.replace(c, tokens=2000) for c in everything[:6]]:
