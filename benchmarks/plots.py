@@ -60,7 +60,9 @@ def draw(axes: Any, lines: dict[str, list[tuple[int, float]]], title: str) -> No
     for name, points in lines.items():
         if points:
             axes.plot(
-                *zip(*sorted(points), strict=True), label=name, **{"linewidth": 1.3, "marker": "."} | STYLES.get(name, {})
+                *zip(*sorted(points), strict=True),
+                label=name,
+                **{"linewidth": 1.3, "marker": "."} | STYLES.get(name, {}),
             )
     tokens = sorted({t for points in lines.values() for t, _ in points})
     axes.set(title=title, xlabel="tokens", ylabel="µs", xscale="log", yscale="log", xticks=tokens)
