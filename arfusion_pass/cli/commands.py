@@ -139,6 +139,10 @@ def explain(
     """
     if output is not None and not Path(output).absolute().parent.is_dir():
         raise click.BadParameter(f"there is no folder {Path(output).absolute().parent}", param_hint="--output")
+    try:
+        arfusion_pass.FusionConfig.from_env()
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
     if nproc is not None:
         options = [*(["--json"] if as_json else []), *(["--output", output] if output else [])]
         options += ["--dump", dump] if dump else []

@@ -54,6 +54,13 @@ def test_demo_refuses_what_cannot_be(arguments: list[str], complaint: str) -> No
     assert complaint in result.output
 
 
+def test_a_wrong_setting_is_a_line_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ARFUSION_CONFIG", '{"reasociate": true}')
+    result = CliRunner().invoke(main, ["explain", __file__])
+    assert (result.exit_code, result.output.count("\n")) == (1, 1), result.output
+    assert "there is no reasociate" in result.output
+
+
 @pytest.mark.parametrize("arguments", [["demo", "--world", "999999"], ["explain", "-n", "999999", __file__]])
 def test_ranks_that_no_machine_runs_are_not_started(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """And as many as the kernels take are, on however few cores."""
