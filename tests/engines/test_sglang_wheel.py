@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import pathlib
 from typing import Any
 
 import pytest
@@ -168,6 +169,34 @@ def test_two_ranks_compiled() -> None:
         assert not COLLECTIVE.findall(outcome["after"]), outcome["after"]
         assert not outcome["problems"], (outcome["problems"], outcome["after"])
         assert outcome["error"] < 0.2, outcome["error"]
+
+
+def _started(rank: int, world: int) -> list[dict[str, Any]]:
+    from sglang.srt.compilation.inductor_pass import pass_context
+    from sglang.srt.compilation.pass_manager import PostGradPassManager
+    from torch._inductor import config as inductor_config
+
+    import arfusion_pass as arf
+    from arfusion_pass.engines import sglang as plugin
+
+    plugin.register()
+    coordinator = _distributed(rank, world)
+    x, residual, _ = standard()
+    patch = {plugin.HOOK: PostGradPassManager(), "enable_auto_functionalized_v2": False}
+    with torch.no_grad(), inductor_config.patch(patch), pass_context(None):
+        torch.compile(Layers(x.shape[-1]).eval(), fullgraph=True)(x, residual, False)
+    assert coordinator.world_size == world
+    return [report.to_dict() for report in arf.reports()]
+
+
+def test_a_second_start_is_told(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang's pass manager gives Inductor our key: a second start loads the fused graph from Inductor's cache, and
+    reports it as the first did."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    (cold,), (warm,) = (run_ranks(2, _started, timeout=300.0)[0] for _ in range(2))
+    assert (cold["cached"], warm["cached"]) == (False, True)
+    assert cold["matched_count"] == 4
+    assert warm["sites"] == cold["sites"]
 
 
 def _called(rank: int, world: int) -> dict[str, float]:
