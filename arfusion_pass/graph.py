@@ -495,12 +495,12 @@ def describe(node: fx.Node) -> str:
         return "the graph's output"
     source = line_of(node)
     if source is None and node.op == "placeholder":
-        reader = _nearest_line(node)
+        reader = nearest_line(node)
         return f"{node.name} ({node.target})" if reader is None else f"the input read by {reader}"
     return f"{node.name if source is None else source} ({node.target})"
 
 
-def _nearest_line(node: fx.Node) -> Source | None:
+def nearest_line(node: fx.Node) -> Source | None:
     """The user's line of the nearest reader that has one: a cast that a compiler put in has none."""
     readers, seen = [node], {node}
     for _ in range(_FARTHEST_READER):

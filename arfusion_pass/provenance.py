@@ -14,7 +14,7 @@ from torch import fx
 
 from arfusion_pass.compilation import GraphBreak, known
 from arfusion_pass.config import canonical_epsilon
-from arfusion_pass.graph import tensor_of
+from arfusion_pass.graph import nearest_line, tensor_of
 from arfusion_pass.groups import find_group
 from arfusion_pass.ops.layouts import token_count
 from arfusion_pass.ops.spec import Flags
@@ -32,13 +32,15 @@ from arfusion_pass.source import Source, line_of, module_of
 def describe(site: RaisedSite, moves: Moves) -> Site:
     """A site before the rewrite, while its nodes stand."""
     x = tensor_of(site.node if site.reduced is None else site.reduced.x)
+    value = None if site.norm is None else site.norm.epsilon
     return Site(
         name=site.node.name,
         group=site.group,
         fused=False,
         nodes=tuple(node.name for node in site.nodes) or (site.node.name,),
-        epsilon=None if site.norm is None else canonical_epsilon(site.norm.epsilon),
-        epsilon_source=None if site.norm is None else _source(site.norm.epsilon_at),
+        epsilon=canonical_epsilon(value) if isinstance(value, float) else None,
+        epsilon_input=value.name if isinstance(value, fx.Node) else None,
+        epsilon_source=None if site.norm is None else _epsilon_source(site.norm.epsilon_at),
         dtype=None if x is None else str(x.dtype).removeprefix("torch."),
         quantiser=None if site.quant is None else site.quant.op,
         dialect="+".join(dict.fromkeys(site.dialects)),
@@ -107,6 +109,11 @@ def missed(site: RaisedSite, text: Site, note: str | None, broken: GraphBreak | 
 def rank() -> int | None:
     """This process's rank in the default group; None where there is none."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else None
+
+
+def _epsilon_source(node: fx.Node | None) -> Source | None:
+    """The line of an add that a compiler may have written anew (``dynamic=True`` does): then of what reads it."""
+    return _source(node) or (None if node is None else known(lambda: nearest_line(node)))
 
 
 def _source(node: fx.Node | None) -> Source | None:

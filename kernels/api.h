@@ -17,7 +17,7 @@ extern "C" {
 #endif
 
 #define ARF_API __attribute__((visibility("default")))
-#define ARF_ABI_VERSION 1
+#define ARF_ABI_VERSION 2
 
 #define ARF_MAX_WORLD 8
 #define ARF_MAX_HIDDEN 16384 /* elements of a token; hidden * itemsize is a multiple of 16 bytes */
@@ -32,7 +32,8 @@ typedef enum arf_status {
   ARF_CAPTURE = 6      /* not possible during stream capture; the message says what to do */
 } arf_status;
 
-typedef enum arf_dtype { ARF_BF16 = 0, ARF_FP16 = 1, ARF_FP32 = 2 } arf_dtype;
+/* ARF_FP64: of epsilon_tensor alone. */
+typedef enum arf_dtype { ARF_BF16 = 0, ARF_FP16 = 1, ARF_FP32 = 2, ARF_FP64 = 3 } arf_dtype;
 
 ARF_API int arf_abi_version(void);
 ARF_API const char* arf_last_error(void);
@@ -185,6 +186,11 @@ typedef struct arf_call {
   const int32_t* index;      /* finalize: [T, K], -1 for none */
   int64_t permuted_rows;     /* finalize: P; an index outside [0, P) is read as none */
   const void* shared;        /* reduce: token_input; finalize: shared_expert_output; [T, hidden] or NULL */
+  /* What a graph adds beside the residual: T [hidden], or with addend_rows [tokens, hidden] */
+  const void* addend;
+  int32_t addend_rows;
+  int32_t epsilon_dtype;      /* arf_dtype of epsilon_tensor */
+  const void* epsilon_tensor; /* one element that stands for epsilon, or NULL */
 } arf_call;
 
 /* Runs the call on `stream` (a cudaStream_t) of `device` in the group's workspace; group "": no exchange. Checks what it

@@ -16,15 +16,16 @@ namespace {
 }
 
 /* The part of the arguments that all ops share, at stack[0] on: EPILOGUE_INPUTS and OUTPUTS in schema.py. */
-/* residual weight scale group_name epsilon weight_bias flags quant quant_bound scale_value, then the five outputs */
-enum { kResidual, kWeight, kScale, kGroup, kEpsilon, kBias, kFlags, kQuant, kQuantBound, kScaleValue, kAllreduceOut,
-       kResidualOut, kNormOut, kQuantOut, kScaleOut };
-#define ARF_EPILOGUE_KINDS "tttsddiiddttttt"
-constexpr int kMaxArguments = 20;
+/* residual weight scale group_name epsilon weight_bias flags quant quant_bound scale_value, addend epsilon_tensor, then the five outputs */
+enum { kResidual, kWeight, kScale, kGroup, kEpsilon, kBias, kFlags, kQuant, kQuantBound, kScaleValue, kAddend,
+       kEpsilonTensor, kAllreduceOut, kResidualOut, kNormOut, kQuantOut, kScaleOut };
+#define ARF_EPILOGUE_KINDS "tttsddiiddttttttt"
+constexpr int kMaxArguments = 22;
 
 struct Call {
   const char* op;
   Tensor x, residual, weight, scale, allreduce_out, residual_out, norm_out, quant_out, scale_out;
+  Tensor addend, epsilon_tensor;
   Tensor expert_scale, index, shared; /* MoE */
   const char* group = "";
   int64_t flags = 0;
@@ -58,6 +59,8 @@ void read_arguments(Call& c, const StableIValue* stack) {
   read_optional(c.residual, "residual", stack[kResidual]);
   read_optional(c.weight, "weight", stack[kWeight]);
   read_optional(c.scale, "scale", stack[kScale]);
+  read_optional(c.addend, "addend", stack[kAddend]);
+  read_optional(c.epsilon_tensor, "epsilon_tensor", stack[kEpsilonTensor]);
   read_optional(c.allreduce_out, "allreduce_out", stack[kAllreduceOut]);
   read_optional(c.residual_out, "residual_out", stack[kResidualOut]);
   read_optional(c.norm_out, "norm_out", stack[kNormOut]);
@@ -104,13 +107,16 @@ void need_row_stride(const Call& c, const Tensor& t, int64_t stride) {
   if (!stride) c.fail(std::string(t.name) + " must be contiguous, or have its rows at one distance, got shape " + t.shape());
 }
 
-/* [..., width] with the call's tokens. */
-void need_rows(const Call& c, const Tensor& t, int64_t width) {
-  if (t.dim < 1 || t.size_from_end(0) != width || t.numel != c.raw.tokens * width) {
-    c.fail(std::string(t.name) + " must be [..., " + std::to_string(width) + "] with " + std::to_string(c.raw.tokens) +
+/* [..., width] with so many rows. */
+void need_rows(const Call& c, const Tensor& t, int64_t width, int64_t rows) {
+  if (t.dim < 1 || t.size_from_end(0) != width || t.numel != rows * width) {
+    c.fail(std::string(t.name) + " must be [..., " + std::to_string(width) + "] with " + std::to_string(rows) +
            " tokens, got " + t.shape());
   }
 }
+
+/* With the call's tokens. */
+void need_rows(const Call& c, const Tensor& t, int64_t width) { need_rows(c, t, width, c.raw.tokens); }
 
 void read_scale_out(Call& c) {
   const Tensor& s = c.scale_out;
@@ -182,6 +188,20 @@ void read_epilogue(Call& c) {
     need_contiguous(c, c.weight);
     raw.weight_fp32 = is_fp32(c, c.weight);
     raw.weight = c.weight.data;
+  }
+  if (c.addend) {
+    need_device(c, c.addend);
+    raw.addend_rows = c.addend.dim != 1;
+    need_rows(c, c.addend, raw.hidden, raw.addend_rows ? raw.tokens : 1);
+    need_contiguous(c, c.addend);
+    is_fp32(c, c.addend, false);
+    raw.addend = c.addend.data;
+  }
+  if (c.epsilon_tensor) {
+    need_device(c, c.epsilon_tensor);
+    if (c.epsilon_tensor.numel != 1) c.fail("epsilon_tensor must have one element, got " + c.epsilon_tensor.shape());
+    raw.epsilon_dtype = c.epsilon_tensor.dtype == d.fp64 ? ARF_FP64 : arf_dtype_of(c, c.epsilon_tensor);
+    raw.epsilon_tensor = c.epsilon_tensor.data;
   }
   if (c.scale) {
     if (c.scale.numel != 1) c.fail("scale must have one element, got " + c.scale.shape());
@@ -268,7 +288,8 @@ void check_overlaps(const Call& c) {
     int64_t stride;
   } inputs[] = {
       {c.x, x_in_place, c.raw.x_stride}, {c.residual, true, c.raw.residual_stride}, {c.shared, true, c.raw.hidden},
-      {c.weight, false, 0}, {c.scale, false, 0}, {c.expert_scale, false, 0}, {c.index, false, 0},
+      {c.weight, false, 0}, {c.scale, false, 0}, {c.addend, false, 0}, {c.epsilon_tensor, false, 0},
+      {c.expert_scale, false, 0}, {c.index, false, 0},
   };
   const Tensor* outputs[] = {&c.allreduce_out, &c.residual_out, &c.norm_out, &c.quant_out, &c.scale_out};
   for (const Input& in : inputs) need_memory(c, in.t, in.t ? item(in.t) : 0);
@@ -409,8 +430,8 @@ uint64_t kind_of(const Call& c, double bound) {
   mix(static_cast<uint64_t>(c.flags));
   mix(static_cast<uint64_t>(c.raw.quant));
   mix(to_word(bound));
-  for (const Tensor* t : {&c.x, &c.residual, &c.weight, &c.scale, &c.expert_scale, &c.index, &c.shared, &c.allreduce_out,
-                          &c.residual_out, &c.norm_out, &c.quant_out, &c.scale_out}) {
+  for (const Tensor* t : {&c.x, &c.residual, &c.weight, &c.scale, &c.addend, &c.epsilon_tensor, &c.expert_scale, &c.index,
+                          &c.shared, &c.allreduce_out, &c.residual_out, &c.norm_out, &c.quant_out, &c.scale_out}) {
     mix(*t ? static_cast<uint64_t>(t->dtype) + 1 : 0);
   }
   for (const char* p = c.group; *p; ++p) mix(static_cast<unsigned char>(*p));

@@ -6,6 +6,9 @@
  *   total   = float(reduced) + float(residual)                    -> residual_out, rounded once to its dtype
  *   norm    = value * rsqrt(mean(value^2) + epsilon) * weight     value: total, rounded to T unless UNROUNDED_SUM
  *
+ * and, in few calls: an addend before the residual or behind it, with a rounding to T between the two; epsilon in memory; a
+ * division by the root, or a product with its reciprocal.
+ *
  * The mean's summation tree is a function of (hidden, T) alone: squares of a vector by fours, a butterfly over the 32
  * vectors of a tile, tiles i, i + 32, ... in order, a butterfly over those. Thread count, strategy, batch and grid do
  * not appear in it, so a token has the same bits wherever and with whomever it is computed. */
@@ -87,9 +90,16 @@ struct Epilogue {
   ARF_DEVICE static bool has_weight(const Params& p) { return kCommon || p.weight; }
   ARF_DEVICE static bool needs_norm(const Params& p) { return kCommon || p.need_norm; }
 
+  /* Vector v of what is added to token t beside the residual. Fetched into L2 with the residual and loaded where it is added,
+   * so that calls without one hold no register for it. */
+  ARF_DEVICE static const uint4* addend_at(const Params& p, uint32_t t, uint32_t v) {
+    return static_cast<const uint4*>(p.addend) + (p.addend_rows ? static_cast<uint64_t>(t) * p.vectors : 0) + v;
+  }
+
   /* The residual of token t at vector v. Plain loads: residual_out may alias it. */
   ARF_DEVICE static Residual load_residual(const Params& p, uint32_t t, uint32_t v, bool holds) {
     Residual r = {};
+    if (!kCommon && p.addend && holds) prefetch(addend_at(p, t, v));
     if ((kStraight || p.residual) && holds) {
       const uint4* row = static_cast<const uint4*>(p.residual) + t * p.residual_stride;
       if (kWide && p.residual_fp32) {
@@ -104,6 +114,7 @@ struct Epilogue {
 
   /* Ahead of load_residual by the time of an exchange: from L2 it hides behind the row in front, from memory it does not. */
   ARF_DEVICE static void prefetch_residual(const Params& p, uint32_t t, uint32_t v) {
+    if (!kCommon && p.addend) prefetch(addend_at(p, t, v));
     if (p.residual) prefetch(static_cast<const uint4*>(p.residual) + t * p.residual_stride + (kWide && p.residual_fp32 ? 2 * v : v));
   }
 
@@ -139,12 +150,19 @@ struct Epilogue {
   /* What the epilogue needs once, fetched while the first row is on its way. */
   struct Given {
     Weight weight;
+    float epsilon; /* of common calls it is a parameter */
     typename Q::Factor factor; /* of static FP8 its scale and how it is applied, of NVFP4 the encode scale */
     bool multiply, reciprocal; /* of kUsual: scales are products; x is multiplied by 1 / scale */
   };
 
+  ARF_DEVICE static float epsilon(const Params& p) {
+    if (!p.epsilon_tensor) return p.epsilon;
+    if (p.epsilon_dtype == ARF_FP64) return static_cast<float>(*static_cast<const double*>(p.epsilon_tensor)); /* rounds */
+    return load_number(p.epsilon_tensor, 0, p.epsilon_dtype);
+  }
+
   ARF_DEVICE static Given given(const Params& p, const Place& at) {
-    Given g = {fetch_weight(p, at), {}, false, false};
+    Given g = {fetch_weight(p, at), kCommon ? p.epsilon : epsilon(p), {}, false, false};
     if constexpr (kFamily == kStatic) g.factor = Q::static_factor(p, Q::given_scale(p));
     if constexpr (kFamily == kFp4) g.factor = Q::encode_factor(Q::given_scale(p));
     if constexpr (kFamily == kUsual) {
@@ -236,12 +254,24 @@ struct Epilogue {
     at[i] = pack<kDtype>(f);
   }
 
+  ARF_DEVICE static void add_addend(const Params& p, uint32_t t, uint32_t v, float (&value)[N]) {
+    float addend[N];
+    unpack<kDtype>(*addend_at(p, t, v), addend);
+#pragma unroll
+    for (int i = 0; i < N; ++i) value[i] = __fadd_rn(value[i], addend[i]);
+  }
+
   /* From the fp32 sum over ranks to the value that the norm reads; writes allreduce_out and residual_out. */
   ARF_DEVICE static void add_residual(const Params& p, uint32_t t, uint32_t v, const float (&sum)[N], const Residual& r,
                                       float (&value)[N], const Targets& to) {
     const uint4 reduced = pack<kDtype>(sum);
     if (!kStraight && p.allreduce_out) store_packed(p, p.allreduce_out, t, v, reduced);
     unpack<kDtype>(reduced, value);
+    const bool addend_last = !kCommon && (p.flags & kAddendLast);
+    if (!kCommon && p.addend && !addend_last) {
+      add_addend(p, t, v, value);
+      if (p.residual) unpack<kDtype>(pack<kDtype>(value), value);
+    }
     if (kStraight || p.residual) {
       float residual[N];
       if (kWide && p.residual_fp32) {
@@ -251,6 +281,10 @@ struct Epilogue {
       }
 #pragma unroll
       for (int i = 0; i < N; ++i) value[i] = __fadd_rn(value[i], residual[i]);
+    }
+    if (addend_last) {
+      unpack<kDtype>(pack<kDtype>(value), value);
+      add_addend(p, t, v, value);
     }
     if constexpr (kCommon) {
       const uint4 total = pack<kDtype>(value); /* for both */
@@ -353,13 +387,25 @@ struct Epilogue {
     }
   }
 
+  /* What a row is multiplied by; with kDivideByRoot divided by. rsqrtf: 2 ulp, half of what an fp32 norm may be off. */
+  ARF_DEVICE static float rstd_of(const Params& p, float spread) {
+    if (kCommon || !(p.flags & (kDivideByRoot | kReciprocalRoot))) return __frsqrt_rn(spread);
+    const float root = __fsqrt_rn(spread);
+    return p.flags & kDivideByRoot ? root : __frcp_rn(root);
+  }
+
   /* Normalises a vector in place, writes norm_out, and leaves what the quantiser reads. */
   ARF_DEVICE static void normalise(const Params& p, const Given& given, uint32_t t, uint32_t v, uint32_t slot, float rstd,
                                    float (&x)[N], const Targets& to) {
     if constexpr (kStraight) return normalise_straight(given, rstd, x, to);
     const bool round_first = p.flags & kRoundBeforeWeight;
+    if (!kCommon && (p.flags & kDivideByRoot)) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) x[i] = __fmul_rn(x[i], rstd);
+      for (int i = 0; i < N; ++i) x[i] = __fdiv_rn(x[i], rstd);
+    } else {
+#pragma unroll
+      for (int i = 0; i < N; ++i) x[i] = __fmul_rn(x[i], rstd);
+    }
     if (round_first) unpack<kDtype>(pack<kDtype>(x), x);
     if (has_weight(p)) {
       float w[N];
@@ -400,7 +446,7 @@ struct Epilogue {
     if (!needs_norm(p)) return;
     const float mean = __fmul_rn(sum_of_squares(p, scratch, at, row), p.inverse_hidden);
     if (at.row == 0) stamp(kReduced);
-    const float rstd = __frsqrt_rn(__fadd_rn(mean, p.epsilon)); /* rsqrtf: 2 ulp, half of what an fp32 norm may be off */
+    const float rstd = rstd_of(p, __fadd_rn(mean, kCommon ? p.epsilon : given.epsilon));
 #pragma unroll
     for (int k = 0; k < kHeld; ++k) {
       if (k && k >= p.per_thread) break;

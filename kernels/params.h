@@ -59,6 +59,8 @@ struct Params {
   bool residual_fp32, residual_out_fp32, weight_fp32, norm_out_fp32;
   bool need_norm;
   bool cast_saturates;
+  bool addend_rows;
+  uint8_t epsilon_dtype;
   float epsilon;
   float weight_bias;
   const void* x;
@@ -92,13 +94,19 @@ struct Params {
   /* MoE prologue */
   bool expert_scale_fp32;
   int32_t experts;
+  uint32_t expert_stride; /* tokens between experts of expert_x and expert_scale */
   const void* expert_scale;
   const int32_t* index;
   const void* shared;
   float routed_scaling_factor;
   uint64_t permuted_rows;
-  uint64_t expert_stride; /* tokens between experts of expert_x and expert_scale */
+
+  /* Of few calls, and of no common one. */
+  const void* addend;         /* at the piece's first token where it has rows, else one row for all */
+  const void* epsilon_tensor; /* stands for epsilon */
 };
+/* The kernels touch each 64 bytes of it before they begin (kernels.cuh: begin). */
+static_assert(sizeof(Params) <= 6 * 64, "one line more, which every launch would pay");
 
 /* All ranks of a simulated launch. */
 struct SimulatedParams {

@@ -47,7 +47,9 @@ std::string check_marks(const arf_call& c) {
   if (c.flags & kOwnerBlocks && (~c.flags & (kSharded | kResidualInSharded | kResidualOutSharded))) {
     return "flag OWNER_BLOCKS needs SHARDED and both RESIDUAL_*_SHARDED";
   }
-  if (!(c.flags & (kResidualInSharded | kResidualOutSharded)) || (!c.allreduce_out && (c.norm_out || c.quant_out))) return "";
+  const bool marked = c.flags & (kResidualInSharded | kResidualOutSharded);
+  if (marked && c.addend && !(c.flags & kOwnerBlocks)) return "a residual may be sharded without an addend only";
+  if (!marked || (!c.allreduce_out && (c.norm_out || c.quant_out))) return "";
   return "a residual may be sharded beside norm_out or quant_out, and without allreduce_out";
 }
 

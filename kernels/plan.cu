@@ -162,6 +162,10 @@ std::string check_call(const arf_call& c) {
   }
   if (!c.weight && c.weight_bias != 0.0f) return "weight_bias needs a weight";
   if (!std::isfinite(c.epsilon) || c.epsilon < 0) return "epsilon must be finite and not negative";
+  if ((c.flags & kDivideByRoot) && (c.flags & kReciprocalRoot)) return "flags DIVIDE_BY_ROOT and RECIPROCAL_ROOT exclude each other";
+  if ((c.flags & kAddendLast) && (!c.addend || !c.residual || (c.residual_fp32 && c.dtype != ARF_FP32))) {
+    return "flag ADDEND_LAST needs an addend, and a residual of x's dtype";
+  }
   if ((c.flags & kOneshot) && (c.flags & kTwoshot)) return "flags ONESHOT and TWOSHOT exclude each other";
   if (const std::string problem = check_marks(c); !problem.empty()) return problem;
   if (c.quant) {
@@ -174,7 +178,7 @@ std::string check_call(const arf_call& c) {
   if (c.op == ARF_OP_MOE_FINALIZE && c.experts > 0 && !c.index) return "index is missing";
   const struct { const char* name; const void* p; } vectors[] = {
       {"x", c.x}, {"residual", c.residual}, {"weight", c.weight}, {"allreduce_out", c.allreduce_out},
-      {"residual_out", c.residual_out}, {"norm_out", c.norm_out}, {"shared", c.shared},
+      {"residual_out", c.residual_out}, {"norm_out", c.norm_out}, {"shared", c.shared}, {"addend", c.addend},
   };
   for (const auto& v : vectors) {
     if (misaligned(v.p)) return std::string(v.name) + " must be 16-byte aligned";
@@ -216,12 +220,14 @@ void split_rows(int64_t tokens, int major, Plan* plan) {
   plan->threads = tiles_each * kWarp;
 }
 
+constexpr uint32_t kUncommon = kAddendLast | kDivideByRoot | kReciprocalRoot;
+
 /* What most models' graphs ask for: tensors of one dtype and a weight. Kernels of their own (template parameter kCalls) do
  * without the branches and registers of everything else. */
 bool is_common(const arf_call& c) {
   const bool fp32_beside = c.residual_fp32 || c.residual_out_fp32 || c.weight_fp32 || c.norm_out_fp32;
-  return c.op == ARF_OP_ALLREDUCE && c.weight && (c.norm_out || c.quant_out) &&
-         (c.dtype == ARF_FP32 || !fp32_beside);
+  return c.op == ARF_OP_ALLREDUCE && c.weight && (c.norm_out || c.quant_out) && !(c.flags & kUncommon) && !c.addend &&
+         !c.epsilon_tensor && (c.dtype == ARF_FP32 || !fp32_beside);
 }
 
 /* Of a common call with the quantiser's family set: a straight one (params.h: Calls). */
@@ -494,8 +500,12 @@ void fill_params(const arf_call& c, const Plan& plan, int rank, int world, void*
   p->index = c.index;
   p->routed_scaling_factor = c.routed_scaling_factor;
   p->permuted_rows = c.permuted_rows;
-  p->expert_stride = c.tokens;
+  p->expert_stride = static_cast<uint32_t>(c.tokens);
   p->shared = advance(c.shared, first * row);
+  p->addend = advance(c.addend, c.addend_rows ? first * row : 0);
+  p->addend_rows = c.addend_rows;
+  p->epsilon_tensor = c.epsilon_tensor;
+  p->epsilon_dtype = static_cast<uint8_t>(c.epsilon_dtype);
   if (c.op == ARF_OP_ALLREDUCE) p->x = advance(c.x, first * x_stride);
   if (c.op == ARF_OP_MOE_REDUCE) {
     p->x = advance(c.x, first * row);

@@ -31,7 +31,7 @@ __device__ __noinline__ uint4 moe_contribution(const Params& p, uint32_t t, uint
   if (p.op == ARF_OP_MOE_REDUCE) {
 #pragma unroll 4
     for (int e = 0; e < p.experts; ++e) {
-      const uint64_t row = e * p.expert_stride + t;
+      const uint64_t row = static_cast<uint64_t>(e) * p.expert_stride + t;
       accumulate<kDtype>(p, sum, x[row * p.vectors + v], true, static_cast<const float*>(p.expert_scale)[row]);
     }
   } else {

@@ -8,6 +8,9 @@ namespace arf {
 enum Flags : uint32_t {
   kUnroundedSum = 1u << 0,
   kRoundBeforeWeight = 1u << 1,
+  kAddendLast = 1u << 2,
+  kDivideByRoot = 1u << 3,
+  kReciprocalRoot = 1u << 4,
   kOneshot = 1u << 8,
   kTwoshot = 1u << 9,
   kNoPdl = 1u << 10,
@@ -23,7 +26,7 @@ enum Flags : uint32_t {
   kResidualInSharded = 1u << 20,
   kResidualOutSharded = 1u << 21,
   kOwnerBlocks = 1u << 22,
-  kAllFlags = 0x007fbf03u,
+  kAllFlags = 0x007fbf1fu,
 };
 
 enum class Format : uint32_t { kNone = 0, kFp8 = 1, kInt8 = 2, kNvfp4 = 3, kMxfp8 = 4 };

@@ -16,6 +16,7 @@ void check(AOTITorchError error, const char* what) {
 
 struct Dtypes {
   int32_t bf16 = aoti_torch_dtype_bfloat16(), fp16 = aoti_torch_dtype_float16(), fp32 = aoti_torch_dtype_float32();
+  int32_t fp64 = aoti_torch_dtype_float64();
   int32_t fp8 = aoti_torch_dtype_float8_e4m3fn(), int8 = aoti_torch_dtype_int8(), uint8 = aoti_torch_dtype_uint8();
   int32_t int32 = aoti_torch_dtype_int32();
 };

@@ -27,6 +27,9 @@ FLAGS = (
     2,
     3,
     1 << 2,
+    1 << 3,
+    3 << 3,
+    1 << 5,
     1 << 7,
     1 << 8,
     1 << 9,
@@ -98,13 +101,17 @@ def good_call(random: random.Random) -> BadCall:
         "group_name": "",
         "epsilon": 1e-6,
         "weight_bias": 0.0,
-        "flags": random.choice((0, int(Flags.ROUND_BEFORE_WEIGHT), int(Flags.UNROUNDED_SUM))),
+        "flags": int(random.choice((0, Flags.ROUND_BEFORE_WEIGHT, Flags.UNROUNDED_SUM, Flags.DIVIDE_BY_ROOT))),
         "quant": spec.pack(),
         "quant_bound": spec.bound,
         "scale_value": 1.0,
+        "addend": random.choice((None, None, rows(), torch.ones(HIDDEN, dtype=dtype))),
+        "epsilon_tensor": random.choice((None, None, torch.ones(1), torch.ones((), dtype=torch.float64))),
         **dict.fromkeys(OUTPUT_NAMES),
         **written,
     }
+    if arguments["addend"] is not None and arguments["residual"] is not None and random.random() < 0.5:
+        arguments["flags"] |= int(Flags.ADDEND_LAST)
     return BadCall(op, arguments, "as it should be")
 
 

@@ -42,10 +42,14 @@ ENGINE_QUANTISERS = tuple(engine_calls.QUANTISERS)
 COLLECTIVES = ("functional", "vllm", "sglang", "symm_mem", "tensorrt_llm")
 PROLOGUES = (*moe_cases.FINALIZE, *moe_cases.REDUCE)
 NORMS = (*models.NORMS, *models.SPELLINGS, "unrounded", "aten_fused")
+HAND_WRITTEN = tuple(name for name in NORMS if name not in ("torch", "aten_fused"))
+"""Norms to which an epsilon may be a tensor."""
 ENGINE_NORMS = (*engine_calls.NORMS, *engine_calls.ADD_NORMS, *engine_calls.QUANT_NORMS)
 ANY_WEIGHT = ("ir", "ir_add", "c", "c_add")
 """Engine norms that take an fp32 weight; the others get one in the dtype of what they normalise."""
-RESIDUALS = ("left", "right", "none", "fp32", "late", "widened", "bias")
+RESIDUALS = ("left", "right", "none", "fp32", "late", "widened", "bias", "bias first", "bias last", "rows first",
+             "rows last", "bias and fp32")  # fmt: skip
+EPSILONS_IN = ("number", "number", "number", "tensor", "fp64", "computed")
 AROUND = ("waited twice", "flat", "column", "heads", "cloned", "in fp32")
 """What stands around a functional all-reduce and computes nothing (in fp32: of 16-bit values, rounded again)."""
 FAN_OUTS = ("alone", "matmul", "output", "other quantiser", "twin", "relu")
@@ -95,7 +99,7 @@ _unsound("root before the sum", lambda y, r, w, e: (_times(y + r, _root(y, e), w
 _unsound("cube", lambda y, r, w, e: (_times(y, _cube(y, e), w),))
 _unsound("sum of squares", lambda y, r, w, e: (_times(y, _total(y, e), w),))
 _unsound("epsilon outside", lambda y, r, w, e: (_times(y, _bare(y, 0.0) + e, w),))
-_unsound("epsilon a tensor", lambda y, r, w, e: (_times(y, _bare(y, w[0].float().abs()), w),))
+_unsound("epsilon a row", lambda y, r, w, e: (_times(y, _bare(y, r.float().abs().amax(-1, keepdim=True)), w),))
 _unsound("broadcast residual", lambda y, r, w, e: (models.llama(y + r.amax(-1, keepdim=True), w, e),))
 _unsound("weight a row", lambda y, r, w, e: (models.llama(y, r, e),))
 _unsound("scaled", lambda y, r, w, e: (models.llama(y * r.amax(-1, keepdim=True), w, e),))
@@ -124,6 +128,7 @@ class Site:
     fan_out: str
     between: str
     unsound: str
+    epsilon_in: str = "number"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +172,7 @@ def _draw_site(pick: Pick[Any]) -> Site:
         fan_out=pick(FAN_OUTS),
         between=pick(BETWEEN),
         unsound=pick(("", "", "", "", (*UNSOUND, *UNSOUND_OPS))) and pick((*UNSOUND, *UNSOUND_OPS)),
+        epsilon_in=pick(EPSILONS_IN) if norm in HAND_WRITTEN else "number",
     )
 
 
@@ -288,7 +294,12 @@ def _norm(
     site: Site, y: Tensor, r: Tensor, w: Tensor, scales: list[Tensor]
 ) -> tuple[Tensor, Tensor, list[Tensor] | None]:
     """The norm, the residual sum, and what a norm that quantises has written (its norm is then made of that)."""
-    eps = site.epsilon
+    eps: Any = {
+        "number": lambda: site.epsilon,
+        "tensor": lambda: scales[site.scale],
+        "fp64": lambda: scales[0].double(),
+        "computed": lambda: w[0].float().abs(),
+    }[site.epsilon_in]()
     if site.norm in engine_calls.QUANT_NORMS:
         rows, residual = y.reshape(-1, HIDDEN), r.reshape(-1, HIDDEN)
         scale = scales[site.scale].reshape(1)
@@ -301,6 +312,10 @@ def _norm(
             r = r.float()
         elif site.residual == "widened" and site.norm in ANY_WEIGHT:
             y, r = y.float(), r.float()
+        elif site.residual == "bias first":
+            y = y + w.to(y.dtype)
+        elif site.residual == "rows first":
+            y = torch.tanh(r) + y
         operands = (r, y) if site.norm == "ir_add" and site.residual == "left" else (y, r)
         return *engine_calls.ADD_NORMS[site.norm](*operands, _weight(site, w, y), eps), None
     if site.norm == "unrounded":
@@ -310,6 +325,11 @@ def _norm(
         "right": lambda: y + r,
         "none": lambda: y,
         "bias": lambda: y + w.to(y.dtype),
+        "bias first": lambda: r + (y + w.to(y.dtype)),
+        "bias last": lambda: (y + r) + w.to(y.dtype),
+        "rows first": lambda: (y + torch.tanh(r)) + r,
+        "rows last": lambda: torch.tanh(r) + (r + y),
+        "bias and fp32": lambda: (y + w.to(y.dtype)) + r.float(),
         "fp32": lambda: r.float() + y,
         "late": lambda: y + torch.tanh(r),
         "widened": lambda: (r + y).float(),

@@ -43,7 +43,7 @@ def test_dynamic_token_counts(capsys: pytest.CaptureFixture[str]) -> None:
     first, second = capsys.readouterr().out.split("torch.compile(dynamic=True)")
     assert "3 of 3 sites fused, none missed, in 1 graph" in first, "one graph serves both token counts"
     assert first.count(" yes\n") == 6, "each site is checked for both"
-    assert re.search(r"3 of 3 sites fused|3 missed", second)
+    assert "3 of 3 sites fused, none missed, in 1 graph" in second, "epsilon is read when the call runs"
 
 
 def refuse_every_epsilon(rank: int, options: Options, folder: str) -> None:
@@ -108,14 +108,6 @@ class TestVerdicts:
     def test_too_few_sites(self, demo: run._Demo) -> None:
         demo._expect_all_fused(Reports([FusionReport((self.site,))]))
         assert demo.result.failures == ["1 sites were fused, expected 3 (2 * layers + 1)"]
-
-    def test_dynamic_refusals_need_a_reason(self, demo: run._Demo) -> None:
-        refused = dataclasses.replace(self.site, fused=False, pattern=None, reason="use mark_dynamic")
-        demo._expect_fused_or_advised(Reports([FusionReport((self.site, refused, refused))]))
-        assert demo.result.failures == []
-        mute = dataclasses.replace(refused, reason=None)
-        demo._expect_fused_or_advised(Reports([FusionReport((self.site, refused, mute))]))
-        assert len(demo.result.failures) == 1
 
     @pytest.mark.parametrize(("fused", "fails"), [(1.0, False), (1.1, False), (1.11, True), (float("nan"), True)])
     def test_whole_model_error(self, demo: run._Demo, fused: float, fails: bool) -> None:

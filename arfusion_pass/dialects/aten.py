@@ -134,7 +134,7 @@ def _weighted(
     """The norm whose weight was multiplied in fp32 before ``norm``, with the last cast."""
     if (last := _rounded(norm, dtype)) is not None:
         norm, nodes = last, (*nodes, last)
-    return _norm(start, norm, inverse, nodes, weight, Flags.NONE)
+    return _norm(start, norm, inverse, nodes, weight, Flags.NONE)  # the root meets the product with the weight
 
 
 def _with_weight(
@@ -181,7 +181,7 @@ def _norm(
         nodes=nodes,
         weight=None if weight is None else weight.node,
         weight_bias=0.0 if weight is None else weight.bias,
-        flags=flags,
+        flags=flags | inverse.root,
     )
 
 

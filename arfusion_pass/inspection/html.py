@@ -133,6 +133,7 @@ def _lines(site: Site) -> list[str]:
     facts = [site.pattern or "", f"writes {', '.join(name.removesuffix('_out') for name in site.outputs)}"]
     place = "" if site.epsilon_source is None else f" ({site.epsilon_source.place})"
     facts += [f"epsilon {site.epsilon:.6g}{place}"] if site.epsilon is not None else []
+    facts += [f"epsilon of {site.epsilon_input}{place}"] if site.epsilon_input else []
     facts += [site.quantiser] if site.quantiser else []
     facts += [site.strategy] if site.strategy else []
     facts += [f"site of chain {site.chain}, {site.chain_length} long"] if site.chain is not None else []

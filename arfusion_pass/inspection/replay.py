@@ -34,6 +34,8 @@ from arfusion_pass.rewrite.commit import Plan
 from arfusion_pass.rewrite.output_views import codes_layout, scale_layout
 from arfusion_pass.rewrite.recording import watching
 
+GIVEN = ("residual", "addend", "weight", "epsilon_tensor", "scale")
+"""The epilogue's tensor inputs."""
 NORM_SHARE = 0.001
 """A 16-bit norm may differ from the subgraph's in this share of its elements (or in one), each by one value."""
 NORM_ULPS_FP32 = 4
@@ -155,7 +157,7 @@ def _extract(plan: Plan) -> ReplaySite:
     site = plan.site
     assert site.reduced is not None and site.norm is not None
     given = {"reduced": site.reduced.value}
-    given.update({role: node for role, node in site.inputs.items() if role in ("residual", "weight", "scale")})
+    given.update({role: node for role, node in site.inputs.items() if role in GIVEN})
     wanted = {role: site.values[role] for role in plan.buffers if role in site.values}
     norm = site.norms[0] if site.norms else None  # None where no node holds the norm of all rows, only its codes
     if norm is not None:
@@ -334,7 +336,7 @@ def _interpret(
 ) -> dict[str, torch.Tensor]:
     """The subgraph's values for one call's inputs; with ``norm`` given, the norm's node takes that value."""
     real: dict[str, Any] = {"reduced": reduced}
-    real.update({role: arguments[role] for role in ("residual", "weight", "scale") if arguments[role] is not None})
+    real.update({role: arguments[role] for role in GIVEN if arguments[role] is not None})
     values = _placeholder_values(replay.subgraph, replay.inputs, real)
     return _WithNorm(replay.subgraph, replay.subgraph.meta["norm"], norm).run(*values)
 
@@ -355,6 +357,8 @@ def _placeholder_values(module: fx.GraphModule, names: dict[str, str], real: dic
         if isinstance(fake, torch.Tensor) and node.name in by_name:
             value = _as_given(fake, by_name[node.name])
             by_name[node.name] = value.reshape(_concrete(fake, value, bindings)).to(fake.dtype)
+        elif isinstance(fake, torch.SymFloat) and node.name in by_name:
+            by_name[node.name] = float(by_name[node.name])
     return [by_name[node.name] if node.name in by_name else _size(node.meta["val"], bindings) for node in placeholders]
 
 

@@ -9,7 +9,8 @@ Shapes: ``[..., H]`` in, ``[..., H]`` out. A dynamic quantiser's scales come as 
 and ``LINEAR`` as ``[..., G]``; column-major layouts as the logical ``[T, G]`` (packed: ``[T, ceil(G / 4)]``) with
 their strides; swizzled ones as the padded 2-D buffer of :func:`arfusion_pass.ops.layouts.scale_allocation`.
 ``reduce_scatter`` gives this rank's rows ``[T / world, H]`` of ``[..., H]``, ``all_gather`` all rows ``[T, H]`` again;
-row ``t`` is rank ``t // block % world``'s (a ``block`` of 0: ``T / world``).
+row ``t`` is rank ``t // block % world``'s (a ``block`` of 0: ``T / world``). ``fused_add_rms_norm`` adds a residual, an
+addend (``[..., H]`` or ``[H]``), or both; ``epsilon_tensor``, one element, stands for ``epsilon`` where it is given.
 """
 
 from __future__ import annotations
@@ -36,8 +37,11 @@ SCHEMAS: dict[str, str] = {
     "all_reduce": "(Tensor x, str group) -> Tensor",
     "reduce_scatter": "(Tensor x, str group, SymInt block) -> Tensor",
     "all_gather": "(Tensor x, str group, SymInt block) -> Tensor",
-    "rms_norm": f"(Tensor x, {_NORM}) -> Tensor",
-    "fused_add_rms_norm": f"(Tensor x, Tensor residual, {_NORM}, ScalarType residual_dtype) -> (Tensor, Tensor)",
+    "rms_norm": f"(Tensor x, {_NORM}, Tensor? epsilon_tensor) -> Tensor",
+    "fused_add_rms_norm": (
+        f"(Tensor x, Tensor? residual, {_NORM}, ScalarType residual_dtype, Tensor? addend, Tensor? epsilon_tensor) "
+        "-> (Tensor, Tensor)"
+    ),
     "quant_fp8_static": "(Tensor x, Tensor? scale, float scale_value, int quant) -> Tensor",
     "quant_fp8_token": _DYNAMIC,
     "quant_fp8_group": _DYNAMIC,
@@ -100,23 +104,28 @@ def _rms_norm(
     dtype: torch.dtype,
     weight_bias: float,
     flags: int,
+    epsilon_tensor: torch.Tensor | None,
 ) -> torch.Tensor:
-    return reference.rms_norm(x.float(), weight, epsilon, weight_bias, flags, x.dtype).to(dtype)
+    given = epsilon if epsilon_tensor is None else epsilon_tensor
+    return reference.rms_norm(x.float(), weight, given, weight_bias, flags, x.dtype).to(dtype)
 
 
 def _fused_add_rms_norm(
     x: torch.Tensor,
-    residual: torch.Tensor,
+    residual: torch.Tensor | None,
     weight: torch.Tensor | None,
     epsilon: float,
     dtype: torch.dtype,
     weight_bias: float,
     flags: int,
     residual_dtype: torch.dtype,
+    addend: torch.Tensor | None,
+    epsilon_tensor: torch.Tensor | None,
 ) -> Pair:
-    total = reference.fused_add(x, residual)
+    total = reference.fused_add(x, residual, addend, flags)
     value = total if flags & Flags.UNROUNDED_SUM else total.to(x.dtype).float()
-    norm = reference.rms_norm(value, weight, epsilon, weight_bias, flags, x.dtype)
+    given = epsilon if epsilon_tensor is None else epsilon_tensor
+    norm = reference.rms_norm(value, weight, given, weight_bias, flags, x.dtype)
     return norm.to(dtype), total.to(residual_dtype)
 
 
@@ -224,10 +233,10 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "all_reduce": (_all_reduce, lambda x, group: _like(x)),
     "reduce_scatter": (_reduce_scatter, lambda x, group, block: _fake_rows(x, _tokens(x) // _world(group))),
     "all_gather": (_all_gather, lambda x, group, block: _fake_rows(x, _tokens(x) * _world(group))),
-    "rms_norm": (_rms_norm, lambda x, weight, epsilon, dtype, weight_bias, flags: _like(x, dtype)),
+    "rms_norm": (_rms_norm, lambda x, weight, epsilon, dtype, *_: _like(x, dtype)),
     "fused_add_rms_norm": (
         _fused_add_rms_norm,
-        lambda x, residual, weight, epsilon, dtype, weight_bias, flags, residual_dtype: (
+        lambda x, residual, weight, epsilon, dtype, weight_bias, flags, residual_dtype, *_: (
             _like(x, dtype),
             _like(x, residual_dtype),
         ),

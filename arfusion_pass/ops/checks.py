@@ -34,8 +34,16 @@ from arfusion_pass.ops.spec import (
 INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MOE_FLAGS = Flags.MOE_ROUND_PRODUCT | Flags.MOE_ROUND_PARTIAL | Flags.MOE_ROUND_SUM | Flags.MOE_ROUND_SCALED
 ALL_FLAGS = int(sum(Flags))  # an int: ~ of an IntFlag drops the bits that it does not know
+EXCLUSIVE = (
+    (Flags.ONESHOT, Flags.TWOSHOT),
+    (Flags.ONESHOT, Flags.SHARDED),
+    (Flags.TWOSHOT, Flags.SHARDED),
+    (Flags.REFERENCE, Flags.FLASHINFER),
+    (Flags.DIVIDE_BY_ROOT, Flags.RECIPROCAL_ROOT),
+)
 FP32_MAX = torch.finfo(torch.float32).max
-SHARED_ROWS = ("residual", "allreduce_out", "residual_out")
+EPSILON_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+SHARED_ROWS = ("residual", "addend", "allreduce_out", "residual_out")
 """What sequence parallelism's op takes and gives of this rank's rows alone."""
 ROW_OUTPUTS = ("allreduce_out", "residual_out", "norm_out")
 IN_PLACE_INPUTS = ("x", "token_input", "shared", "residual")
@@ -50,7 +58,8 @@ class FusedCall:
     Args:
         op: the op's name, for messages.
         inputs: the tensors in front of the epilogue, by argument name; the first is the one that is reduced.
-        residual, weight, scale, group_name, epsilon, weight_bias, flags, scale_value: as in the schema.
+        residual, weight, scale, group_name, epsilon, weight_bias, flags, scale_value, addend, epsilon_tensor: as in the
+            schema.
         spec: unpacked from ``quant`` and ``quant_bound``.
         outputs: given output tensors by name; absent where None.
         routed_scaling_factor: MoE finalize only.
@@ -71,6 +80,8 @@ class FusedCall:
     outputs: dict[str, torch.Tensor]
     routed_scaling_factor: float = 1.0
     block: Size = 0
+    addend: torch.Tensor | None = None
+    epsilon_tensor: torch.Tensor | None = None
 
     @classmethod
     def bind(cls, op: str, arguments: dict[str, Any]) -> FusedCall:
@@ -258,10 +269,7 @@ class _Checker:
         self.tokens = call.tokens
         if self.scatters:
             self.blocks()
-        tensors = {**call.inputs, "residual": call.residual, "weight": call.weight, "scale": call.scale, **call.outputs}
-        for name, tensor in tensors.items():
-            if tensor is None:
-                continue
+        for name, tensor in {**self.tensors(), **call.outputs}.items():
             if tensor.device != x.device:
                 self.fail(f"{name} must be on {x.device} as {self.x_name} is, got {tensor.device}")
             if tensor.layout != torch.strided or tensor.is_nested:
@@ -301,8 +309,7 @@ class _Checker:
         meaningless = flags < 0 or without_mark(flags) & ~int(ALL_FLAGS)
         self.need(not meaningless, f"flags={flags:#x} has bits that mean nothing")
         self.need(not flags & Flags.OWNER_BLOCKS, "flag OWNER_BLOCKS is for launches alone: use the op with a block")
-        exclusive = ((Flags.ONESHOT, Flags.TWOSHOT), (Flags.ONESHOT, Flags.SHARDED), (Flags.TWOSHOT, Flags.SHARDED))
-        for one, other in (*exclusive, (Flags.REFERENCE, Flags.FLASHINFER)):
+        for one, other in EXCLUSIVE:
             self.need(not (flags & one and flags & other), f"flags {one.name} and {other.name} exclude each other")
         if not call.op.startswith("moe_"):
             self.need(not flags & MOE_FLAGS, f"flags={flags:#x}: MOE_ROUND_* belong to the MoE ops")
@@ -330,12 +337,30 @@ class _Checker:
             self.shape("weight", call.weight, [self.hidden], "[hidden]")
         elif call.weight_bias != 0.0:
             self.fail(f"weight_bias={call.weight_bias} needs a weight, got None")
+        if call.addend is not None:
+            self.dtypes("addend", call.addend, self.dtype)
+            self.addend_rows(call.addend)
+        if call.flags & Flags.ADDEND_LAST:
+            both = call.addend is not None and call.residual is not None
+            self.need(both, "flag ADDEND_LAST needs an addend and a residual")
+            self.dtypes("a residual in front of the addend", call.residual, self.dtype)  # type: ignore[arg-type]
+        if (epsilon := call.epsilon_tensor) is not None:
+            self.dtypes("epsilon_tensor", epsilon, *EPSILON_DTYPES)
+            one = math.prod(epsilon.shape)
+            self.need(not self.differ(one, 1), f"epsilon_tensor must have one element, got shape {list(epsilon.shape)}")
         if call.scale is not None:
             takes = call.spec.is_static or call.spec.format == QuantFormat.NVFP4
             self.need(takes, "scale is for static FP8 and NVFP4 only, this call writes its scales")
             self.dtypes("scale", call.scale, torch.float32, *INPUT_DTYPES)
             one = math.prod(call.scale.shape)
             self.need(not self.differ(one, 1), f"scale must have one element, got shape {list(call.scale.shape)}")
+
+    def addend_rows(self, addend: torch.Tensor) -> None:
+        """``[hidden]``, or ``[..., hidden]`` with the call's tokens."""
+        if addend.dim() == 1:
+            self.shape("addend", addend, [self.hidden], "[hidden] or [..., hidden]")
+        else:
+            self.rows("addend", addend, self.hidden, "[hidden], or [..., hidden]")
 
     def outputs(self) -> None:
         call, outputs = self.call, self.call.outputs
@@ -344,6 +369,7 @@ class _Checker:
             alone = "allreduce_out" not in outputs and ("norm_out" in outputs or "quant_out" in outputs)
             self.need(not self.scatters, "the residual of this op always holds this rank's rows: no flags for that")
             self.need(alone, "a residual may be sharded beside norm_out or quant_out, and without allreduce_out")
+            self.need(call.addend is None, "a residual may be sharded without an addend only")
         for name in ROW_OUTPUTS:
             if (tensor := outputs.get(name)) is not None:
                 allowed = (self.dtype,) if name == "allreduce_out" else (self.dtype, torch.float32)
@@ -402,7 +428,8 @@ class _Checker:
     def tensors(self) -> dict[str, torch.Tensor]:
         """The inputs given, by name."""
         call = self.call
-        named = {**call.inputs, "residual": call.residual, "weight": call.weight, "scale": call.scale}
+        named = {name: getattr(call, name) for name in ("residual", "weight", "scale", "addend", "epsilon_tensor")}
+        named = {**call.inputs, **named}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def strides(self) -> None:

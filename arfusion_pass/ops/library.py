@@ -76,12 +76,13 @@ def _run(call: FusedCall) -> None:
         None if call.residual is None else call.residual.view(reduced.shape),
         call.weight,
         call.scale,
-        epsilon=call.epsilon,
+        epsilon=call.epsilon if call.epsilon_tensor is None else call.epsilon_tensor,
         weight_bias=call.weight_bias,
         flags=call.flags,
         spec=call.spec,
         scale_value=call.scale_value,
         with_norm="norm_out" in outputs or "quant_out" in outputs,
+        addend=_addend(call, reduced),
     )
     if scatters:
         result = _gathered(result, call, group)
@@ -93,6 +94,12 @@ def _run(call: FusedCall) -> None:
         _bytes(outputs["quant_out"]).copy_(_bytes(result.codes))
     if result.scales is not None:
         layouts.write_scales(result.scales, outputs["scale_out"], hidden, call.spec)
+
+
+def _addend(call: FusedCall, reduced: torch.Tensor) -> torch.Tensor | None:
+    """``[H]``, or as many rows as ``reduced`` has."""
+    addend = call.addend
+    return addend if addend is None or addend.dim() == 1 else addend.view(reduced.shape)
 
 
 def _gathered(result: reference.EpilogueResult, call: FusedCall, group: Any) -> reference.EpilogueResult:

@@ -109,22 +109,33 @@ def gather_rows(mine: torch.Tensor, group: dist.ProcessGroup | None, block: int)
     return everyone.view(len(everyone), -1, block or rows, mine.shape[-1]).transpose(0, 1).reshape(-1, mine.shape[-1])
 
 
-def fused_add(reduced: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
-    """The unrounded fp32 sum ``reduced.float() + residual.float()``, or ``reduced.float()``."""
-    return reduced.float() if residual is None else reduced.float() + residual.float()
+def fused_add(
+    reduced: torch.Tensor, residual: torch.Tensor | None, addend: torch.Tensor | None = None, flags: int = 0
+) -> torch.Tensor:
+    """The fp32 sum of ``reduced`` and what is given of ``addend`` and ``residual``, in this order, with ``ADDEND_LAST``
+    in the other: rounded to ``reduced.dtype`` between the two adds, unrounded behind the last."""
+    total = reduced.float()
+    first, last = (residual, addend) if flags & Flags.ADDEND_LAST else (addend, residual)
+    if first is not None:
+        total = total + first.float()
+    if last is not None:
+        total = (total if first is None else total.to(reduced.dtype).float()) + last.float()
+    return total
 
 
 def rms_norm(
     value: torch.Tensor,
     weight: torch.Tensor | None,
-    epsilon: float,
+    epsilon: float | torch.Tensor,
     weight_bias: float,
     flags: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """RMSNorm over the last dimension; the result in fp32, for the caller to round once::
 
-        normalised = value * torch.rsqrt(value.pow(2).mean(-1, keepdim=True) + epsilon)
+        normalised = value * torch.rsqrt(value.pow(2).mean(-1, keepdim=True) + epsilon)   # default
+        normalised = value / torch.sqrt(...)                                          # DIVIDE_BY_ROOT
+        normalised = value * torch.reciprocal(torch.sqrt(...))                        # RECIPROCAL_ROOT
         normalised * (weight_bias + weight.float())                                   # default
         normalised.to(dtype) * weight                                                 # ROUND_BEFORE_WEIGHT
 
@@ -135,13 +146,19 @@ def rms_norm(
     Args:
         value: fp32 ``[..., H]``.
         weight: ``[H]`` in ``dtype`` or fp32, or None.
-        epsilon: float, read as fp32.
+        epsilon: a number, or a tensor of one element; read as fp32.
         weight_bias: added to the weight in fp32 (Gemma: 1).
         flags: :class:`~arfusion_pass.ops.spec.Flags`.
         dtype: ``T``.
     """
     variance = value.pow(2).mean(-1, keepdim=True)
-    normalised = value * torch.rsqrt(variance + epsilon)
+    variance = variance + (epsilon.float().view(()) if isinstance(epsilon, torch.Tensor) else epsilon)
+    if flags & Flags.DIVIDE_BY_ROOT:
+        normalised = value / torch.sqrt(variance)
+    elif flags & Flags.RECIPROCAL_ROOT:
+        normalised = value * torch.reciprocal(torch.sqrt(variance))
+    else:
+        normalised = value * torch.rsqrt(variance)
     if flags & Flags.ROUND_BEFORE_WEIGHT:
         low = normalised.to(dtype)
         if weight is not None and weight.dtype == dtype and weight_bias == 0.0:
@@ -178,23 +195,24 @@ def epilogue(
     weight: torch.Tensor | None,
     scale: torch.Tensor | None,
     *,
-    epsilon: float = 1e-6,
+    epsilon: float | torch.Tensor = 1e-6,
     weight_bias: float = 0.0,
     flags: int = 0,
     spec: QuantSpec = NO_QUANT,
     scale_value: float = 1.0,
     with_norm: bool = True,
+    addend: torch.Tensor | None = None,
 ) -> EpilogueResult:
     """Everything after the all-reduce, shared by the fused ops::
 
-        total = reduced.float() + residual.float()
+        total = fused_add(reduced, residual, addend)
         norm = rms_norm(total if UNROUNDED_SUM else total.to(T).float())
         codes, scales = quantise(norm)
 
-    ``reduced`` and ``residual`` are ``[T, H]``; ``T`` is ``reduced.dtype``.
+    ``reduced`` and ``residual`` are ``[T, H]``, ``addend`` is that or ``[H]``; ``T`` is ``reduced.dtype``.
     """
     dtype = reduced.dtype
-    total = fused_add(reduced, residual)
+    total = fused_add(reduced, residual, addend, flags)
     if not with_norm:
         return EpilogueResult(reduced, total)
     value = total if flags & Flags.UNROUNDED_SUM else total.to(dtype).float()

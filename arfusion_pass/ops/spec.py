@@ -22,6 +22,10 @@ class Flags(enum.IntFlag):
       Always set where the residual is fp32 and ``T`` is not.
     * ``ROUND_BEFORE_WEIGHT``: the normalised value is rounded to ``T`` before the weight is multiplied
       (Hugging Face Llama: two roundings).
+    * ``ADDEND_LAST``: the addend is added to the rounded sum of all-reduce and residual, ``T(all_reduce + residual) +
+      addend``; without it the residual to that of all-reduce and addend. Of the two, what is added first is in ``T``.
+    * ``DIVIDE_BY_ROOT``: the norm is ``value / sqrt(mean + epsilon)``, each correctly rounded in fp32.
+    * ``RECIPROCAL_ROOT``: it is ``value * (1 / sqrt(mean + epsilon))``, likewise.
 
     How a fused op runs (never changes a result's bits):
 
@@ -53,6 +57,9 @@ class Flags(enum.IntFlag):
     NONE = 0
     UNROUNDED_SUM = 1 << 0
     ROUND_BEFORE_WEIGHT = 1 << 1
+    ADDEND_LAST = 1 << 2
+    DIVIDE_BY_ROOT = 1 << 3
+    RECIPROCAL_ROOT = 1 << 4
     ONESHOT = 1 << 8
     TWOSHOT = 1 << 9
     NO_PDL = 1 << 10
@@ -70,7 +77,9 @@ class Flags(enum.IntFlag):
     OWNER_BLOCKS = 1 << 22
 
 
-ROUNDING_FLAGS = Flags.UNROUNDED_SUM | Flags.ROUND_BEFORE_WEIGHT
+ROUNDING_FLAGS = (
+    Flags.UNROUNDED_SUM | Flags.ROUND_BEFORE_WEIGHT | Flags.ADDEND_LAST | Flags.DIVIDE_BY_ROOT | Flags.RECIPROCAL_ROOT
+)
 """The flags that say what is computed, apart from the MoE prologues; the others say how."""
 
 SHARDED_FLAGS = Flags.RESIDUAL_IN_SHARDED | Flags.RESIDUAL_OUT_SHARDED

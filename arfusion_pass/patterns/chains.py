@@ -46,9 +46,9 @@ class AllReduceRMSNormChain:
         codes = quant_fp8_static(norm, scale, ...)                            allreduce_rms_norm, x, residual, ...)
 
     Args:
-        epsilon: of the norm, compared exactly (canonical, see ``config.canonical_epsilon``).
+        epsilon: of the norm, compared exactly (canonical, see ``config.canonical_epsilon``); 0 where a tensor holds it.
         dtype: of the norm's result, compared exactly.
-        add: whether a residual is added in front of the norm.
+        add: whether a residual, an addend or both are added in front of the norm.
         quantiser: the quantiser behind the norm, or None.
         prologue: the canonical MoE op in front of the all-reduce (a key of ``PROLOGUES``), or None.
         launch_flags: the flags that the config adds to the fused call (strategy, backend, PDL).
@@ -70,13 +70,13 @@ class AllReduceRMSNormChain:
         self.prologue = prologue
         self.launch_flags = launch_flags
 
-    def name(self, weight_bias: float) -> str:
+    def name(self, weight_bias: float, adds: int) -> str:
         """The pattern's name in reports, such as ``AllReduceFusedAddGemmaRMSNormStaticQuantFP8``."""
         return "".join(
             (
                 {None: "", "moe_reduce": "MoEReduce", "moe_finalize": "MoEFinalize"}[self.prologue],
                 "AllReduce",
-                "FusedAdd" if self.add else "",
+                {0: "", 1: "FusedAdd", 2: "FusedTwoAdds"}[adds],
                 "Gemma" if weight_bias == 1.0 else "",
                 "RMSNorm",
                 "" if self.quantiser is None else self.quantiser.label,
@@ -94,6 +94,7 @@ class AllReduceRMSNormChain:
                 ir.op.fused_add_rms_norm.default,
                 *(reduced, KeywordArg("residual"), KeywordArg("weight"), self.epsilon, self.dtype),
                 *(KeywordArg("weight_bias"), KeywordArg("flags"), KeywordArg("residual_dtype")),
+                *(KeywordArg("addend"), KeywordArg("epsilon_tensor")),
             )
             norm = call(operator.getitem, both, 0)
             values = [both, norm, call(operator.getitem, both, 1), reduced]
@@ -101,7 +102,7 @@ class AllReduceRMSNormChain:
             norm = call(
                 ir.op.rms_norm.default,
                 *(reduced, KeywordArg("weight"), self.epsilon, self.dtype),
-                *(KeywordArg("weight_bias"), KeywordArg("flags")),
+                *(KeywordArg("weight_bias"), KeywordArg("flags"), KeywordArg("epsilon_tensor")),
             )
             values = [norm, reduced]
         whole = self.gathered(norm)
@@ -146,6 +147,8 @@ class AllReduceRMSNormChain:
         quant: int = 0,
         quant_bound: float = 0.0,
         moe_flags: int = 0,
+        addend: fx.Node | None = None,
+        epsilon_tensor: fx.Node | None = None,
         **reduced_inputs: Any,
     ) -> None:
         """Replace the match by one fused call, with a buffer for each value that is read outside of it."""
@@ -159,6 +162,8 @@ class AllReduceRMSNormChain:
         written = [*read, *(("quant_out", "scale_out") if self.quantiser and self.quantiser.has_scales else ())]
         for role in written:  # a quantiser that makes scales writes them, read or not
             buffers[role] = graph.call_function(torch.empty, ((0,),))  # its shape is known at commit
+        rare = {"addend": addend, "epsilon_tensor": epsilon_tensor}
+        rare = {name: node for name, node in rare.items() if node is not None}
         fused = graph.call_function(
             auto_functionalized,
             (getattr(torch.ops.arfusion, self.op_name).default,),
@@ -174,10 +179,12 @@ class AllReduceRMSNormChain:
                 "quant": quant,
                 "quant_bound": quant_bound,
                 "scale_value": scale_value,
+                **rare,
                 **buffers,
             },
         )
-        fused.meta.update(site=next(iter(matched)).meta["site"], pattern=self.name(weight_bias))
+        adds = (residual is not None) + (addend is not None)
+        fused.meta.update(site=next(iter(matched)).meta["site"], pattern=self.name(weight_bias, adds))
         for role, node in read.items():
             value = graph.call_function(operator.getitem, (fused, 1 + OUTPUT_NAMES.index(role)))
             value.meta["role"] = role

@@ -27,9 +27,9 @@ GEMMS: frozenset[Any] = frozenset(
 class AllReduceRMSNormIndexerChain(AllReduceRMSNormChain):
     """The chain with a group quantiser whose norm a GEMM reads as well."""
 
-    def name(self, weight_bias: float) -> str:
+    def name(self, weight_bias: float, adds: int) -> str:
         """As the plain chain's, with ``WithIndexer`` behind it."""
-        return super().name(weight_bias) + "WithIndexer"
+        return super().name(weight_bias, adds) + "WithIndexer"
 
     def check(self, match: Match) -> bool:
         """Whether a GEMM outside the match reads the norm."""

@@ -15,9 +15,8 @@ NO_GRAD = (
     "model.requires_grad_(False)"
 )
 LEAF = "{leaf} was made under torch.inference_mode(), and torch saves no such tensor for a backward"
-EPSILON = "make the epsilon a Python number: what a tensor or a buffer holds is not known while the graph is compiled"
 BEFORE = "add the bias before the all-reduce, on one rank alone, as a row-parallel linear with its bias on rank 0 does"
-BIAS = f"FusionConfig(reassociate=True) adds the bias to the residual and rounds elsewhere; or {BEFORE}"
+BIAS = f"add the bias in the tensor's dtype; FusionConfig(reassociate=True) does, and rounds elsewhere; or {BEFORE}"
 AVERAGE = "reduce by 'sum' and divide by the group's size before the all-reduce"
 FUNCTIONAL = "make the graph functional first: ExportedProgram.run_decompositions() does, and so does AOT autograd"
 WHOLE = "compile the module that holds the norm in the same graph as the all-reduce"
@@ -38,8 +37,6 @@ def advise(all_reduce: fx.Node, culprit: fx.Node | None, reason: str, broken: Gr
     if trains(all_reduce.graph) and (culprit is None or _reaches_output(culprit) or "output" in reason):
         leaf = inference_leaf()
         return NO_GRAD if leaf is None else f"{NO_GRAD}; {LEAF.format(leaf=leaf)}"
-    if reason.startswith("epsilon is") and "mark_dynamic" not in reason:
-        return EPSILON
     if "reduces by 'avg'" in reason:
         return AVERAGE
     if culprit is None:

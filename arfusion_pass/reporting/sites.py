@@ -25,6 +25,8 @@ class Site:
         call: name of the fused call's node; None if missed.
         outputs: which of allreduce_out, residual_out, norm_out, quant_out, scale_out the fused call produces.
         epsilon: of the norm, canonical (a float32's value), or None.
+        epsilon_input: where epsilon is no number, the name of the node whose value it is (a buffer, or the graph input
+            that ``torch.compile(dynamic=True)`` makes of a Python float), read when the call runs; else None.
         epsilon_source: the user's line that adds epsilon, or that calls the norm's op with it; None where nobody
             recorded it, or where nothing is added.
         dtype: of the reduced tensor, such as ``"bfloat16"``, or None where it is unknown.
@@ -76,6 +78,7 @@ class Site:
     bytes_unfused: int | None = None
     bytes_fused: int | None = None
     epsilon_source: Source | None = None
+    epsilon_input: str | None = None
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Site:

@@ -96,7 +96,7 @@ def _why(site: Site) -> str:
 _FUSED: _Columns = {
     "pattern": lambda site: _pattern(site),
     "tensor": _tensor,
-    "epsilon": lambda site: "" if site.epsilon is None else f"{site.epsilon:.6g}",
+    "epsilon": lambda site: "a value" if site.epsilon_input else "" if site.epsilon is None else f"{site.epsilon:.6g}",
     "quantiser left alone": lambda site: "" if site.note is None else _NODE.sub(r"\1", site.note),
     "moved": lambda site: "; ".join(_NODE.sub(r"\1", step) for step in site.moved),
     "outputs": lambda site: ", ".join(name.removesuffix("_out") for name in site.outputs),

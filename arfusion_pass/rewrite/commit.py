@@ -69,6 +69,9 @@ class Committer:
             value: index for index in self.calls for held in self.sites[index].holders.values() for value in held
         }
         self.planning: list[int] = []
+        fakes = (tensor for node in self.order if isinstance(tensor := tensor_of(node), FakeTensor))
+        self.mode = next((fake.fake_mode for fake in fakes), None)
+        self.shared: dict[fx.Node, fx.Node] = {}
 
     def plan(self) -> list[Plan]:
         """Plan every site; those that cannot be written get a reason. In an order in which each call's inputs exist."""
@@ -173,7 +176,7 @@ class Committer:
                     site.reason = buffer
                     return
                 buffers[role] = buffer
-        site.reason = _refused(call, buffers)
+        site.reason = self._refused(call, buffers)
         if site.reason is not None:
             return
         self.position.update(dict.fromkeys(moved, anchor))
@@ -265,7 +268,7 @@ class Committer:
             if name in OUTPUT_NAMES:
                 kwargs[name] = buffers.get(name)
             elif isinstance(argument, fx.Node):
-                kwargs[name] = self._input(argument, insert, replaced)
+                kwargs[name] = self._input(argument, insert, replaced, undo)
             else:
                 kwargs[name] = argument
         vals = tuple(None if role not in buffers else buffers[role].meta["val"] for role in OUTPUT_NAMES)
@@ -279,7 +282,9 @@ class Committer:
             values[role] = buffer.view(insert, results[role])
         return call, last, values
 
-    def _input(self, node: fx.Node, insert: Insert, replaced: dict[fx.Node, fx.Node]) -> fx.Node:
+    def _input(
+        self, node: fx.Node, insert: Insert, replaced: dict[fx.Node, fx.Node], undo: contextlib.ExitStack
+    ) -> fx.Node:
         """An input of a fused call in the user's graph: what it stands for, or what it computes from that."""
         if "origin" in node.meta:
             origin = replaced.get(node.meta["origin"], node.meta["origin"])
@@ -288,9 +293,57 @@ class Committer:
                 return origin
             # Inductor would copy it by itself; another back-end would hand it to the op as it is.
             return insert(aten.clone.default, (origin,), {"memory_format": torch.contiguous_format}, empty_like(fake))
-        args = fx.map_arg(node.args, lambda inner: self._input(inner, insert, replaced))
+        if node.meta.get("once") and all(origin.op == "placeholder" for origin in _origins(node)):
+            return self._shared(node, replaced, undo)
+        args = fx.map_arg(node.args, lambda inner: self._input(inner, insert, replaced, undo))
         vals = fx.map_arg(args, lambda inner: inner.meta["val"])
-        return insert(node.target, args, None, _computed(node.target, vals))
+        return insert(node.target, args, node.kwargs, self._computed(node, vals))
+
+    def _shared(self, node: fx.Node, replaced: dict[fx.Node, fx.Node], undo: contextlib.ExitStack) -> fx.Node:
+        """What is computed of the graph's inputs alone, and needed by many calls: once, behind the inputs."""
+        if node not in self.shared:
+            assert self.last_placeholder is not None
+            made = [self.last_placeholder, *self.shared.values()]
+
+            def insert(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], val: Any) -> fx.Node:
+                with self.graph.inserting_after(max(made)):
+                    made.append(self.graph.call_function(target, args, kwargs))
+                undo.callback(self.graph.erase_node, made[-1])
+                made[-1].meta["val"] = val
+                return made[-1]
+
+            args = fx.map_arg(node.args, lambda inner: self._input(inner, insert, replaced, undo))
+            vals = fx.map_arg(args, lambda inner: inner.meta["val"])
+            self.shared[node] = insert(node.target, args, node.kwargs, self._computed(node, vals))
+        return self.shared[node]
+
+    def _refused(self, call: fx.Node, buffers: dict[str, Buffer]) -> str | None:
+        """The reason for which the fused op would refuse a call, by its own check on the values that the graph
+        promises."""
+        op: torch._ops.OpOverload = call.args[0]  # type: ignore[assignment]
+        try:
+            arguments = {name: self._fake(value) for name, value in call.kwargs.items()} | dict.fromkeys(OUTPUT_NAMES)
+        except RuntimeError:  # a view of symbolic sizes that cannot be worked out here: the op checks it later
+            return None
+        arguments.update((role, buffer.like) for role, buffer in buffers.items())
+        try:
+            check_call(FusedCall.bind(op._opname, arguments), eager=False, certain=True)
+        except ValueError as error:
+            return f"the fused op refuses the call: {error}"
+        return None
+
+    def _fake(self, argument: Any) -> Any:
+        """The fake value of an input of a shadow graph's call; what is no node as it is."""
+        if not isinstance(argument, fx.Node):
+            return argument
+        if "origin" in argument.meta:
+            return argument.meta["origin"].meta["val"]
+        return self._computed(argument, fx.map_arg(argument.args, self._fake))
+
+    def _computed(self, node: fx.Node, args: tuple[Any, ...]) -> Any:
+        """The fake value of a shadow graph's node on fake values; what it makes of numbers alone is fake as well."""
+        with self.mode or contextlib.nullcontext():
+            return node.target(*args, **node.kwargs)  # type: ignore[operator]
 
     def _erase(self, site: RaisedSite) -> None:
         """Erase a site's nodes, and what only they read, from the last to the first."""
@@ -304,37 +357,6 @@ class Committer:
             if not node._erased and not node.users and is_pure(node):
                 feeding += node.all_input_nodes
                 self.graph.erase_node(node)
-
-
-def _refused(call: fx.Node, buffers: dict[str, Buffer]) -> str | None:
-    """The reason for which the fused op would refuse a call, by its own check on the values that the graph promises."""
-    op: torch._ops.OpOverload = call.args[0]  # type: ignore[assignment]
-    try:
-        arguments = {**{name: _fake(value) for name, value in call.kwargs.items()}, **dict.fromkeys(OUTPUT_NAMES)}
-    except RuntimeError:  # a view of symbolic sizes that cannot be worked out here: the op checks it while compiling
-        return None
-    arguments.update((role, buffer.like) for role, buffer in buffers.items())
-    try:
-        check_call(FusedCall.bind(op._opname, arguments), eager=False, certain=True)
-    except ValueError as error:
-        return f"the fused op refuses the call: {error}"
-    return None
-
-
-def _fake(argument: Any) -> Any:
-    """The fake value of an input of a shadow graph's call; what is no node as it is."""
-    if not isinstance(argument, fx.Node):
-        return argument
-    if "origin" in argument.meta:
-        return argument.meta["origin"].meta["val"]
-    return _computed(argument.target, fx.map_arg(argument.args, _fake))
-
-
-def _computed(target: Any, args: tuple[Any, ...]) -> Any:
-    """The fake value of an op on fake values; what it makes of numbers by itself is fake as well."""
-    modes = (arg.fake_mode for arg in args if isinstance(arg, FakeTensor))
-    with next(modes, contextlib.nullcontext()):  # type: ignore[call-overload]
-        return target(*args)
 
 
 def _restore(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -88,7 +88,7 @@ class Hindrance:
 
 
 _ADVICE = {
-    Kind.ADDEND: "; FusionConfig(reassociate=True) adds that to the residual",
+    Kind.ADDEND: "; FusionConfig(reassociate=True) moves that, and rounds elsewhere",
     Kind.SCALE: "; FusionConfig(reassociate=True) takes that before the all-reduce",
     Kind.SUM: "; FusionConfig(reassociate=True) takes that before the all-reduce",
     Kind.MERGE: "; FusionConfig(reassociate=True) takes that before the all-reduce",

@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Iterator
 
 import torch
 from torch import fx
@@ -28,6 +28,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from arfusion_pass import ir
 from arfusion_pass.config import FusionConfig, canonical_epsilon
 from arfusion_pass.dialects import DIALECTS, Norm, Prologue, Quantised, Reduced, Refused, Scattered
+from arfusion_pass.dialects.reading.operands import is_row, sums
 from arfusion_pass.graph import (
     describe,
     dtype_of,
@@ -41,10 +42,12 @@ from arfusion_pass.graph import (
     statically_equal,
     tensor_of,
     views_of,
+    without_views,
 )
 from arfusion_pass.ops.layouts import token_count
+from arfusion_pass.ops.spec import Flags
 from arfusion_pass.rewrite.gathering import Gathering, gathering
-from arfusion_pass.rewrite.hindrances import Hindrance, sum_before, why_no_norm
+from arfusion_pass.rewrite.hindrances import Hindrance, Reductions, following, sum_before, why_no_norm
 from arfusion_pass.rewrite.output_views import codes_layout, scale_layout
 from arfusion_pass.rewrite.reductions import (
     check_reduced,
@@ -77,8 +80,8 @@ class RaisedSite:
         dialects: the names of the dialects that spelled the stages.
         values: role (``allreduce_out``, ``residual_out``, ``norm_out``, ``quant_out``, ``scale_out``) to the node of
             the user's graph that holds it.
-        inputs: role (``x`` or the prologue's argument names, ``residual``, ``weight``, ``scale``) to the node of the
-            user's graph.
+        inputs: role (``x`` or the prologue's argument names, ``residual``, ``addend``, ``weight``, ``epsilon_tensor``,
+            ``scale``) to the node of the user's graph.
     """
 
     node: fx.Node
@@ -141,7 +144,10 @@ class RaisedSite:
             inputs["block"] = self.gathered.rows.block
         if self.norm is not None:
             inputs["residual"] = self.norm.residual
+            inputs["addend"] = self.norm.addend
             inputs["weight"] = self.norm.weight
+            if isinstance(self.norm.epsilon, fx.Node):
+                inputs["epsilon_tensor"] = self.norm.epsilon
         if self.quant is not None:
             inputs["scale"] = self.quant.scale
         return {role: node for role, node in inputs.items() if node is not None}
@@ -205,8 +211,10 @@ def find_sites(graph: fx.Graph, config: FusionConfig) -> list[RaisedSite]:
             site.hindrance, site.reason, site.culprit = why_no_norm(site.reduced, reductions, moved)
             site.hindrance = None if site.scatters else site.hindrance
         elif not site.scatters:
-            norms = (norm for norm, _ in candidates[site.node])
+            norms = [norm for norm, _ in candidates[site.node]]
             site.hindrance = next(filter(None, (sum_before(norm, site.reduced, reductions) for norm in norms)), None)
+            if all(_adds_reduced(norm, reductions) for norm in norms):  # as well as the addend's own site
+                site.hindrance, *_ = why_no_norm(site.reduced, reductions, config.reassociate)
     _assign(sites, candidates, config)
     for site in sites:
         if site.reason is None and site.scatters:
@@ -225,6 +233,12 @@ def find_sites(graph: fx.Graph, config: FusionConfig) -> list[RaisedSite]:
 def _has_norm(site: RaisedSite, candidates: dict[fx.Node, list[tuple[Norm, str]]]) -> bool:
     """Whether a norm was found behind a site, one that may be fused or one with a reason against it."""
     return site.node in candidates and bool(candidates[site.node] or site.reason)
+
+
+def _adds_reduced(norm: Norm, reductions: Reductions) -> bool:
+    """Whether a norm has an addend, and that or the residual is another site's all-reduce: one of both sums can do."""
+    added = (norm.addend, norm.residual) if norm.addend is not None else ()
+    return any(without_views(node) in reductions for node in added)
 
 
 def open_reductions(sites: Iterable[RaisedSite]) -> dict[fx.Node, Reduced]:
@@ -317,19 +331,60 @@ def _norms(site: RaisedSite, config: FusionConfig) -> list[tuple[Norm, str]]:
     lengths = row_lengths(site.reduced.x)
     for held in site.reduced.values:
         for value in filter(_is_computed_with, views_of(held)):
-            for dialect in DIALECTS:
-                for found in dialect.norms(value):
-                    norm = in_whole_rows(found, value, lengths)
-                    reason = norm.reason if isinstance(norm, Refused) else _check_norm(site.reduced, norm, config)
-                    if reason is not None:
-                        reasons.append((reason, norm.node if isinstance(norm, Refused) else norm.result))
-                    else:
-                        assert isinstance(norm, Norm)
-                        norm = dataclasses.replace(norm, nodes=(*path(held, value), *norm.nodes))
-                        usable.append((norm, dialect.name))
+            for found, dialect in (*_norms_of(value), *_norms_behind_addend(value)):
+                norm = in_whole_rows(found, value, lengths)
+                norm = norm if isinstance(norm, Refused) else _with_bias(norm)
+                reason = norm.reason if isinstance(norm, Refused) else _check_norm(site.reduced, norm, config)
+                if reason is not None:
+                    reasons.append((reason, norm.node if isinstance(norm, Refused) else norm.result))
+                else:
+                    assert isinstance(norm, Norm)
+                    usable.append((dataclasses.replace(norm, nodes=(*path(held, value), *norm.nodes)), dialect))
     if not usable and reasons:
         site.reason, site.culprit = reasons[0]
     return usable
+
+
+def _norms_of(value: fx.Node) -> Iterator[tuple[Norm | Refused, str]]:
+    for dialect in DIALECTS:
+        for found in dialect.norms(value):
+            yield found, dialect.name
+
+
+def _norms_behind_addend(value: fx.Node) -> Iterator[tuple[Norm, str]]:
+    """The norms of two sums, each in the tensor's dtype but for the last: ``r + (value + t)``, ``(r + value) + t``.
+
+    Which of the two is the residual and which the addend is one to the kernels but for this: a bias is an addend, an
+    fp32 tensor a residual.
+    """
+    for inner in sums(value):
+        add, first = inner.start, inner.residual
+        assert first is not None
+        if dtype_of(add) != dtype_of(value) or inner.flags or inner.nodes != (add,) or following(add) is None:
+            continue  # a sum that others read as well, such as a residual stream's, is no step on the way
+        for view in filter(_is_computed_with, views_of(add)):
+            for found, dialect in _norms_of(view):
+                if isinstance(found, Refused) or found.residual is None:
+                    continue
+                last = found.residual
+                behind = is_row(last, last_dim(value)) and not is_row(first, last_dim(value))
+                addend, residual = (last, first) if behind else (first, last)
+                norm = dataclasses.replace(
+                    found,
+                    operand=value,
+                    nodes=(add, *path(add, view), *found.nodes),
+                    residual=residual,
+                    addend=addend,
+                    flags=found.flags | (Flags.ADDEND_LAST if behind else Flags.NONE),
+                )
+                yield norm, dialect
+
+
+def _with_bias(norm: Norm) -> Norm:
+    """A bias that is all that is added: an addend, which may be one row, and no residual."""
+    if norm.residual is None or norm.addend is not None or not _is_spread(norm.residual, norm.operand):
+        return norm
+    return dataclasses.replace(norm, residual=None, addend=norm.residual)
 
 
 def _is_computed_with(value: fx.Node) -> bool:
@@ -353,6 +408,8 @@ def _check_norm(reduced: Reduced, norm: Norm, config: FusionConfig) -> str | Non
     for node in (norm.norm, norm.total):
         if node is not None and not _same_rows(node, norm.operand):
             return f"{describe(node)} is not known to have as many rows as {describe(norm.operand)}"
+    if norm.addend is not None and dtype_of(norm.addend) != dtype:
+        return f"the addend {describe(norm.addend)} is {dtype_of(norm.addend)}; expected {dtype}"
     for role, node in (("residual", norm.residual), ("weight", norm.weight)):
         if node is not None and dtype_of(node) not in (dtype, torch.float32):
             return f"the {role} {describe(node)} is {dtype_of(node)}; expected {dtype} or float32"
@@ -363,14 +420,22 @@ def _check_norm(reduced: Reduced, norm: Norm, config: FusionConfig) -> str | Non
         return f"the residual sum {describe(norm.total)} is {dtype_of(norm.total)}; expected {dtype} or float32"
     if config.dtypes is not None and dtype not in config.dtypes:
         return f"{dtype} is not among the dtypes of FusionConfig ({', '.join(map(str, config.dtypes))})"
+    if isinstance(norm.epsilon, fx.Node):
+        if config.epsilons is not None:
+            value = describe(norm.epsilon)
+            return f"epsilon is the value of {value}, and FusionConfig names its epsilons ({config.epsilons})"
+        return _read_inside(norm.nodes, _values(reduced, norm), "RMSNorm")
     if not math.isfinite(canonical_epsilon(norm.epsilon)) or norm.epsilon < 0:
         return f"epsilon {norm.epsilon} is no finite float32 >= 0"
     if config.epsilons is not None and canonical_epsilon(norm.epsilon) not in config.epsilons:
         return f"epsilon {norm.epsilon} is not among the epsilons of FusionConfig ({config.epsilons})"
+    return _read_inside(norm.nodes, _values(reduced, norm), "RMSNorm")
+
+
+def _values(reduced: Reduced, norm: Norm) -> set[fx.Node | None]:
+    """What the fused call of a norm can write."""
     values = {*reduced.values, norm.norm, norm.total}
-    if norm.quant is not None:
-        values |= {norm.quant.codes, norm.quant.scales}
-    return _read_inside(norm.nodes, values, "RMSNorm")
+    return values if norm.quant is None else values | {norm.quant.codes, norm.quant.scales}
 
 
 def _same_rows(a: fx.Node, b: fx.Node) -> bool:
@@ -398,7 +463,7 @@ def _assign(sites: list[RaisedSite], candidates: dict[fx.Node, list[tuple[Norm, 
     taken: dict[fx.Node, fx.Node] = {}
     waiting = [site for site in sites if site.reason is None]
     for site in sorted(waiting, key=lambda site: len({norm.result for norm, _ in candidates[site.node]})):
-        choices = sorted(candidates[site.node], key=lambda choice: (choice[0].residual is not None, choice[0].result))
+        choices = sorted(candidates[site.node], key=lambda choice: (_adds(choice[0]), choice[0].result))
         for norm, dialect in choices:
             if not any(node in taken for node in (norm.result, *norm.nodes)):
                 site.norm = norm
@@ -413,13 +478,18 @@ def _assign(sites: list[RaisedSite], candidates: dict[fx.Node, list[tuple[Norm, 
             site.reason = f"the norm behind it, {describe(site.culprit)}, is fused with {describe(owner)}{advice}"
 
 
+def _adds(norm: Norm) -> int:
+    """How many tensors are added in front of a norm."""
+    return (norm.residual is not None) + (norm.addend is not None)
+
+
 def _find_prologue(site: RaisedSite) -> None:
     """The MoE combination in front of an all-reduce, where nobody else reads its result."""
     assert site.reduced is not None and site.norm is not None
     if site.scatters:
         return
-    if site.norm.residual is not None and not same_size(site.norm.residual, site.norm.operand):
-        return  # a bias is spread to the shape of what is reduced, which then must be there
+    if site.norm.residual is not None and _is_spread(site.norm.residual, site.norm.operand):
+        return  # a second bias is spread to the shape of what is reduced, which then must be there
     for dialect in DIALECTS:
         for prologue in dialect.prologues(site.reduced.x):
             if isinstance(prologue, Refused) or _read_inside((*prologue.nodes, site.node), {site.node}, "") is not None:
@@ -536,11 +606,20 @@ def _same_strides(a: fx.Node, b: fx.Node) -> bool:
     return all(statically_known_true(x == y) for x, y in strides)
 
 
-def _is_one_row(node: fx.Node) -> bool:
-    """Whether ``node`` holds one row of the hidden size, or one element, for sure; a symbolic number of rows may be
-    any."""
-    tensor = tensor_of(node)
-    return tensor is not None and (tensor.dim() == 0 or statically_known_true(tensor.numel() == tensor.shape[-1]))
+def _is_spread(node: fx.Node, operand: fx.Node) -> bool:
+    """Whether ``node`` holds one row, or one element, for sure, which is added to every row of ``operand``; a symbolic
+    number of rows may be any."""
+    return is_row(node, last_dim(operand)) and not same_size(node, operand)
+
+
+def _spread_row(graph: fx.Graph, node: fx.Node, row: fx.Node, hidden: int) -> fx.Node:
+    """``row``, which stands for ``node``, as ``[H]``: one element is repeated."""
+    if tensor_of(node).shape == (hidden,):  # type: ignore[union-attr]
+        return row
+    row = graph.call_function(torch.ops.aten.reshape.default, (row, [-1]))
+    if tensor_of(node).numel() == 1 != hidden:  # type: ignore[union-attr]
+        row = graph.call_function(torch.ops.aten.repeat.default, (row, [hidden]))
+    return row
 
 
 def _raise_site(graph: fx.Graph, site: RaisedSite, index: int, origins: dict[fx.Node, fx.Node]) -> Iterable[fx.Node]:
@@ -553,7 +632,11 @@ def _raise_site(graph: fx.Graph, site: RaisedSite, index: int, origins: dict[fx.
         node.meta["site"] = index
         return node
 
-    dtype, epsilon = dtype_of(norm.norm or site.reduced.x), canonical_epsilon(norm.epsilon)
+    dtype, epsilon, epsilon_tensor = dtype_of(norm.norm or site.reduced.x), 0.0, None
+    if isinstance(norm.epsilon, fx.Node):
+        epsilon_tensor = _epsilon_tensor(graph, norm.epsilon, site.reduced.x, origins)
+    else:
+        epsilon = canonical_epsilon(norm.epsilon)
     weight = None if norm.weight is None else origins[norm.weight]
     if site.prologue is not None:
         x = call(getattr(ir.op, site.prologue.op).default, *_prologue_arguments(graph, site.prologue, origins))
@@ -570,18 +653,25 @@ def _raise_site(graph: fx.Graph, site: RaisedSite, index: int, origins: dict[fx.
     else:
         reduced = call(ir.op.all_reduce.default, x, site.reduced.group)
     values["allreduce_out"] = reduced
-    if norm.residual is None:
-        norm_value = call(ir.op.rms_norm.default, reduced, weight, epsilon, dtype, norm.weight_bias, int(norm.flags))
+    rounding = (dtype, norm.weight_bias, int(norm.flags))
+    if not _adds(norm):
+        norm_value = call(ir.op.rms_norm.default, reduced, weight, epsilon, *rounding, epsilon_tensor)
     else:
-        residual = origins[norm.residual]
-        if _is_one_row(norm.residual) and not same_size(norm.residual, norm.operand):
-            # A bias, as a tensor of its own: the op takes no stride of 0.
-            row = graph.call_function(torch.ops.aten.reshape.default, (residual, [-1]))
-            residual = graph.call_function(torch.ops.aten.copy.default, (x, row))
+        residual = addend = None
+        hidden = last_dim(norm.operand)
+        assert hidden is not None
+        if norm.residual is not None:
+            residual = origins[norm.residual]
+            if _is_spread(norm.residual, norm.operand):  # a second bias, as a tensor of its own
+                residual = _spread_row(graph, norm.residual, residual, hidden)
+                residual = graph.call_function(torch.ops.aten.copy.default, (x, residual))
+        if norm.addend is not None:
+            addend = origins[norm.addend]
+            if _is_spread(norm.addend, norm.operand):
+                addend = _spread_row(graph, norm.addend, addend, hidden)
         both = call(
             ir.op.fused_add_rms_norm.default,
-            *(reduced, residual, weight, epsilon, dtype, norm.weight_bias, int(norm.flags)),
-            dtype_of(norm.total),
+            *(reduced, residual, weight, epsilon, *rounding, dtype_of(norm.total), addend, epsilon_tensor),
         )
         norm_value = call(operator.getitem, both, 0)
         values["residual_out"] = call(operator.getitem, both, 1)
@@ -606,6 +696,23 @@ def _raise_site(graph: fx.Graph, site: RaisedSite, index: int, origins: dict[fx.
         if node.meta["readers"]:
             live.append(node)
     return live
+
+
+def _epsilon_tensor(graph: fx.Graph, epsilon: fx.Node, x: fx.Node, origins: dict[fx.Node, fx.Node]) -> fx.Node:
+    """An epsilon that is no number, as one element on the device of ``x``. A SymFloat, and a tensor on the CPU beside a
+    GPU's, are rounded to fp32 in a node that all sites of the graph share (``once``)."""
+    given, tensor, device = origins[epsilon], tensor_of(epsilon), tensor_of(x).device  # type: ignore[union-attr]
+    if tensor is not None and tensor.device == device:
+        return given
+    if (made := given.meta.get("epsilon_tensor")) is None:
+        options = {"dtype": torch.float32, "device": device}
+        value = given if tensor is None else 1.0
+        made = graph.call_function(torch.ops.aten.full.default, ([1], value), options)
+        if tensor is not None:
+            made = graph.call_function(torch.ops.aten.mul.Tensor, (made, given))
+        made.meta["once"] = True
+        given.meta["epsilon_tensor"] = made
+    return made
 
 
 def _prologue_arguments(graph: fx.Graph, prologue: Prologue, origins: dict[fx.Node, fx.Node]) -> tuple[object, ...]:

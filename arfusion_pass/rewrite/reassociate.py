@@ -87,7 +87,13 @@ class Moves:
     def add(self, reduced: Reduced, step: fx.Node, kind: Kind) -> None:
         """Note one step of an all-reduce."""
         place = "into the residual" if kind == Kind.ADDEND else "before the all-reduce"
-        self.steps.setdefault(reduced.node, []).append(f"{self.describe(step)} {place}")
+        self.note(reduced, step, place)
+
+    def note(self, reduced: Reduced, step: fx.Node, place: str) -> None:
+        """The same with the place in words; once for each step and place."""
+        steps, words = self.steps.setdefault(reduced.node, []), f"{self.describe(step)} {place}"
+        if words not in steps:
+            steps.append(words)
 
     def into(self, node: fx.Node) -> list[Merged]:
         """The all-reduces that went into ``node``, in their order."""
@@ -143,9 +149,9 @@ class _Mover:
         if hindrance is None or reduced is None:
             return False
         if hindrance.kind == Kind.COMPOSITE:
-            return self._take_apart(hindrance.step)
+            return self._take_apart(reduced, hindrance.step)
         if hindrance.kind == Kind.ADDEND:
-            return self._narrow(hindrance) or self._join(reduced, hindrance)
+            return self._narrow(reduced, hindrance) or self._join(reduced, hindrance)
         if not _takes_another_input(reduced):
             return False
         if hindrance.kind == Kind.SUM:
@@ -218,8 +224,9 @@ class _Mover:
             self.graph.erase_node(each)
         return True
 
-    def _take_apart(self, step: fx.Node) -> bool:
+    def _take_apart(self, reduced: Reduced, step: fx.Node) -> bool:
         """One op for several linear steps to one op for each."""
+        self.moves.note(reduced, step, "into its single steps")
         first, *others = step.args
 
         def emit(target: Any, *args: Any) -> fx.Node:
@@ -243,7 +250,7 @@ class _Mover:
         self.graph.erase_node(step)
         return True
 
-    def _narrow(self, hindrance: Hindrance) -> bool:
+    def _narrow(self, reduced: Reduced, hindrance: Hindrance) -> bool:
         """``(all_reduce(x).float() + t).to(bf16)`` to ``all_reduce(x) + t.to(bf16)``."""
         step, value = hindrance.step, peel(hindrance.operand)
         addend, cast = other_operand(step, hindrance.operand), narrowed(step)
@@ -253,6 +260,7 @@ class _Mover:
             arguments = (addend, dtype_of(value))
             addend = _insert_before(self.graph, step, prims.convert_element_type.default, arguments, step)
         total = _insert_before(self.graph, step, aten.add.Tensor, (value, addend), step)
+        self.moves.note(reduced, step, f"in {dtype_of(value)}")
         self.moves.origins[total] = self.moves.describe(step)
         self.gone.update((step, cast))
         cast.replace_all_uses_with(total)
@@ -293,7 +301,7 @@ class _Mover:
         reader, view = behind
         kind = linear(reader, view, self.reductions)
         if kind == Kind.COMPOSITE:
-            return self._take_apart(reader)
+            return self._take_apart(reduced, reader)
         if kind is None or reader < addend:
             return False
         if kind == Kind.MERGE and not mergeable(reader, view, self.reductions):
@@ -314,9 +322,10 @@ class _Mover:
                 total = self.graph.call_function(aten.add.Tensor, (reader, moved))
             total.meta.update(_meta(reader), val=reader.meta["val"])
             reader.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+            self.moves.note(reduced, step, f"behind {self.moves.describe(reader)}")
             self.moves.origins[total] = self.moves.describe(step)
             step.replace_all_uses_with(operand)
-            self.graph.erase_node(step)  # noted when it meets the residual
+            self.graph.erase_node(step)
             return True
         other = other_operand(reader, view)
         if kind == Kind.MERGE:  # the other all-reduce first
@@ -325,8 +334,9 @@ class _Mover:
                 self.graph.erase_node(inner)
                 return False
             reader.args = (inner, addend)
-            self.moves.origins[inner] = self.moves.describe(reader)
-            self.moves.origins[reader] = self.moves.describe(step)
+            self.moves.note(reduced, step, f"behind {self.moves.describe(reader)}")
+            names = self.moves.describe(reader), self.moves.describe(step)
+            self.moves.origins[inner], self.moves.origins[reader] = names
             step.replace_all_uses_with(operand)
             self.graph.erase_node(step)
             return True

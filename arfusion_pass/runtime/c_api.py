@@ -11,7 +11,7 @@ import enum
 from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_longlong, c_uint32, c_void_p
 from pathlib import Path
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 MAX_WORLD = 8
 CONTROL_BYTES = 16384
 
@@ -122,6 +122,10 @@ class Call(ctypes.Structure):
         ("index", c_void_p),
         ("permuted_rows", c_int64),
         ("shared", c_void_p),
+        ("addend", c_void_p),
+        ("addend_rows", c_int32),
+        ("epsilon_dtype", c_int32),
+        ("epsilon_tensor", c_void_p),
     ]
 
 

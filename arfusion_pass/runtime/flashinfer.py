@@ -39,6 +39,7 @@ MAX_ONESHOT_H200X4 = 2 << 20
 """4 ranks on sm_90: above it FlashInfer's two-shot kernel is faster (ANCHORS.md); its own limit, 8 MiB, is a B200's."""
 
 ROUNDING = Flags.UNROUNDED_SUM | Flags.ROUND_BEFORE_WEIGHT
+"""Beside its approximate root the norm's last bit is open, a division by the root or not."""
 
 _workspaces: dict[
     tuple[str, int, bool], Any
@@ -96,6 +97,10 @@ def _epilogue_refusal(call: FusedCall) -> str | None:
         return None
     if "allreduce_out" in outputs and (call.residual is not None or "residual_out" in outputs):
         return "it does not give the all-reduce's result beside the residual"
+    if call.addend is not None:
+        return "it adds a residual, and nothing beside it"
+    if call.epsilon_tensor is not None:
+        return "it takes epsilon as a number"
     if "norm_out" not in outputs and "quant_out" not in outputs:
         return "it adds a residual only in front of a norm"
     if call.weight is None:

@@ -25,7 +25,7 @@ from arfusion_pass.runtime import c_api, native
 
 VARIABLE = "ARFUSION_EXPERIMENTAL_SEQUENCE_PARALLEL"
 BLOCKS = Flags.SHARDED | Flags.RESIDUAL_IN_SHARDED | Flags.RESIDUAL_OUT_SHARDED | Flags.OWNER_BLOCKS
-_DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+_DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
 
 
 def run(arguments: dict[str, Any]) -> bool:
@@ -60,7 +60,7 @@ def fits(call: FusedCall, world: int) -> bool:
     if tokens == 0 or world < 2 or int(call.block) not in (0, tokens // world):
         return False
     summed = "allreduce_out" in outputs and (call.residual is not None or "residual_out" in outputs)
-    return not summed and ("norm_out" in outputs or "quant_out" in outputs)
+    return not summed and call.addend is None and ("norm_out" in outputs or "quant_out" in outputs)
 
 
 def launch_of(call: FusedCall) -> c_api.Call:
@@ -74,14 +74,15 @@ def launch_of(call: FusedCall) -> c_api.Call:
         epsilon=call.epsilon, weight_bias=call.weight_bias, flags=int(flags | BLOCKS), quant=call.spec.pack(),
         quant_bound=call.spec.bound, scale_value=call.scale_value, scale_dtype=_DTYPES[torch.float32],
     )  # fmt: skip
-    for name, tensor in {"residual": call.residual, "weight": call.weight, "scale": call.scale, **outputs}.items():
+    given = {name: getattr(call, name) for name in ("residual", "weight", "scale", "epsilon_tensor")}
+    for name, tensor in {**given, **outputs}.items():
         if tensor is None:
             continue
         setattr(launch, name, tensor.data_ptr())
         if name in ("residual", "weight", "residual_out", "norm_out"):
             setattr(launch, f"{name}_fp32", int(tensor.dtype == torch.float32))
-        elif name == "scale":
-            launch.scale_dtype = _DTYPES[tensor.dtype]
+        elif name in ("scale", "epsilon_tensor"):
+            setattr(launch, f"{name.split('_')[0]}_dtype", _DTYPES[tensor.dtype])
     for name, tensor in (("x", call.x), ("residual", call.residual)):
         if tensor is not None and (pitch := row_pitch(tensor)) is not None:
             setattr(launch, f"{name}_stride", pitch)

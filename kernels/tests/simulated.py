@@ -38,6 +38,7 @@ from kernels.tests.machine import DEVICE, EMULATED, host_mapped, load, stream, s
 from tests.gpu.calls import Config, Result, allocate, rank_input, shared_inputs, verify_epilogue
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+EPSILON_DTYPES = {**DTYPES, torch.float64: 3}
 FP8, INT8, NVFP4, MXFP8 = QuantFormat.FP8, QuantFormat.INT8, QuantFormat.NVFP4, QuantFormat.MXFP8
 ALL = ("allreduce_out", "residual_out", "norm_out", "quant_out")
 
@@ -115,13 +116,16 @@ def make_call(config: Config, x: torch.Tensor, shared, result: Result) -> c_api.
     call = c_api.Call(
         op=0, dtype=DTYPES[config.dtype], tokens=config.tokens, hidden=config.hidden, x=x.data_ptr(),
         residual=pointer(shared.residual), weight=pointer(shared.weight), scale=pointer(shared.scale), scale_dtype=2,
-        scale_value=shared.scale_value, epsilon=config.epsilon, weight_bias=config.weight_bias, flags=int(config.flags),
+        scale_value=shared.scale_value, epsilon=config.epsilon_given, weight_bias=config.weight_bias, flags=int(config.flags),
         quant_bound=config.spec.bound, quant=config.spec.pack(), scale_pad_last=not config.logical_scales,
     )  # fmt: skip
     call.residual_fp32 = shared.residual is not None and shared.residual.dtype == torch.float32
     call.weight_fp32 = shared.weight is not None and shared.weight.dtype == torch.float32
     call.residual_out_fp32 = "residual_out" in out and out["residual_out"].dtype == torch.float32
     call.norm_out_fp32 = "norm_out" in out and out["norm_out"].dtype == torch.float32
+    call.addend, call.addend_rows = pointer(shared.addend), config.addend == "rows"
+    call.epsilon_tensor = pointer(shared.epsilon_tensor)
+    call.epsilon_dtype = EPSILON_DTYPES[config.epsilon_in or torch.float32]
     for name, tensor in out.items():
         setattr(call, name, tensor.data_ptr())
     return call
@@ -148,8 +152,9 @@ def run_local(config: Config) -> None:
     if result.scale_view is not None:
         out["scale_out"] = result.scale_view
     torch.ops.arfusion.allreduce_rms_norm(
-        x, shared.residual, shared.weight, shared.scale, "", config.epsilon, config.weight_bias, int(config.flags),
-        config.spec.pack(), config.spec.bound, shared.scale_value, **out,
+        x, shared.residual, shared.weight, shared.scale, "", config.epsilon_given, config.weight_bias, int(config.flags),
+        config.spec.pack(), config.spec.bound, shared.scale_value, addend=shared.addend,
+        epsilon_tensor=shared.epsilon_tensor, **out,
     )  # fmt: skip
     verify_epilogue(config, x, shared, result)
 
@@ -224,7 +229,7 @@ def cases() -> list[Config]:
         made.append(
             Config(tokens=tokens, hidden=hidden if dtype != torch.float32 else hidden // 2, dtype=dtype, outputs=plain)
         )
-    return made + straight_cases()
+    return made + straight_cases() + rare_cases()
 
 
 def straight_cases() -> list[Config]:
@@ -240,6 +245,39 @@ def straight_cases() -> list[Config]:
         made.append(
             Config(tokens=3, hidden=hidden, dtype=dtype, spec=spec, flags=flag, outputs=("residual_out", quant))
         )
+    return made
+
+
+def rare_cases() -> list[Config]:
+    """Addends before the residual and behind it, epsilon in a tensor, norms by division: what no common call has."""
+    made = []
+    base = Config(tokens=6, hidden=720, outputs=("allreduce_out", "residual_out", "norm_out"))
+    forms = [("none", 0), ("same", 0), ("same", int(Flags.ADDEND_LAST)), ("fp32", int(Flags.UNROUNDED_SUM))]
+    for dtype, addend, (residual, flags) in itertools.product(DTYPES, ("row", "rows"), forms):
+        with_addend = dataclasses.replace(base, dtype=dtype, addend=addend, residual=residual, flags=flags)
+        made.append(with_addend)
+        if residual == "same":  # many rows, a rounding before the weight, an unrounded sum, wide rows
+            flags |= int(Flags.ROUND_BEFORE_WEIGHT)
+            made.append(dataclasses.replace(with_addend, tokens=70, flags=flags))
+            unrounded = with_addend.flags | int(Flags.UNROUNDED_SUM)
+            made.append(dataclasses.replace(with_addend, flags=unrounded, residual_out_fp32=True, weight="none"))
+            made.append(dataclasses.replace(with_addend, hidden=12288, tokens=2, outputs=("residual_out", "norm_out")))
+    for dtype, epsilon_in in itertools.product(DTYPES, EPSILON_DTYPES):
+        made.append(dataclasses.replace(base, dtype=dtype, epsilon=0.3, epsilon_in=epsilon_in))
+    for epsilon in (-0.25, -100.0, float("nan"), float("inf"), 0.0):  # of a tensor, whatever it is
+        made.append(dataclasses.replace(base, epsilon=epsilon, epsilon_in=torch.float32))
+    for dtype, flag, weight in itertools.product(
+        DTYPES, (Flags.DIVIDE_BY_ROOT, Flags.RECIPROCAL_ROOT), ("none", "same", "fp32")
+    ):
+        for more in (0, int(Flags.ROUND_BEFORE_WEIGHT)):
+            made.append(dataclasses.replace(base, dtype=dtype, weight=weight, flags=int(flag) | more))
+        made.append(dataclasses.replace(base, dtype=dtype, hidden=8200, tokens=2, weight=weight, flags=int(flag)))
+    everything = dataclasses.replace(
+        base, hidden=4096, addend="row", epsilon=1e-3, epsilon_in=torch.float64, flags=int(Flags.DIVIDE_BY_ROOT)
+    )
+    for name in ("static", "token", "group128", "int8", "nvfp4_128x4"):
+        made.append(dataclasses.replace(everything, spec=SPECS[name], outputs=ALL))
+    made.append(dataclasses.replace(everything, tokens=257, hidden=PUSHED, addend="rows"))
     return made
 
 
@@ -489,8 +527,9 @@ def main() -> None:
         everything = [
             c
             for i, c in enumerate(everything)
-            if (i % 23 == 0 and c.tokens < 200) or (c.tokens, c.hidden) == (257, PUSHED)
+            if (i % 23 == 0 and c.tokens < 200) or ((c.tokens, c.hidden) == (257, PUSHED) and c.addend == "none")
         ] + straight_cases()[:32:5]
+        everything += [c for c in rare_cases() if (c.dtype, c.hidden, c.tokens) == (torch.bfloat16, 720, 6)]
     start = time.time()
     if not quick:
         for config in everything + [dataclasses.replace(c, tokens=2000) for c in everything[:6]]:

@@ -54,8 +54,11 @@ def test_all_fused(tmp_path: Path) -> None:
     [
         ("gradients", "model.py: return self.weight * h.to(x.dtype)", "no_grad()"),
         ("average", "average.py: dist.all_reduce(y, op=dist.ReduceOp.AVG)", "divide by the group's size"),
-        ("buffer_epsilon", None, "make the epsilon a Python number"),
-        ("bias", "bias.py: return y + block.bias", "add the bias before the all-reduce"),
+        (
+            "fp32_bias",
+            "fp32_bias.py: return (y + block.bias.float()).to(y.dtype)",
+            "add the bias before the all-reduce",
+        ),
         ("graph_break", "graph_break.py: dist.all_reduce(y)", 'graph_break.py:10 "print("reduced")"'),
     ],
 )
@@ -74,18 +77,24 @@ def test_a_missed_site_says_where_and_what_to_do(script: str, obstacle: str | No
 
 
 def test_thirty_two_layers_are_one_row() -> None:
-    done = arfusion("explain", str(SCRIPTS / "bias.py"))
+    done = arfusion("explain", str(SCRIPTS / "scaled.py"))
     assert done.returncode == 0, "missed sites alone are no failure"
     (row,) = (line for line in done.stdout.splitlines() if "32   " in line)
     assert "layers.*" in row
-    assert 'bias.py:10 "return y + block.bias"' in row
+    assert 'scaled.py:10 "return y * block.scale"' in row
 
 
-def test_dynamic_says_how_to_mark_a_dimension() -> None:
-    _, graphs = explain("dynamic")
-    assert sites(graphs)
-    assert all("mark_dynamic" in site["reason"] for site in sites(graphs))
-    assert len({site["reason"] for site in sites(graphs)}) == 1, "the line that reads it: layers share a row"
+@pytest.mark.parametrize(
+    ("script", "adds", "input_epsilon"),
+    [("bias", "TwoAdds", False), ("buffer_epsilon", "Add", True), ("dynamic", "Add", True)],
+)
+def test_a_bias_and_an_epsilon_that_is_a_value_fuse(script: str, adds: str, input_epsilon: bool) -> None:
+    done, graphs = explain(script, "--fail-on-missed")
+    assert done.returncode == 0, done.stderr
+    for site in sites(graphs):
+        assert site["pattern"] == f"AllReduceFused{adds}RMSNorm"
+        assert (site["epsilon"] is None) == (site["epsilon_input"] is not None) == input_epsilon
+        assert "self.epsilon" in site["epsilon_source"]["code"]
 
 
 def test_an_async_all_reduce_ends_the_graph_and_the_line_is_named() -> None:

@@ -16,7 +16,7 @@ from arfusion_pass.dialects import vllm
 from arfusion_pass.dialects.reading.op_calls import V1, V2, OpCall, op_name
 from arfusion_pass.ops.spec import Flags
 from tests.dialects import engine_ops
-from tests.simulate import check_fused, check_unchanged, tensors, trace
+from tests.simulate import check_fused, check_unchanged, fused_copy, tensors, trace
 
 TOKENS, HIDDEN = 6, 64
 c10d = torch.ops._c10d_functional
@@ -212,16 +212,17 @@ def test_symmetric_memory_by_average_is_refused(world: None) -> None:
     assert "'avg'" in str(report.missed[0].reason)
 
 
-def test_epsilon_as_a_node_is_refused_with_advice(world: None) -> None:
-    """An epsilon that is a graph input is no literal: the reason says how to get one."""
+def test_epsilon_as_a_node(world: None) -> None:
+    """An epsilon that is a graph input is no literal: it becomes a tensor, which the fused call reads."""
     engine_ops.register_vllm()
     builder = Builder()
     value, weight = builder.reduced(), builder.input(HIDDEN)
     epsilon = builder.graph.placeholder("epsilon")
     epsilon.meta["val"] = 1e-6
     norm = builder.call(torch.ops.vllm_ir.rms_norm.default, value, weight, epsilon, val=value.meta["val"])
-    report = check_unchanged(builder.module(norm))
-    assert "mark_dynamic" in str(report.missed[0].reason)
+    module = builder.module(norm)
+    _, report = fused_copy(module)
+    assert report.fused[0].epsilon_input == "epsilon"
 
 
 @pytest.mark.parametrize(
@@ -251,15 +252,15 @@ def test_rounding_of_vllm_ir(world: None, weight_dtype: torch.dtype | None, expe
     assert site.norm.total is None  # nobody reads the sum
 
 
-def test_a_norm_of_a_sum_of_sums_is_left_alone(world: None) -> None:
-    """aten's add in front of an op that adds once more is two adds: not fused, and the reason names what reads it."""
+def test_a_norm_of_a_sum_of_sums(world: None) -> None:
+    """aten's add in front of an op that adds once more is two adds: an addend and a residual."""
     engine_ops.register_vllm()
     builder = Builder()
     value, r, s, weight = builder.reduced(), *(builder.input(TOKENS, HIDDEN) for _ in range(2)), builder.input(HIDDEN)
     total = builder.call(torch.ops.aten.add.Tensor, value, r)
     both = builder.call(torch.ops.vllm_ir.fused_add_rms_norm.default, total, s, weight, 1e-6)
-    report = check_unchanged(builder.module(builder.call(operator.getitem, both, 0)))
-    assert "aten.add.Tensor" in str(report.missed[0].reason)
+    report = check_fused(builder.module(builder.call(operator.getitem, both, 0)), 1)
+    assert report.fused[0].pattern == "AllReduceFusedTwoAddsRMSNorm"
 
 
 def test_traced_engine_norm_is_exact(world: None) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from arfusion_pass.ops import layouts, reference
 from arfusion_pass.ops.quantisers import quantise
-from arfusion_pass.ops.spec import NO_QUANT, Flags, QuantFormat, QuantSpec
+from arfusion_pass.ops.spec import NO_QUANT, ROUNDING_FLAGS, Flags, QuantFormat, QuantSpec
 from tests.gpu.compare import POISON, GuardedBuffer, assert_bits, assert_norm
 from tests.gpu.harness import Env
 
@@ -26,8 +26,9 @@ OUTPUTS = ("allreduce_out", "residual_out", "norm_out", "quant_out", "scale_out"
 class Config:
     """A call of ``arfusion::allreduce_rms_norm``.
 
-    ``residual`` and ``weight`` are ``"none"``, ``"same"`` (the input's dtype) or ``"fp32"``. ``outputs`` without
-    ``scale_out``: it follows from the quantiser. ``payload`` names a way of filling the inputs.
+    ``residual`` and ``weight`` are ``"none"``, ``"same"`` (the input's dtype) or ``"fp32"``; ``addend`` is ``"none"``,
+    ``"row"`` or ``"rows"``. ``epsilon_in``: epsilon comes in a tensor of that dtype. ``outputs`` without ``scale_out``:
+    it follows from the quantiser. ``payload`` names a way of filling the inputs.
     """
 
     tokens: int
@@ -47,6 +48,13 @@ class Config:
     seed: int = 0
     payload: str = "normal"
     group_name: str | None = None
+    addend: str = "none"
+    epsilon_in: torch.dtype | None = None
+
+    @property
+    def epsilon_given(self) -> float:
+        """What the call gets as its number."""
+        return self.epsilon if self.epsilon_in is None else 1e-6
 
 
 @dataclasses.dataclass
@@ -57,6 +65,8 @@ class Shared:
     weight: torch.Tensor | None
     scale: torch.Tensor | None
     scale_value: float
+    addend: torch.Tensor | None = None
+    epsilon_tensor: torch.Tensor | None = None
 
 
 @dataclasses.dataclass
@@ -102,7 +112,13 @@ def shared_inputs(config: Config, device: torch.device) -> Shared:
     if config.given_scale == "tensor" and (config.spec.is_static or config.spec.format == QuantFormat.NVFP4):
         scale = torch.full((), value, device=device)
         value = 1.0
-    return Shared(residual, weight, scale, value)
+    addend = epsilon = None
+    if config.addend != "none":
+        rows = shape if config.addend == "rows" else shape[1:]
+        addend = torch.randn(rows, generator=generator, device=device).to(config.dtype)
+    if config.epsilon_in is not None:
+        epsilon = torch.full((1,), config.epsilon, device=device, dtype=config.epsilon_in)
+    return Shared(residual, weight, scale, value, addend, epsilon)
 
 
 def allocate(config: Config, device: torch.device) -> Result:
@@ -136,12 +152,14 @@ def launch(config: Config, env: Env, x: torch.Tensor, shared: Shared, result: Re
         shared.weight,
         shared.scale,
         env.group_name if config.group_name is None else config.group_name,
-        config.epsilon,
+        config.epsilon_given,
         config.weight_bias,
         int(config.flags),
         config.spec.pack(),
         config.spec.bound,
         shared.scale_value,
+        addend=shared.addend,
+        epsilon_tensor=shared.epsilon_tensor,
         **out,
     )
 
@@ -176,16 +194,18 @@ def verify_epilogue(
     outputs = {name: buffer.tensor for name, buffer in result.buffers.items()}
     if on_cpu:
         reduced = reduced.cpu()
-        shared = Shared(*(None if t is None else t.cpu() for t in (shared.residual, shared.weight, shared.scale)), 0.0)
+        given = {field.name: getattr(shared, field.name) for field in dataclasses.fields(shared)}
+        shared = Shared(**{name: t.cpu() if isinstance(t, torch.Tensor) else t for name, t in given.items()})
         outputs = {name: tensor.cpu() for name, tensor in outputs.items()}
     want = reference.epilogue(
         reduced,
         shared.residual,
         shared.weight,
         None,
-        epsilon=config.epsilon,
+        epsilon=config.epsilon if shared.epsilon_tensor is None else shared.epsilon_tensor,
         weight_bias=config.weight_bias,
-        flags=int(config.flags) & 3,
+        flags=int(config.flags) & ROUNDING_FLAGS,
+        addend=shared.addend,
     )
     assert want.norm is not None
     if "allreduce_out" in outputs:
@@ -228,9 +248,10 @@ def verify_norm(config: Config, got: torch.Tensor, want: torch.Tensor, reduced: 
 
 def exact_norm(config: Config, reduced: torch.Tensor, shared: Shared) -> torch.Tensor:
     """The norm of the reference's sum in fp64, rounded to fp32 once."""
-    total = reference.fused_add(reduced, shared.residual)
+    total = reference.fused_add(reduced, shared.residual, shared.addend, config.flags)
     value = (total if config.flags & Flags.UNROUNDED_SUM else total.to(config.dtype)).double()
-    norm = value * torch.rsqrt(value.pow(2).mean(-1, keepdim=True) + config.epsilon)
+    epsilon = config.epsilon if shared.epsilon_tensor is None else shared.epsilon_tensor.float().double()
+    norm = value * torch.rsqrt(value.pow(2).mean(-1, keepdim=True) + epsilon)
     if shared.weight is not None:
         norm = norm * (shared.weight.float() + config.weight_bias).double()
     return norm.float()

@@ -14,13 +14,14 @@ from tests.ops.cases import SPECS, arguments, outputs
 
 BF16 = torch.bfloat16
 NORM = ["weight: Optional[Tensor]", "epsilon: float", "dtype: int", "weight_bias: float", "flags: int"]
+RARE = ["addend: Optional[Tensor]", "epsilon_tensor: Optional[Tensor]"]
 DYNAMIC = (["x: Tensor", "quant: int", "bound: float"], 2)
 FROZEN: dict[str, tuple[list[str], int]] = {
     "all_reduce": (["x: Tensor", "group: str"], 1),
     "reduce_scatter": (["x: Tensor", "group: str", "block: int"], 1),
     "all_gather": (["x: Tensor", "group: str", "block: int"], 1),
-    "rms_norm": (["x: Tensor", *NORM], 1),
-    "fused_add_rms_norm": (["x: Tensor", "residual: Tensor", *NORM, "residual_dtype: int"], 2),
+    "rms_norm": (["x: Tensor", *NORM, RARE[1]], 1),
+    "fused_add_rms_norm": (["x: Tensor", "residual: Optional[Tensor]", *NORM, "residual_dtype: int", *RARE], 2),
     "quant_fp8_static": (["x: Tensor", "scale: Optional[Tensor]", "scale_value: float", "quant: int"], 1),
     "quant_fp8_token": DYNAMIC,
     "quant_fp8_group": DYNAMIC,
@@ -69,7 +70,7 @@ SAMPLES: dict[str, tuple[Any, ...]] = {
     "all_reduce": (torch.randn(2, 3, 32), ""),
     "reduce_scatter": (torch.randn(2, 3, 32), "", 0),
     "all_gather": (torch.randn(2, 3, 32), "", 2),
-    "rms_norm": (torch.randn(2, 3, 32).bfloat16(), torch.randn(32), 1e-6, torch.float32, 0.0, 1),
+    "rms_norm": (torch.randn(2, 3, 32).bfloat16(), torch.randn(32), 1e-6, torch.float32, 0.0, 1, torch.tensor(1e-3)),
     "fused_add_rms_norm": (
         torch.randn(6, 32).bfloat16(),
         torch.randn(6, 32),
@@ -79,6 +80,8 @@ SAMPLES: dict[str, tuple[Any, ...]] = {
         0.0,
         1,
         torch.float32,
+        torch.randn(32).bfloat16(),
+        None,
     ),
     "moe_reduce": (torch.randn(3, 5, 32), torch.rand(3, 5), None, 0),
     "moe_finalize": (torch.randn(7, 32), torch.zeros(5, 2).int(), torch.rand(5, 2), torch.randn(5, 32), 2.5, 0),
@@ -112,7 +115,7 @@ def test_chain_is_the_fused_op(name: str, flags: int) -> None:
 
     reduced = ir.ir_op("all_reduce")(x, "")
     add_norm = ir.ir_op("fused_add_rms_norm")
-    norm, total = add_norm(reduced, residual, weight, 1e-6, BF16, 0.0, int(flags), BF16)
+    norm, total = add_norm(reduced, residual, weight, 1e-6, BF16, 0.0, int(flags), BF16, None, None)
     assert torch.equal(norm, given["norm_out"])
     assert torch.equal(total, given["residual_out"])
     result = ir.quantiser_op(spec)(norm, *quant_arguments(spec, scale))
@@ -132,7 +135,7 @@ def test_norm_without_residual() -> None:
     given = outputs((4, 64), BF16)
     given["norm_out"] = torch.empty(4, 64)
     library.fused_op("allreduce_rms_norm")(x, **arguments(weight=weight, weight_bias=1.0), **given)
-    assert torch.equal(ir.ir_op("rms_norm")(x, weight, 1e-6, torch.float32, 1.0, 0), given["norm_out"])
+    assert torch.equal(ir.ir_op("rms_norm")(x, weight, 1e-6, torch.float32, 1.0, 0, None), given["norm_out"])
 
 
 def test_wrong_quantiser() -> None:

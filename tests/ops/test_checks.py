@@ -48,6 +48,35 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "weight shape": ({"weight": empty(4, 64)}, r"weight must be \[hidden\] = \[64\], got \[4, 64\]"),
     "weight dtype": ({"weight": empty(64, dtype=torch.float16)}, r"weight must be bfloat16 or float32, got float16"),
     "bias without weight": ({"weight": None, "weight_bias": 1.0}, r"weight_bias=1.0 needs a weight"),
+    "addend of another width": ({"addend": empty(32)}, r"addend must be \[hidden\] .* = \[64\], got \[32\]"),
+    "addend tokens": ({"addend": empty(3, 64)}, r"addend must be .* with 4 tokens of 64, got \[3, 64\]"),
+    "addend dtype": ({"addend": empty(64, dtype=torch.float32)}, r"addend must be bfloat16, got float32"),
+    "addend last without a residual": (
+        {"addend": empty(64), "residual": None, "flags": int(Flags.ADDEND_LAST)},
+        r"flag ADDEND_LAST needs an addend and a residual",
+    ),
+    "addend last without one": ({"flags": int(Flags.ADDEND_LAST)}, r"ADDEND_LAST needs an addend and a residual"),
+    "addend behind an fp32 residual": (
+        {
+            "addend": empty(64),
+            "residual": empty(4, 64, dtype=torch.float32),
+            "flags": int(Flags.ADDEND_LAST | Flags.UNROUNDED_SUM),
+        },
+        r"a residual in front of the addend must be bfloat16, got float32",
+    ),
+    "addend in a chain": (
+        {"addend": empty(64), "flags": int(Flags.RESIDUAL_IN_SHARDED)},
+        r"a residual may be sharded without an addend only",
+    ),
+    "two epsilons": ({"epsilon_tensor": torch.ones(2)}, r"epsilon_tensor must have one element, got shape \[2\]"),
+    "epsilon dtype": (
+        {"epsilon_tensor": torch.ones(1).int()},
+        r"epsilon_tensor must be float32 or float64 .* got int32",
+    ),
+    "both roots": (
+        {"flags": int(Flags.DIVIDE_BY_ROOT | Flags.RECIPROCAL_ROOT)},
+        r"DIVIDE_BY_ROOT and RECIPROCAL_ROOT exc",
+    ),
     "scale without quantiser": ({"scale": torch.ones(1)}, r"scale is for static FP8 and NVFP4 only"),
     "scale shape": (quantised("static", scale=torch.ones(4)), r"scale must have one element, got shape \[4\]"),
     "scale dtype": (quantised("static", scale=torch.ones(1).double()), r"scale must be .* got float64"),

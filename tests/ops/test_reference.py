@@ -268,3 +268,67 @@ def test_rank_order() -> None:
 def test_formats_have_specs() -> None:
     """Every format is in the tests' list."""
     assert {spec.format for spec in SPECS.values()} == set(QuantFormat) - {QuantFormat.NONE}
+
+
+@dtypes
+@pytest.mark.parametrize("row", [True, False], ids=["bias", "rows"])
+def test_an_addend_is_rounded_where_the_graph_rounds(dtype: torch.dtype, row: bool) -> None:
+    """Exact: ``r + (x + t)``, ``(r + x) + t`` and ``x + t``, each sum in the tensor's dtype, as eager has them."""
+    x, residual, weight = sample(dtype, 2, 5, 192), sample(dtype, 10, 192), sample(dtype, 192)
+    addend = sample(dtype, 192) if row else sample(dtype, 10, 192)
+    flat = x.view(10, 192)
+    forms = [
+        (residual, 0, residual + (flat + addend)),
+        (residual, Flags.ADDEND_LAST, (residual + flat) + addend),
+        (None, 0, flat + addend),
+    ]
+    for given_residual, flags, total in forms:
+        given = outputs((10, 192), dtype)
+        run(fused, (x,), given, residual=given_residual, weight=weight, flags=int(flags), addend=addend)
+        assert torch.equal(given["allreduce_out"], flat)
+        assert torch.equal(given["residual_out"], total)
+        assert torch.equal(given["norm_out"], torch_norm(total, weight, 1e-6))
+
+
+def test_an_addend_beside_an_fp32_residual() -> None:
+    """The sum with the addend is rounded, the sum with the fp32 residual is not; an unrounded last sum likewise."""
+    x, addend, wide = sample(torch.bfloat16, 6, 128), sample(torch.bfloat16, 128), torch.randn(6, 128)
+    low = sample(torch.bfloat16, 6, 128)
+    forms = [
+        (wide, Flags.UNROUNDED_SUM, (x + addend).float() + wide),
+        (low, Flags.UNROUNDED_SUM | Flags.ADDEND_LAST, (x + low).float() + addend.float()),
+        (None, Flags.UNROUNDED_SUM, x.float() + addend.float()),
+    ]
+    for residual, flags, total in forms:
+        given = {"residual_out": torch.empty(6, 128), "norm_out": torch.empty(6, 128)}
+        run(fused, (x,), given, residual=residual, flags=int(flags), addend=addend)
+        assert torch.equal(given["residual_out"], total)
+        assert torch.equal(given["norm_out"], torch_norm(total, None, 1e-6))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [1e-6, 0.3, -0.1, -1e9, float("nan")])
+def test_epsilon_in_a_tensor(dtype: torch.dtype, value: float) -> None:
+    """Exact: the bits that eager makes of a 0-dim epsilon of any dtype, negative and NaN ones too."""
+    x, weight, epsilon = sample(torch.bfloat16, 6, 128), torch.randn(128), torch.tensor(value, dtype=dtype)
+    x32 = x.float()
+    wanted = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + epsilon) * weight
+    for given in (epsilon, epsilon.view(1)):
+        norm_out = torch.empty(6, 128)
+        run(fused, (x,), {"norm_out": norm_out}, weight=weight, epsilon_tensor=given)
+        assert torch.equal(norm_out.view(torch.int32), wanted.view(torch.int32))
+
+
+@pytest.mark.parametrize("rounds", [False, True])
+def test_norms_by_division(rounds: bool) -> None:
+    """Exact: ``x / sqrt`` and ``x * (1 / sqrt)`` each with eager's own steps, which the others do not have."""
+    x, weight = sample(torch.bfloat16, 64, 128), torch.randn(128)
+    x32 = x.float()
+    root = torch.sqrt(x32.pow(2).mean(-1, keepdim=True) + 1e-6)
+    normalised = {Flags.DIVIDE_BY_ROOT: x32 / root, Flags.RECIPROCAL_ROOT: x32 * (1 / root)}
+    assert not torch.equal(*normalised.values())
+    for flag, value in normalised.items():
+        norm_out = torch.empty(64, 128)
+        flags = int(flag | (Flags.ROUND_BEFORE_WEIGHT if rounds else 0))
+        run(fused, (x,), {"norm_out": norm_out}, weight=weight, flags=flags)
+        assert torch.equal(norm_out, (value.bfloat16() if rounds else value) * weight)

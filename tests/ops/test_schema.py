@@ -22,6 +22,8 @@ EPILOGUE = [
     ("quant", "int", 0, False, False),
     ("quant_bound", "float", 0.0, False, False),
     ("scale_value", "float", 1.0, False, False),
+    ("addend", "Optional[Tensor]", None, True, False),
+    ("epsilon_tensor", "Optional[Tensor]", None, True, False),
     ("allreduce_out", "Optional[Tensor]", None, True, True),
     ("residual_out", "Optional[Tensor]", None, True, True),
     ("norm_out", "Optional[Tensor]", None, True, True),

@@ -192,11 +192,19 @@ def test_no_norm() -> None:
 
 
 def test_bias_in_between() -> None:
-    """``reassociate`` moves nothing behind a reduce-scatter, and no reason says that it would."""
+    """A bias is an addend of this rank's rows. ``reassociate`` moves nothing behind a reduce-scatter, and no reason
+    says that it would."""
 
-    def fn(x: Tensor, r: Tensor, w: Tensor) -> Tensor:
+    def biased(x: Tensor, r: Tensor, w: Tensor) -> Tensor:
         return gather(llama(r + (scatter(x, WORLD) + w), w, 1e-6), WORLD)
 
+    def fn(x: Tensor, r: Tensor, w: Tensor) -> Tensor:
+        return gather(llama(r + scatter(x, WORLD) * w, w, 1e-6), WORLD)
+
+    module = traced(biased)
+    fused, report = fused_copy(module, ON)
+    assert report.fused[0].pattern == "ReduceScatterFusedTwoAddsRMSNormAllGather"
+    check_same(module, fused)
     why = reason(fn, dataclasses.replace(ON, reassociate=True))
     assert "stands between it and the norm" in why and "reassociate" not in why
 

@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import sympy  # type: ignore[import-untyped]
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import fx
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import arfusion_pass as arf
 from arfusion_pass.dialects import DIALECTS
+from arfusion_pass.ops.marks import without_mark
+from arfusion_pass.ops.spec import Flags
 from arfusion_pass.rewrite import commit
 from arfusion_pass.rewrite.buffers import Buffer
 from tests.models import Tensor, llama, reduce, weightless
-from tests.simulate import STRICT, c10d, check_fused, check_same, check_unchanged, fused_copy, symbolic, tensors, trace
+from tests.simulate import (
+    STRICT,
+    aten,
+    c10d,
+    check_fused,
+    check_same,
+    check_unchanged,
+    fused_copy,
+    symbolic,
+    tensors,
+    trace,
+)
 
 HIDDEN = 32
 X, W = (4, HIDDEN), (HIDDEN,)
@@ -206,16 +223,25 @@ def test_training_graph() -> None:
 
 
 def test_epsilon_as_graph_input() -> None:
-    """``dynamic=True`` makes epsilon an fp64 input: refused, with what to do instead. A buffer is called a tensor."""
+    """``dynamic=True`` makes epsilon an fp64 input, which is read when the call runs as a buffer is; where the config
+    names epsilons the site is left alone, and so where epsilon is no one number."""
 
     def model(x: Tensor, w: Tensor, epsilon: Tensor) -> Tensor:
         h = reduce(x).float()
         return (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + epsilon) * w).to(x.dtype)
 
-    dynamic = torch.tensor(1e-6, dtype=torch.float64)
-    assert "mark_dynamic" in str(check_unchanged(trace(model, *tensors(X, W), dynamic)).missed[0].reason)
-    buffer = str(check_unchanged(trace(model, *tensors(X, W), torch.tensor(1e-6))).missed[0].reason)
-    assert "value of a tensor" in buffer and "dynamic" not in buffer
+    for epsilon in (torch.tensor(1e-6, dtype=torch.float64), torch.tensor([1e-6]), torch.tensor(1e-3).bfloat16()):
+        module = trace(model, *tensors(X, W), epsilon)
+        (site,) = check_fused(module, 1).fused
+        assert (site.epsilon, site.epsilon_input) == (None, "epsilon_1")
+        some = dataclasses.replace(STRICT, epsilons=(1e-6,))
+        assert "FusionConfig names its epsilons" in str(check_unchanged(module, some).missed[0].reason)
+    for epsilon, why in (
+        (torch.full((X[0], 1), 1e-6), "a tensor of more than one element"),
+        (torch.full((1,), 1e-6, dtype=torch.float64), "the norm is no float32"),
+        (torch.tensor(1), "the fused op takes a float"),
+    ):
+        assert why in str(check_unchanged(trace(model, *tensors(X, W), epsilon)).missed[0].reason)
 
 
 def test_symbolic_hidden_size() -> None:
@@ -418,3 +444,121 @@ def test_a_long_chain_of_views_is_gone_through_once(monkeypatch: pytest.MonkeyPa
 
     check_fused(trace(model, *tensors((4, 32), (32,))), 1)
     assert len(asked) == 1
+
+
+class TestEpsilonOfAnotherDevice:
+    """What ``dynamic=True`` leaves beside GPU tensors: an epsilon on the CPU, or a scalar."""
+
+    @staticmethod
+    def graph(scalar: bool) -> fx.GraphModule:
+        """Two norms of one epsilon, on a GPU that is not there."""
+        mode = FakeTensorMode(shape_env=ShapeEnv())
+        with mode:
+            x, w = torch.empty(X, dtype=torch.bfloat16, device="cuda"), torch.empty(W, device="cuda")
+            epsilon = torch.empty((), dtype=torch.float64)
+
+        def model(x: Tensor, w: Tensor, epsilon: Tensor) -> Tensor:
+            for _ in range(2):
+                h = reduce(x).float()
+                x = (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + epsilon.float()) * w).to(x.dtype)
+            return x
+
+        module = trace(model, x, w, epsilon)
+        if scalar:
+            (given,) = [node for node in module.graph.nodes if node.name == "epsilon_1"]
+            given.meta["val"] = mode.shape_env.create_symfloatnode(sympy.Symbol("zf0"), hint=1e-6)
+            for cast in list(given.users):
+                cast.replace_all_uses_with(given)
+                module.graph.erase_node(cast)
+        return module
+
+    @pytest.mark.parametrize("scalar", [False, True], ids=["cpu", "scalar"])
+    def test_one_kernel_a_graph_brings_it_over(self, scalar: bool) -> None:
+        """Rounded to fp32 on the GPU once, behind the inputs, and read by both calls."""
+        module = self.graph(scalar)
+        report = arf.fuse(module, STRICT)
+        module.graph.lint()
+        assert report.matched_count == 2, str(report)
+        calls = module.graph.find_nodes(op="call_function", target=torch.ops.higher_order.auto_functionalized)
+        (epsilon,) = {call.kwargs["epsilon_tensor"] for call in calls}
+        assert epsilon.target is (aten.full.default if scalar else aten.mul.Tensor)
+        value = epsilon.meta["val"]
+        assert (value.shape, value.dtype, value.device.type) == ((1,), torch.float32, "cuda")
+        assert all(
+            epsilon < node for node in module.graph.find_nodes(op="call_function", target=aten.empty.memory_format)
+        )
+
+
+def test_an_inner_sum_that_others_read() -> None:
+    """Neither ``AR + t`` nor ``r + AR`` is an output of the call that adds the other one as well."""
+
+    def inner(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        y = reduce(x) + w
+        return llama(r + y, w, EPS), y.exp()
+
+    def outer(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        y = r + reduce(x)
+        return llama(y + w, w, EPS), y.exp()
+
+    for model in (inner, outer):
+        (site,) = check_unchanged(trace(model, *tensors(X, X, W))).missed
+        assert "aten.add.Tensor" in str(site.reason)
+
+
+def test_the_all_reduce_is_read_beside_an_addend() -> None:
+    """``allreduce_out`` is the sum over ranks alone; an addend that is computed from it comes too late."""
+
+    def model(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        y = reduce(x)
+        total = r + (y + w)
+        return llama(total, w, EPS), total, y
+
+    (site,) = check_fused(trace(model, *tensors(X, X, W)), 1).fused
+    assert site.outputs == ("allreduce_out", "residual_out", "norm_out")
+
+    def circular(x: Tensor, r: Tensor, w: Tensor) -> Tensor:
+        y = reduce(x)
+        return llama(r + (y + y.tanh()), w, EPS)
+
+    assert "input of the fused call" in str(check_unchanged(trace(circular, *tensors(X, X, W))).missed[0].reason)
+
+
+def test_no_chain_through_an_addend() -> None:
+    """Every rank adds its own to every row: such a call neither takes nor leaves a sharded residual."""
+
+    def model(x: Tensor, r: Tensor, w: Tensor) -> Tensor:
+        for bias in (False, False, True, False, False):
+            y = reduce(x)
+            r = r + (y + w if bias else y)
+            x = llama(r, w, EPS)
+        return x
+
+    report = check_fused(trace(model, *tensors(X, X, W)), 5)
+    assert [site.chain for site in report.fused] == [None, None, None, 1, 1]  # in front of it there would be no gain
+
+
+@pytest.mark.parametrize(
+    ("norm", "flag"),
+    [
+        (lambda h, e: h * torch.rsqrt(e), Flags.NONE),
+        (lambda h, e: h * e**-0.5, Flags.NONE),
+        (lambda h, e: h / torch.sqrt(e), Flags.DIVIDE_BY_ROOT),
+        (lambda h, e: h / e**0.5, Flags.DIVIDE_BY_ROOT),
+        (lambda h, e: h * (1 / torch.sqrt(e)), Flags.RECIPROCAL_ROOT),
+        (lambda h, e: h * torch.sqrt(e).reciprocal(), Flags.RECIPROCAL_ROOT),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_root_by_its_steps(norm: Callable[..., Tensor], flag: Flags, dtype: torch.dtype) -> None:
+    """Contract *exact*, to the last bit: each spelling of the root has the flag of its own roundings."""
+
+    def model(x: Tensor, w: Tensor) -> Tensor:
+        h = reduce(x).float()
+        return (norm(h, h.pow(2).mean(-1, keepdim=True) + EPS) * w.float()).to(x.dtype)
+
+    module = trace(model, *tensors(X, W, dtype=dtype))
+    check_fused(module, 1)
+    (call,) = fused_copy(module)[0].graph.find_nodes(
+        op="call_function", target=torch.ops.higher_order.auto_functionalized
+    )
+    assert without_mark(call.kwargs["flags"]) == flag

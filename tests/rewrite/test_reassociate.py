@@ -14,6 +14,7 @@ from tests.simulate import (
     STRICT,
     c10d,
     calls,
+    check_fused,
     check_same,
     check_unchanged,
     fused_copy,
@@ -121,9 +122,24 @@ def biased_last(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...
     return norm(total, w), total
 
 
-def biased_before(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
-    total = (r + w) + reduce(x)
+def biased_alone(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    total = reduce(x) + w.view(1, HIDDEN)
     return norm(total, w), total
+
+
+def biased_by_one_element(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    total = r + (reduce(x) + w[:1])
+    return norm(total, w), total
+
+
+def biased_twice(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    total = (w.exp() + reduce(x)) + w
+    return norm(total, w), total
+
+
+def biased_beside_fp32(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    total = (reduce(x) + w) + r.float().exp()
+    return norm(total, w).to(x.dtype), total
 
 
 def shared_expert_everywhere(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
@@ -131,15 +147,11 @@ def shared_expert_everywhere(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tupl
 
 
 def shared_expert_everywhere_before(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
-    return (norm((r + y) + reduce(x * 2.5), w),)
+    return (norm(r + (reduce(x * 2.5) + y), w),)
 
 
 def shared_expert_as_rows(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
     return (norm(r.view(1, *r.shape) + (reduce(x) + y).view(1, *r.shape), w),)
-
-
-def shared_expert_as_rows_before(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
-    return (norm((r + y) + reduce(x), w).view(1, *r.shape),)
 
 
 def layer_scale(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
@@ -157,7 +169,7 @@ def layer_scale_of_bias(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Ten
 
 
 def layer_scale_of_bias_before(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
-    return (norm((r + w * (1.0 + w)) + reduce(w * x), w),)
+    return (norm(r + (reduce(w * x) + w * (1.0 + w)), w),)
 
 
 def bias_between_two(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
@@ -165,7 +177,7 @@ def bias_between_two(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor
 
 
 def bias_between_two_before(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
-    return (norm((r + w) + reduce(x + y), w),)
+    return (norm(r + (reduce(x + y) + w), w),)
 
 
 def experts_summed(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
@@ -181,17 +193,12 @@ def bias_behind_an_embedding(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tupl
     return (norm(h + (reduce(norm(h, w)) + w), w),)
 
 
-def bias_behind_an_embedding_before(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
-    h = y + reduce(x)
-    return (norm((h + w) + reduce(norm(h, w)), w),)
-
-
 def lora_in_one_op(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
     return (norm(r + torch.addmm(reduce(x), y[:, :8], w.repeat(8, 1)), w),)
 
 
 def lora_in_one_op_before(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
-    return (norm((r + torch.mm(y[:, :8], w.repeat(8, 1))) + reduce(x), w),)
+    return (norm(r + (reduce(x) + torch.mm(y[:, :8], w.repeat(8, 1))), w),)
 
 
 def alphas(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
@@ -200,7 +207,7 @@ def alphas(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
 
 
 def alphas_before(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
-    total = (r + (w * 2) * 0.5) + reduce(x * 0.5)
+    total = r + (reduce(x * 0.5) + (w * 2) * 0.5)
     return norm(total, w), total
 
 
@@ -209,7 +216,7 @@ def subtracted(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]
 
 
 def subtracted_before(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
-    return (norm((r + (w * -1) * -1) + reduce(x * -1), w),)
+    return (norm(r + (reduce(x * -1) + (w * -1) * -1), w),)
 
 
 def layer_scale_in_one_op(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
@@ -241,7 +248,7 @@ def bias_in_fp32(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ..
 
 
 def bias_in_fp32_before(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
-    return (norm((r + w.exp().float().to(x.dtype)) + reduce(x), w),)
+    return (norm(r + (reduce(x) + w.exp().float().to(x.dtype)), w),)
 
 
 def bias_in_an_fp32_sum(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
@@ -293,10 +300,7 @@ MORE = [
 ]
 
 PAIRS = [
-    (biased, biased_before),
-    (biased_last, biased_before),
     (shared_expert_everywhere, shared_expert_everywhere_before),
-    (shared_expert_as_rows, shared_expert_as_rows_before),
     (layer_scale, layer_scale_before),
     (layer_scale_of_bias, layer_scale_of_bias_before),
     (bias_between_two, bias_between_two_before),
@@ -328,6 +332,29 @@ def test_moved(model: Callable[..., Any], moved: Callable[..., Any], dynamic: bo
     assert fused_once[0].moved, str(report)
     assert calls(fused, c10d.all_reduce.default, c10d.wait_tensor.default) == 0
     check_same(trace(moved, *make(*shapes, (HIDDEN,))), fused, tokens=7)
+
+
+ADDENDS = [biased, biased_last, biased_alone, biased_by_one_element, biased_beside_fp32, biased_twice,
+           shared_expert_as_rows]  # fmt: skip
+
+
+@pytest.mark.parametrize("config", [STRICT, MOVING], ids=["default", "reassociate"])
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("model", ADDENDS, ids=lambda f: f.__name__)
+def test_an_addend_is_exact_without(model: Callable[..., Any], dynamic: bool, config: Any) -> None:
+    """One more tensor in the graph's dtype is an input of the fused call, rounded where the graph rounds."""
+    shapes = [("tokens", HIDDEN)] * 3 if dynamic else [(4, HIDDEN)] * 3
+    report = check_fused(trace(model, *(symbolic if dynamic else tensors)(*shapes, (HIDDEN,))), 1, config, tokens=7)
+    assert report.fused[0].moved == ()
+    adds = "FusedAdd" if model is biased_alone else "FusedTwoAdds"
+    assert report.fused[0].pattern == f"AllReduce{adds}RMSNorm"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_an_addend_in_each_dtype(dtype: torch.dtype) -> None:
+    """The inner sum is rounded to the tensor's dtype, whichever it is."""
+    for model in (biased, biased_last):
+        check_fused(trace(model, *tensors(*[(4, HIDDEN)] * 3, (HIDDEN,), dtype=dtype)), 1)
 
 
 def read_twice(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
@@ -377,20 +404,21 @@ def test_not_moved(model: Callable[..., Any]) -> None:
 
 def test_bias_behind_a_sum_that_is_read() -> None:
     """The embedding's all-reduce is a residual with other readers: the biased one behind it fuses too."""
-    module = trace(bias_behind_an_embedding, *tensors(*[(4, HIDDEN)] * 3, (HIDDEN,)))
-    fused, report = fused_copy(module, MOVING)
-    assert (report.matched_count, report.missed) == (2, ()), str(report)
-    check_same(trace(bias_behind_an_embedding_before, *tensors(*[(4, HIDDEN)] * 3, (HIDDEN,))), fused)
+    check_fused(trace(bias_behind_an_embedding, *tensors(*[(4, HIDDEN)] * 3, (HIDDEN,))), 2)
 
 
 def test_two_groups_are_not_merged() -> None:
-    """Sums over different ranks have no common all-reduce."""
+    """Sums over different ranks have no common all-reduce: one is the other's addend, with the setting or without."""
     group = dist.new_group([0, 1])
 
     def model(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> Tensor:
         return norm(r + (reduce(x) + reduce(y, group.group_name)), w)
 
-    check_unchanged(trace(model, *tensors(*[(4, HIDDEN)] * 3, (HIDDEN,))), MOVING)
+    module = trace(model, *tensors(*[(4, HIDDEN)] * 3, (HIDDEN,)))
+    fused, report = fused_copy(module, MOVING)
+    assert (report.matched_count, calls(fused, c10d.all_reduce.default)) == (1, 1)
+    assert "reassociate" not in str(report)
+    check_same(module, fused)
 
 
 def test_report_of_what_moved() -> None:
@@ -400,21 +428,25 @@ def test_report_of_what_moved() -> None:
     assert (first.name, first.pattern, first.fused) == ("all_reduce", "MergedAllReduce", True)
     assert "all_reduce_1" in str(first.note)
     assert second.moved == (
+        "add (aten.add.Tensor) behind add_1 (aten.add.Tensor)",
         "add_1 (aten.add.Tensor) before the all-reduce",
-        "add (aten.add.Tensor) into the residual",
     )
     assert "MergedAllReduce" in str(report) and "moved" in str(report)
 
 
-def test_one_of_two_fuses_without_it() -> None:
-    """A norm of the sum of two all-reduces: one is the other's residual, and the reason names the setting."""
-    _, report = fused_copy(trace(norm_of_experts, *tensors(*[(4, HIDDEN)] * 3, (HIDDEN,))))
+@pytest.mark.parametrize("model", [norm_of_experts, experts, experts_3d])
+def test_one_of_two_fuses_without_it(model: Callable[..., Any]) -> None:
+    """A sum of two all-reduces in front of a norm: one is residual or addend of the other, and the reason names the
+    setting."""
+    module = trace(model, *tensors(*[(4, HIDDEN)] * 3, (HIDDEN,)))
+    fused, report = fused_copy(module)
+    check_same(module, fused)
     assert report.matched_count == 1
     (missed,) = report.missed
     assert "FusionConfig(reassociate=True)" in str(missed.reason)
 
 
-@pytest.mark.parametrize("model", [scaled, divided, embedding, experts])
+@pytest.mark.parametrize("model", [scaled, divided, embedding])
 def test_off_by_default(model: Callable[..., Any]) -> None:
     """Without the setting nothing moves, and the reason names it."""
     report = check_unchanged(trace(model, *tensors(*[(4, HIDDEN)] * 3, (HIDDEN,))))

@@ -42,6 +42,8 @@ def arguments(
         "weight_bias": 0.0,
         "flags": int(Flags.FLASHINFER),
         "scale_value": 0.5,
+        "addend": None,
+        "epsilon_tensor": None,
         **{name: given.get(name) if name in names else None for name in flashinfer_outputs},
         **changes,
     }
@@ -69,6 +71,8 @@ REFUSED: list[tuple[dict[str, Any], int, tuple[int, int], str]] = [
     ({"flags": int(Flags.ROUND_BEFORE_WEIGHT)}, 4, SM90, "other rounding points"),
     ({"flags": int(Flags.UNROUNDED_SUM)}, 4, SM90, "other rounding points"),
     ({"allreduce_out": torch.ones(T, H, dtype=BF16)}, 4, SM90, "all-reduce's result beside the residual"),
+    ({"addend": torch.ones(H, dtype=BF16)}, 4, SM90, "adds a residual, and nothing beside it"),
+    ({"epsilon_tensor": torch.ones(1)}, 4, SM90, "takes epsilon as a number"),
     ({"norm_out": None}, 4, SM90, "adds a residual only in front of a norm"),
     ({"spec": nvfp4(0, "")}, 4, SM90, "NVFP4 conversion writes zeros before sm_100, this is sm_90"),
     ({"spec": nvfp4(1, "")}, 4, SM100, "scales of layout 8x4 unwritten"),

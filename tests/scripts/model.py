@@ -45,6 +45,7 @@ class Block(nn.Module):
         super().__init__()
         self.down = nn.Linear(HIDDEN, HIDDEN, bias=False)
         self.bias = nn.Parameter(torch.zeros(HIDDEN))
+        self.scale = nn.Parameter(torch.ones(HIDDEN))
         self.norm = RMSNorm(epsilon)
         self.reduce = reduce
 

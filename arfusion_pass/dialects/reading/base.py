@@ -109,7 +109,7 @@ class Norm:
             a view of it or a lossless cast of it.
         norm: the node whose value is the norm; its dtype is the dtype of the result. None where one op computes the
             norm and quantises it (``quant``): no node holds the norm then, and its dtype is the reduced tensor's.
-        epsilon: as the graph holds it.
+        epsilon: as the graph holds it: a number, or the node of one element (or of a SymFloat) whose value it is.
         weight: ``[H]``, or None.
         weight_bias: added to the weight in fp32 (Gemma: 1).
         flags: rounding, see :class:`Flags`.
@@ -118,12 +118,14 @@ class Norm:
         nodes: the nodes between operand and norm, ``total`` and ``norm`` included. None of them may be read by
             others, but for ``total``, ``norm``, casts and views.
         quant: the quantiser inside the same op, or None.
+        addend: what is added beside a residual, in the tensor's dtype: of its shape, or one row of it; with
+            ``Flags.ADDEND_LAST`` behind the residual.
         epsilon_at: the node that holds epsilon: the sum with it, or the op that takes it; None where there is none.
     """
 
     operand: fx.Node
     norm: fx.Node | None
-    epsilon: float
+    epsilon: float | fx.Node
     nodes: tuple[fx.Node, ...]
     weight: fx.Node | None = None
     weight_bias: float = 0.0
@@ -132,6 +134,7 @@ class Norm:
     total: fx.Node | None = None
     quant: Quantised | None = None
     epsilon_at: fx.Node | None = None
+    addend: fx.Node | None = None
 
     @property
     def result(self) -> fx.Node:

@@ -27,7 +27,7 @@ from arfusion_pass.dialects.reading.base import (
     Scattered,
 )
 from arfusion_pass.dialects.reading.op_calls import OpCall, Operand, Output, is_contiguous, op_name, product, same
-from arfusion_pass.dialects.reading.operands import Sum, epsilon_reason, readable_total, sums, weight_of
+from arfusion_pass.dialects.reading.operands import Sum, epsilon_of, epsilon_reason, readable_total, sums, weight_of
 from arfusion_pass.graph import (
     constant,
     describe,
@@ -100,7 +100,10 @@ class NormOp:
         if reason is not None:
             return Refused(reason, call.node)
         given_epsilon = call[self.epsilon]
-        epsilon = self.default_epsilon if given_epsilon is None else constant(given_epsilon, finite=False)
+        epsilon: float | fx.Node | None = self.default_epsilon
+        if given_epsilon is not None:
+            epsilon = constant(given_epsilon, finite=False)
+            epsilon = epsilon_of(given_epsilon) if epsilon is None else epsilon
         if epsilon is None:
             return Refused(epsilon_reason(call[self.epsilon]), call.node)
         dtype, x_dtype = dtype_of(value), dtype_of(start)

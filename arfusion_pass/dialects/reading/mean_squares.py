@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from arfusion_pass.dialects.reading.base import Refused
-from arfusion_pass.dialects.reading.operands import epsilon_reason
+from arfusion_pass.dialects.reading.operands import epsilon_of, epsilon_reason
 from arfusion_pass.graph import (
     argument,
     constant,
@@ -35,6 +35,7 @@ from arfusion_pass.graph import (
     users_of,
     widens,
 )
+from arfusion_pass.ops.spec import Flags
 
 aten = torch.ops.aten
 
@@ -54,13 +55,18 @@ class Statistic:
 @dataclasses.dataclass(frozen=True)
 class Inverse:
     """``1 / sqrt(mean of squares + epsilon)`` at ``node``, or the root itself where rows are divided by it; ``plus``
-    adds epsilon."""
+    adds epsilon. ``root``: none for an ``rsqrt``, else the flag of how the root is taken and met."""
 
     node: fx.Node
-    epsilon: float
-    divides: bool
+    epsilon: float | fx.Node
+    root: Flags
     nodes: tuple[fx.Node, ...]
     plus: fx.Node | None = None
+
+    @property
+    def divides(self) -> bool:
+        """Whether rows are divided by ``node``."""
+        return self.root == Flags.DIVIDE_BY_ROOT
 
 
 def inverses(root: fx.Node) -> Iterator[Inverse | Refused]:
@@ -162,13 +168,14 @@ def _inverses(mean: Statistic, root: fx.Node) -> Iterator[Inverse | Refused]:
     """From a mean of squares, or its root, over epsilon and the reciprocal root."""
     yield from _floored(mean, root)
     if mean.power == 0.5:
-        for inverse, nodes, divides in _reciprocals(mean.node):
-            yield from _in_rows(Inverse(inverse, 0.0, divides, (*mean.nodes, *nodes)), root)
+        for inverse, nodes, flag in _reciprocals(mean.node):
+            yield from _in_rows(Inverse(inverse, 0.0, flag, (*mean.nodes, *nodes)), root)
     for plus in users_of(mean.node, aten.add.Tensor, aten.add.Scalar):
         other = other_operand(plus, mean.node)
         if argument(plus, "alpha", 1) != 1:
             continue
         epsilon = constant(other, finite=False)  # one that is out of range has a reason of its own
+        value = epsilon_of(other) if epsilon is None else epsilon
         if mean.power == 0.5:
             if _divides_by(plus, root):
                 yield Refused(
@@ -176,14 +183,14 @@ def _inverses(mean: Statistic, root: fx.Node) -> Iterator[Inverse | Refused]:
                     "under the root",
                     plus,
                 )
-        elif epsilon is not None:
-            for inverse, nodes, divides in _roots(plus):
-                yield from _in_rows(Inverse(inverse, epsilon, divides, (*mean.nodes, plus, *nodes), plus), root)
+        elif value is not None and dtype_of(plus) == dtype_of(mean.node):
+            for inverse, nodes, flag in _roots(plus):
+                yield from _in_rows(Inverse(inverse, value, flag, (*mean.nodes, plus, *nodes), plus), root)
         elif isinstance(other, fx.Node) and not statically_equal(last_dim(plus), last_dim(root)):
             yield Refused(epsilon_reason(other), other)
     if mean.power == 1.0:
-        for inverse, nodes, divides in _roots(mean.node):
-            yield from _in_rows(Inverse(inverse, 0.0, divides, (*mean.nodes, *nodes)), root)
+        for inverse, nodes, flag in _roots(mean.node):
+            yield from _in_rows(Inverse(inverse, 0.0, flag, (*mean.nodes, *nodes)), root)
 
 
 def _in_rows(inverse: Inverse, root: fx.Node) -> Iterator[Inverse | Refused]:
@@ -209,36 +216,36 @@ def _in_rows(inverse: Inverse, root: fx.Node) -> Iterator[Inverse | Refused]:
                 )
 
 
-def _roots(plus: fx.Node) -> Iterator[tuple[fx.Node, tuple[fx.Node, ...], bool]]:
-    """What the value is multiplied by, or divided by: the node, all nodes to it, and whether it divides.
+def _roots(plus: fx.Node) -> Iterator[tuple[fx.Node, tuple[fx.Node, ...], Flags]]:
+    """What the value is multiplied by, or divided by: the node, all nodes to it, and the flag for it.
 
-    The fused op multiplies by ``rsqrt``. A root and its reciprocal, or a division, round once more or once less, which
-    is within the 4 ulp that the contract grants an fp32 norm.
+    torch takes ``pow(-0.5)`` as ``rsqrt`` and ``pow(0.5)`` as ``sqrt``; its ``sqrt``, fp32 division and reciprocal are
+    correctly rounded on either device, as the flags' are.
     """
     for user in list(plus.users):
         if source_of(user) is plus:
-            for inverse, nodes, divides in _roots(user):
-                yield inverse, (user, *nodes), divides
+            for inverse, nodes, flag in _roots(user):
+                yield inverse, (user, *nodes), flag
         power = constant(user.args[1]) if is_call(user, aten.pow.Tensor_Scalar) else None
         if is_call(user, aten.rsqrt.default) or power == -0.5:
-            yield user, (user,), False
+            yield user, (user,), Flags.NONE
         elif is_call(user, aten.sqrt.default) or power == 0.5:
-            for inverse, nodes, divides in _reciprocals(user):
-                yield inverse, (user, *nodes), divides
+            for inverse, nodes, flag in _reciprocals(user):
+                yield inverse, (user, *nodes), flag
 
 
-def _reciprocals(root: fx.Node) -> Iterator[tuple[fx.Node, tuple[fx.Node, ...], bool]]:
+def _reciprocals(root: fx.Node) -> Iterator[tuple[fx.Node, tuple[fx.Node, ...], Flags]]:
     """The root itself, which divides, and its reciprocals, which multiply."""
-    yield root, (), True
+    yield root, (), Flags.DIVIDE_BY_ROOT
     for inverse in list(root.users):
         power = constant(inverse.args[1]) if is_call(inverse, aten.pow.Tensor_Scalar) else None
         one = is_call(inverse, aten.div.Tensor) and inverse.args[1] is root and constant(inverse.args[0]) == 1.0
         reciprocal = is_call(inverse, aten.reciprocal.default) or power == -1.0
         if one or reciprocal:
-            yield inverse, (inverse,), False
+            yield inverse, (inverse,), Flags.RECIPROCAL_ROOT
         for product in users_of(inverse, aten.mul.Tensor, aten.mul.Scalar):  # 1 / x as torch writes it
             if reciprocal and constant(other_operand(product, inverse)) == 1.0:
-                yield product, (inverse, product), False
+                yield product, (inverse, product), Flags.RECIPROCAL_ROOT
 
 
 def _floored(statistic: Statistic, root: fx.Node) -> Iterator[Refused]:

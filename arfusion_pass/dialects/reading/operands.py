@@ -29,30 +29,44 @@ from arfusion_pass.graph import (
     peel,
     row_views,
     same_rows,
+    source_of,
     statically_equal,
     tensor_of,
     users_of,
+    value_of,
     widens,
-    without_views,
 )
+from arfusion_pass.ops.checks import EPSILON_DTYPES
 from arfusion_pass.ops.spec import Flags
 
 aten = torch.ops.aten
 
 
+def epsilon_of(node: Any) -> Any:
+    """The node whose value an epsilon that is no number is, without casts to fp32 around it: one element of a floating
+    dtype or, as ``torch.compile(dynamic=True)`` may leave it, a scalar. None where it is neither."""
+    if isinstance(node, fx.Node) and isinstance(value_of(node), (torch.SymFloat, float)):
+        inner = node.args[0] if is_call(node, aten._local_scalar_dense.default) else node
+        return inner if tensor_of(inner) is None else epsilon_of(inner)
+    source = node
+    while (is_cast(source, torch.float32) and dtype_of(source.args[0]) in EPSILON_DTYPES) or source_of(source):
+        source = source_of(source) or source.args[0]
+    tensor = tensor_of(source)
+    if tensor is None or tensor.dtype not in EPSILON_DTYPES or not statically_equal(tensor.numel(), 1):
+        return None
+    return source
+
+
 def epsilon_reason(node: Any) -> str:
     """Why an epsilon that is no number is not fused."""
-    source = without_views(node)
-    while is_cast(source):
-        source = without_views(source.args[0])
-    tensor = tensor_of(source)
-    if tensor is None or (tensor.dtype == torch.float64 and tensor.dim() == 0 and source.op == "placeholder"):
-        return (
-            f"epsilon is a graph input ({describe(source) if isinstance(source, fx.Node) else source}), as "
-            "torch.compile(dynamic=True) makes it; mark the token dimension dynamic with torch._dynamo.mark_dynamic "
-            "instead, so that epsilon stays a number"
-        )
-    return f"epsilon is the value of a tensor, {describe(source)}; the fused op takes a number"
+    tensor = tensor_of(node)
+    if tensor is None:
+        return f"epsilon is {describe(node) if isinstance(node, fx.Node) else node}, which is no number"
+    if not statically_equal(tensor.numel(), 1):
+        return f"epsilon is a tensor of more than one element, {describe(node)}; the fused op takes one for all rows"
+    if tensor.dtype == torch.float64:
+        return f"epsilon is a float64 tensor of {tensor.dim()} dimensions, {describe(node)}, so the norm is no float32"
+    return f"epsilon is the value of a {tensor.dtype} tensor, {describe(node)}; the fused op takes a float"
 
 
 @dataclasses.dataclass(frozen=True)

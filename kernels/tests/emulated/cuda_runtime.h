@@ -131,6 +131,7 @@ inline float __fmul_rn(float a, float b) { return one_nan(a * b); }
 inline float __fmaf_rn(float a, float b, float c) { return one_nan(fmaf(a, b, c)); }
 inline float __fdiv_rn(float a, float b) { return one_nan(a / b); }
 inline float __frcp_rn(float a) { return one_nan(1.0f / a); }
+inline float __fsqrt_rn(float a) { return one_nan(sqrtf(a)); }
 inline float __frsqrt_rn(float a) { return one_nan(static_cast<float>(1.0 / sqrt(static_cast<double>(a)))); }
 inline int __float2int_rn(float x) {
   if (x != x) return 0;
