@@ -66,12 +66,14 @@ def report_table(reports: Sequence[GraphReport], width: int | None = None) -> st
     for title, wanted, columns_of in (("fused", True, _FUSED), ("missed", False, _MISSED)):
         rows = _rows(reports, wanted, columns_of)
         if rows:
-            console.print(_table(title, ["graph", "where", *columns_of], rows, roomy=console.width >= ROOMY))
+            console.print(_table(title, ["graph", "where", *columns_of], rows, console.width))
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()).rstrip()
 
 
-ROOMY, WHERE = 110, 26
-"""From so many columns on a place of up to so many characters stays on its line: a module's path has no spaces."""
+COMMON = ("tensor", "epsilon")
+"""Columns that are said once, above the table, where all rows say the same."""
+SENTENCE, FIRST, GAP = 36, len(" sites "), 3
+"""The least width of a column of sentences; the first column's with the table's edges; what parts two columns."""
 
 _NODE = re.compile(r"\w+ \(([\w.]+)\)")
 """``name (target)``: the target alone is the same in every layer."""
@@ -189,20 +191,54 @@ def _numbers(numbers: list[int]) -> str:
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
-def _table(title: str, headers: list[str], rows: dict[tuple[str, ...], list[Site]], roomy: bool) -> Table:
+def _table(title: str, headers: list[str], rows: dict[tuple[str, ...], list[Site]], width: int) -> Table:
+    """Rows as columns where every word of them fits into ``width``, else as paragraphs: no word is ever cut."""
+    cells = [[row[index] for row in rows] for index in range(len(headers))]
+    shown = [i for i, values in enumerate(cells) if any(values) and (headers[i] != "group" or len(set(values)) > 1)]
+    common = [i for i in shown if headers[i] in COMMON and len(rows) > 1 and len(set(cells[i])) == 1]
+    shown = [index for index in shown if index not in common]
+    if common:
+        title += ", all with " + ", ".join(f"{headers[index]} {cells[index][0]}" for index in common)
+    counts = [str(len(sites)) for sites in rows.values()]
+    widths = _widths([headers[index] for index in shown], [cells[index] for index in shown], width - FIRST)
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="", pad_edge=False)
     table.add_column("sites", justify="right", no_wrap=True)
-    values = [{cells[index] for cells in rows} for index in range(len(headers))]
-    shown = [i for i, header in enumerate(headers) if any(values[i]) and (header != "group" or len(values[i]) > 1)]
-    for index in shown:
-        header = headers[index]
-        longest = max(len(line) for cell in values[index] for line in cell.split("\n"))
-        whole = header in ("pattern", "epsilon") or (header == "where" and roomy and longest <= WHERE)
-        table.add_column(header, overflow="fold", no_wrap=whole)
-    for cells, sites in rows.items():
-        # Text, not str: a "[...]" in a reason is no markup
-        table.add_row(Text(str(len(sites))), *(Text(cells[index]) for index in shown))
+    if widths is None:
+        table.add_column("")
+        for count, row in zip(counts, rows, strict=True):
+            table.add_row(Text(count), Text(_paragraph({headers[index]: row[index] for index in shown})))
+        return table
+    for index, column in zip(shown, widths, strict=True):
+        table.add_column(headers[index], width=column)
+    for count, row in zip(counts, rows, strict=True):
+        table.add_row(Text(count), *(Text(row[index]) for index in shown))  # Text, not str: "[...]" is no markup
     return table
+
+
+def _widths(headers: list[str], cells: list[list[str]], width: int) -> list[int] | None:
+    """Of each column: that of its longest word, more where there is room, up to its longest line; None where even the
+    words do not fit."""
+    texts = [[header, *values] for header, values in zip(headers, cells, strict=True)]
+    least = [max(len(word) for text in column for word in text.split()) for column in texts]
+    least = [max(SENTENCE, size) if header == "why" else size for header, size in zip(headers, least, strict=True)]
+    most = [max(len(line) for text in column for line in text.split("\n")) for column in texts]
+    spare = width - sum(least) - GAP * len(headers)
+    if spare < 0:
+        return None
+    widths = list(least)
+    for index in sorted(range(len(headers)), key=lambda index: most[index]):  # a sentence takes what is left
+        extra = max(0, min(spare, most[index] - least[index]))
+        widths[index] += extra
+        spare -= extra
+    return widths
+
+
+def _paragraph(row: dict[str, str]) -> str:
+    """The cells of a row below one another: where, then what or why, then everything else that has a value."""
+    where = row.pop("where").replace("\n", "  ")
+    what = row.pop("why") if "why" in row else row.pop("pattern").replace(",\n", ", ").replace("\n", ", ")
+    rest = "; ".join(value if header == "tensor" else f"{header} {value}" for header, value in row.items() if value)
+    return "\n".join(filter(None, (where, what, rest)))
 
 
 def _short(names: list[str]) -> str:

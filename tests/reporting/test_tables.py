@@ -54,21 +54,44 @@ def test_another_epsilon_or_quantiser_is_another_row() -> None:
     assert "quant_fp8_static" in text
 
 
-@pytest.mark.parametrize("width", [60, 80, 120, 200])
-def test_lines_fit_the_width_and_reasons_stay_whole(width: int) -> None:
+REALISTIC = {
+    "pattern": "AllReduceFusedAddRMSNormTokenQuantFP8",
+    "quantiser": "quant_fp8_token",
+    "shape": (1, 2048, 4096),
+    "outputs": ("quant_out", "scale_out", "residual_out"),
+    "bytes_fused": 66048,
+    "bytes_unfused": 98000,
+    "chain_length": 64,
+    "strategy": "oneshot to 128 tokens, twoshot beyond",
+}
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120, 140, 200])
+def test_lines_fit_the_width_and_no_word_is_cut(width: int) -> None:
+    """In columns where they fit, below one another where they do not."""
     reason = "scales are of shape [2, 3], expected [T, H / 128]; " * 4 + "end of reason"
-    text = report_table([FusionReport((fused("all_reduce"), missed("all_reduce_1", reason)))], width=width)
+    sites = [fused(f"r{i}", module=f"model.layers.{i}.self_attn.o_proj", **REALISTIC) for i in range(2)]
+    other = fused("r2", module="model.embed_tokens", outputs=("norm_out",), shape=(1, 2048, 4096))
+    text = report_table([FusionReport((*sites, other, missed("all_reduce_1", reason)))], width=width)
     assert max(map(len, text.splitlines())) <= width
-    assert reason.replace(" ", "") in "".join(_column(text, "why")).replace(" ", "")
+    assert ("bytes" in text.splitlines()[3]) == (width >= 120), text
+    assert "…" not in text
+    words = text.split()
+    for word in (*f"{reason} model.layers.*.self_attn.o_proj {REALISTIC['pattern']} [1,2048,4096]".split(), "(-33%)"):
+        assert any(word in (found, found.rstrip(",;")) for found in words), (word, text)
 
 
-def _column(text: str, header: str) -> list[str]:
-    """The cells under a header, from the header's position to that of the next one."""
-    lines = text.splitlines()
-    (top,) = (number for number, line in enumerate(lines) if f" {header} " in line)
-    start = lines[top].index(header)
-    end = lines[top].index("tensor", start)
-    return [line[start:end] for line in lines[top + 2 :]]
+def test_what_all_rows_share_is_said_once() -> None:
+    """The tensor and epsilon, above the rows; a single row keeps them."""
+    sites = (
+        fused("a", module="first", shape=(4, 64)),
+        fused("b", module="second", shape=(4, 64), outputs=("norm_out",)),
+    )
+    text = report_table([FusionReport(sites)])
+    assert "fused, all with tensor bfloat16 [4,64], epsilon 1e-06\n" in text
+    assert text.count("bfloat16") == 1
+    alone = report_table([FusionReport(sites[:1])])
+    assert "fused\n" in alone and " epsilon " in alone
 
 
 def test_brackets_are_no_markup() -> None:
