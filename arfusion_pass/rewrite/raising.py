@@ -236,9 +236,14 @@ def _has_norm(site: RaisedSite, candidates: dict[fx.Node, list[tuple[Norm, str]]
 
 
 def _adds_reduced(norm: Norm, reductions: Reductions) -> bool:
-    """Whether a norm has an addend, and that or the residual is another site's all-reduce: one of both sums can do."""
-    added = (norm.addend, norm.residual) if norm.addend is not None else ()
-    return any(without_views(node) in reductions for node in added)
+    """Whether a norm has an addend, and that or the residual is another site's all-reduce, which nobody else reads: one
+    all-reduce of both sums would do."""
+    for node in (norm.addend, norm.residual) if norm.addend is not None else ():
+        other = reductions.get(without_views(node))
+        read = None if other is None else following(other.value)
+        if read is not None and read[0] in norm.nodes:
+            return True
+    return False
 
 
 def open_reductions(sites: Iterable[RaisedSite]) -> dict[fx.Node, Reduced]:
