@@ -15,8 +15,9 @@ NO_GRAD = (
     "model.requires_grad_(False)"
 )
 LEAF = "{leaf} was made under torch.inference_mode(), and torch saves no such tensor for a backward"
-BEFORE = "add the bias before the all-reduce, on one rank alone, as a row-parallel linear with its bias on rank 0 does"
-BIAS = f"add the bias in the tensor's dtype; FusionConfig(reassociate=True) does, and rounds elsewhere; or {BEFORE}"
+ONE_RANK = "before the all-reduce, on one rank alone, as a row-parallel linear with its bias on rank 0 does"
+BEFORE = f"add the bias {ONE_RANK}"
+BIAS = f"add the bias in the tensor's dtype, or {ONE_RANK}"
 AVERAGE = "reduce by 'sum' and divide by the group's size before the all-reduce"
 FUNCTIONAL = "make the graph functional first: ExportedProgram.run_decompositions() does, and so does AOT autograd"
 WHOLE = "compile the module that holds the norm in the same graph as the all-reduce"

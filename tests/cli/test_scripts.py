@@ -57,7 +57,7 @@ def test_all_fused(tmp_path: Path) -> None:
         (
             "fp32_bias",
             "fp32_bias.py: return (y + block.bias.float()).to(y.dtype)",
-            "add the bias before the all-reduce",
+            "add the bias in the tensor's dtype, or before the all-reduce",
         ),
         ("graph_break", "graph_break.py: dist.all_reduce(y)", 'graph_break.py:10 "print("reduced")"'),
     ],
@@ -71,6 +71,7 @@ def test_a_missed_site_says_where_and_what_to_do(script: str, obstacle: str | No
         assert not site["fused"]
         assert place(site["obstacle"]) == obstacle
         assert advice in site["advice"]
+        assert f"{site['reason']} {site['advice']}".count("reassociate") <= 1, "said once"
         assert (site["dtype"], site["shape"]) == ("bfloat16", [4, 64])
         assert ".py:" in site["reason"], "the reason quotes a line, and names no node"
     assert len({site["reason"] for site in found}) == 1, "layers of one kind say the same, so that they share a row"
