@@ -18,9 +18,11 @@ from arfusion_pass.inspection import excerpts
 from arfusion_pass.inspection.graph_diff import changed_ops, line_matcher
 from arfusion_pass.reporting.reports import FusionReport, Reports
 from arfusion_pass.reporting.sites import Site
-from arfusion_pass.reporting.tables import report_table
+from arfusion_pass.reporting.tables import ranges, report_table
 
 TITLE = "arfusion-pass: graphs before and after"
+UNRECORDED = "The graph was not recorded."
+CACHED = "From a compile cache, which kept the report and not the graph."
 
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
@@ -59,22 +61,28 @@ def diff_page(
     """
     graphs: list[dict[str, Any]] = []
     sites: list[dict[str, Any]] = []
+    notes: dict[str, list[int]] = {}
     for number, report in enumerate(reports):
         before, after = report.before or "", report.after or ""
         changed = changed_ops(before, after)
         graphs.append(
             {
                 "number": number,
-                "note": report.note or (None if report.before else "The graph was not recorded."),
-                "graph_break": report.graph_break,
+                "note": report.note or (None if report.before else CACHED if report.cached else UNRECORDED),
+                "shown": bool(report.before or report.note),
                 "counts": changed,
                 "rows": _rows(_lines_of(before), _lines_of(after), context) if changed else [],
             }
         )
         sites += _sites(number, report, replays or {})
+        said = [graphs[-1]["note"], report.graph_break and f"It ends at {report.graph_break}."]
+        notes.setdefault(" ".join(filter(None, said)), []).append(number)
     summary = report_table(reports, width=140).partition("\n")[0]
     template = _TEMPLATES.get_template("page.html.jinja")
-    return template.render(title=title, summary=summary, graphs=graphs, sites=sites)
+    told = [
+        f"{'Graph' if len(which) == 1 else 'Graphs'} {ranges(which)}: {note}" for note, which in notes.items() if note
+    ]
+    return template.render(title=title, summary=summary, notes=told, graphs=graphs, sites=sites)
 
 
 def index_page(folder: Path, title: str = TITLE) -> str:

@@ -175,12 +175,12 @@ def _rows(reports: Sequence[GraphReport], fused: bool, columns: _Columns) -> dic
                 sites.append(site)
                 numbers.append(number)
     return {
-        (_numbers(numbers) if len(reports) > 1 else "", place(sites), *cells[2:], str(index)): sites
+        (ranges(numbers) if len(reports) > 1 else "", place(sites), *cells[2:], str(index)): sites
         for index, (cells, (sites, numbers)) in enumerate(grouped.items())
     }
 
 
-def _numbers(numbers: list[int]) -> str:
+def ranges(numbers: list[int]) -> str:
     """``0-3, 7`` for graphs 0, 1, 2, 3 and 7."""
     runs: list[list[int]] = []
     for number in sorted(set(numbers)):

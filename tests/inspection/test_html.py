@@ -91,6 +91,14 @@ def test_the_index_tells_ranks_apart(tmp_path: Path) -> None:
         assert f"rank{rank}/diff.html" in text
 
 
+def test_graphs_that_say_the_same_say_it_once() -> None:
+    """A start from a cache has a report for each graph and no graph: eighty are one line, and no empty sections."""
+    text = diff_page([FusionReport(cached=True, graph=number) for number in range(80)])
+    assert text.count("From a compile cache") == 1
+    assert "Graphs 0-79: From" in text
+    assert "<h2" not in text
+
+
 def test_differences_are_marked_and_gaps_counted() -> None:
     text = page()
     assert '<td class="del">  %neg' in text
