@@ -75,7 +75,7 @@ def diff_page(
             }
         )
         sites += _sites(number, report, replays or {})
-        said = [graphs[-1]["note"], report.graph_break and f"It ends at {report.graph_break}."]
+        said = [graphs[-1]["note"], report.graph_break and f"A graph break: {report.graph_break}."]
         notes.setdefault(" ".join(filter(None, said)), []).append(number)
     summary = report_table(reports, width=140).partition("\n")[0]
     template = _TEMPLATES.get_template("page.html.jinja")
