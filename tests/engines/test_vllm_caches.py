@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from arfusion_pass.cli import verify
 from tests.engines.vllm_start import HIDDEN, LAYERS, TOKENS, start
 from tests.helpers import run_ranks
 
@@ -54,11 +55,14 @@ def test_second_starts(mega: str, tmp_path: pathlib.Path, monkeypatch: pytest.Mo
 
     assert [site["module"] for report in first["reports"] for site in report["sites"]] == MODULES
 
-    second = run()
+    dump = tmp_path / "dump"
+    second = run(ARFUSION_DUMP=str(dump))
     assert (second["aot_saved"], second["aot_loaded"]) == (0, 1), second
     assert second["loaded"] > 0
     assert all(report["cached"] for report in second["reports"])
     assert told(second) == told(first), "each graph is reported as it was when it was compiled"
+    verdict = verify.read(dump)
+    assert (verdict.ranks, verdict.problems, verdict.reports.matched_count) == (("rank0", "rank1"), (), LAYERS)
     assert second["fused_calls"] == LAYERS, "fused as it was stored, by a group that the plug-in's source found"
     assert torch.equal(second["out"], first["out"])
 

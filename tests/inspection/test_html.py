@@ -97,6 +97,8 @@ def test_graphs_that_say_the_same_say_it_once() -> None:
     assert text.count("From a compile cache") == 1
     assert "Graphs 0-79: From" in text
     assert "<h2" not in text
+    broken = diff_page([FusionReport(graph_break="a.py:1")])
+    assert "Graph 0: The graph was not recorded. A graph break: a.py:1." in broken
 
 
 def test_differences_are_marked_and_gaps_counted() -> None:
