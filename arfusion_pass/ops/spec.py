@@ -24,7 +24,7 @@ class Flags(enum.IntFlag):
       (Hugging Face Llama: two roundings).
     * ``ADDEND_LAST``: the addend is added to the rounded sum of all-reduce and residual, ``T(all_reduce + residual) +
       addend``; without it the residual to that of all-reduce and addend. Of the two, what is added first is in ``T``.
-    * ``DIVIDE_BY_ROOT``: the norm is ``value / sqrt(mean + epsilon)``, each correctly rounded in fp32.
+    * ``DIVIDE_BY_ROOT``: the norm is ``value / sqrt(mean + epsilon)``, each correctly rounded in fp32 on a GPU.
     * ``RECIPROCAL_ROOT``: it is ``value * (1 / sqrt(mean + epsilon))``, likewise.
 
     How a fused op runs (never changes a result's bits):

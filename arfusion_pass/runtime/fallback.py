@@ -168,7 +168,7 @@ def moe_reduce_allreduce_rms_norm(
     **keywords: Any,
 ) -> None:
     """The local sum over experts, its all-reduce, then the local epilogue."""
-    flags = _flags(scalars, keywords)
+    flags = _flags(scalars, keywords) & ~Flags.ADDEND_LAST  # the sum alone has no addend
     total = torch.empty(expert_x.shape[1:], dtype=expert_x.dtype, device=expert_x.device)
     op = torch.ops.arfusion.moe_reduce_allreduce_rms_norm
     op(expert_x, expert_scale, token_input, None, None, None, "", flags=flags, allreduce_out=total)
@@ -190,7 +190,7 @@ def moe_finalize_allreduce_rms_norm(
     **keywords: Any,
 ) -> None:
     """The local gather and sum over the chosen experts, its all-reduce, then the local epilogue."""
-    flags = _flags(scalars, keywords)
+    flags = _flags(scalars, keywords) & ~Flags.ADDEND_LAST  # the sum alone has no addend
     shape = (index.shape[0], permuted_x.shape[-1])
     total = torch.empty(shape, dtype=permuted_x.dtype, device=permuted_x.device)
     op = torch.ops.arfusion.moe_finalize_allreduce_rms_norm

@@ -35,6 +35,7 @@ from arfusion_pass.ops.spec import (
 )
 from arfusion_pass.runtime import c_api
 from kernels.tests.machine import DEVICE, EMULATED, host_mapped, load, stream, synchronize
+from tests.gpu import rare
 from tests.gpu.calls import Config, Result, allocate, rank_input, shared_inputs, verify_epilogue
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
@@ -229,7 +230,7 @@ def cases() -> list[Config]:
         made.append(
             Config(tokens=tokens, hidden=hidden if dtype != torch.float32 else hidden // 2, dtype=dtype, outputs=plain)
         )
-    return made + straight_cases() + rare_cases()
+    return made + straight_cases() + rare.configs()
 
 
 def straight_cases() -> list[Config]:
@@ -245,39 +246,6 @@ def straight_cases() -> list[Config]:
         made.append(
             Config(tokens=3, hidden=hidden, dtype=dtype, spec=spec, flags=flag, outputs=("residual_out", quant))
         )
-    return made
-
-
-def rare_cases() -> list[Config]:
-    """Addends before the residual and behind it, epsilon in a tensor, norms by division: what no common call has."""
-    made = []
-    base = Config(tokens=6, hidden=720, outputs=("allreduce_out", "residual_out", "norm_out"))
-    forms = [("none", 0), ("same", 0), ("same", int(Flags.ADDEND_LAST)), ("fp32", int(Flags.UNROUNDED_SUM))]
-    for dtype, addend, (residual, flags) in itertools.product(DTYPES, ("row", "rows"), forms):
-        with_addend = dataclasses.replace(base, dtype=dtype, addend=addend, residual=residual, flags=flags)
-        made.append(with_addend)
-        if residual == "same":  # many rows, a rounding before the weight, an unrounded sum, wide rows
-            flags |= int(Flags.ROUND_BEFORE_WEIGHT)
-            made.append(dataclasses.replace(with_addend, tokens=70, flags=flags))
-            unrounded = with_addend.flags | int(Flags.UNROUNDED_SUM)
-            made.append(dataclasses.replace(with_addend, flags=unrounded, residual_out_fp32=True, weight="none"))
-            made.append(dataclasses.replace(with_addend, hidden=12288, tokens=2, outputs=("residual_out", "norm_out")))
-    for dtype, epsilon_in in itertools.product(DTYPES, EPSILON_DTYPES):
-        made.append(dataclasses.replace(base, dtype=dtype, epsilon=0.3, epsilon_in=epsilon_in))
-    for epsilon in (-0.25, -100.0, float("nan"), float("inf"), 0.0):  # of a tensor, whatever it is
-        made.append(dataclasses.replace(base, epsilon=epsilon, epsilon_in=torch.float32))
-    for dtype, flag, weight in itertools.product(
-        DTYPES, (Flags.DIVIDE_BY_ROOT, Flags.RECIPROCAL_ROOT), ("none", "same", "fp32")
-    ):
-        for more in (0, int(Flags.ROUND_BEFORE_WEIGHT)):
-            made.append(dataclasses.replace(base, dtype=dtype, weight=weight, flags=int(flag) | more))
-        made.append(dataclasses.replace(base, dtype=dtype, hidden=8200, tokens=2, weight=weight, flags=int(flag)))
-    everything = dataclasses.replace(
-        base, hidden=4096, addend="row", epsilon=1e-3, epsilon_in=torch.float64, flags=int(Flags.DIVIDE_BY_ROOT)
-    )
-    for name in ("static", "token", "group128", "int8", "nvfp4_128x4"):
-        made.append(dataclasses.replace(everything, spec=SPECS[name], outputs=ALL))
-    made.append(dataclasses.replace(everything, tokens=257, hidden=PUSHED, addend="rows"))
     return made
 
 
@@ -529,7 +497,9 @@ def main() -> None:
             for i, c in enumerate(everything)
             if (i % 23 == 0 and c.tokens < 200) or ((c.tokens, c.hidden) == (257, PUSHED) and c.addend == "none")
         ] + straight_cases()[:32:5]
-        everything += [c for c in rare_cases() if (c.dtype, c.hidden, c.tokens) == (torch.bfloat16, 720, 6)]
+        everything += [
+            c for c in rare.configs() if c.dtype == torch.bfloat16 and c.tokens in (6, 40) and c.hidden <= 720
+        ]
     start = time.time()
     if not quick:
         for config in everything + [dataclasses.replace(c, tokens=2000) for c in everything[:6]]:

@@ -225,6 +225,8 @@ def verify_norm(config: Config, got: torch.Tensor, want: torch.Tensor, reduced: 
     ``1 / sqrt`` in two roundings), and would use up the 4 that the contract allows.
     """
     want = want.to(got.dtype)
+    if config.payload == "integers" and config.flags & (Flags.DIVIDE_BY_ROOT | Flags.RECIPROCAL_ROOT):
+        return assert_bits("norm_out", got, norm_by_division(config, reduced, shared))
     rounds_low = bool(config.flags & Flags.ROUND_BEFORE_WEIGHT) and config.dtype != torch.float32
     if got.dtype == torch.float32 and not rounds_low:
         assert_norm("norm_out", got, exact_norm(config, reduced, shared))
@@ -244,6 +246,15 @@ def verify_norm(config: Config, got: torch.Tensor, want: torch.Tensor, reduced: 
         inside = ((torch.minimum(low, high) <= value) & (value <= torch.maximum(low, high))) | torch.isnan(exact)
         if not inside.all():
             raise
+
+
+def norm_by_division(config: Config, reduced: torch.Tensor, shared: Shared) -> torch.Tensor:
+    """The fp32 norm of integers, whose sum of squares is exact in any order: each step behind it correctly rounded, as
+    on a GPU (a CPU's ``torch.sqrt`` is MKL's, which is not)."""
+    value = reduced.float()
+    root = torch.sqrt((value.pow(2).mean(-1, keepdim=True) + config.epsilon).double()).float()
+    norm = value / root if config.flags & Flags.DIVIDE_BY_ROOT else value * torch.reciprocal(root)
+    return norm if shared.weight is None else norm * shared.weight.float()
 
 
 def exact_norm(config: Config, reduced: torch.Tensor, shared: Shared) -> torch.Tensor:

@@ -151,6 +151,13 @@ def _fallback_ranks(rank: int, world: int, file: str) -> None:
             assert torch.equal(out["scale_out"], want.scales)
             if with_reduced:
                 assert torch.equal(out["allreduce_out"], total)
+        rare = {"addend": weight, "epsilon_tensor": torch.tensor(0.25, dtype=torch.float64)}
+        flags = int(Flags.ADDEND_LAST | Flags.DIVIDE_BY_ROOT)
+        options = {"addend": weight, "epsilon": rare["epsilon_tensor"], "flags": flags}
+        other = reference.epilogue(total, residual, weight, None, **options)
+        norm = torch.empty(5, 256, dtype=torch.bfloat16)
+        call(*arguments, residual, weight, None, name, flags=flags, **rare, norm_out=norm)
+        assert torch.equal(norm, other.norm.bfloat16())
         lying = residual.clone()  # an all-reduce's output may lie on the residual, which is still to be read
         norm = torch.empty(5, 256, dtype=torch.bfloat16)
         call(*arguments, lying, weight, None, name, allreduce_out=lying, norm_out=norm)

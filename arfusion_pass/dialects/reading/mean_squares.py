@@ -220,7 +220,7 @@ def _roots(plus: fx.Node) -> Iterator[tuple[fx.Node, tuple[fx.Node, ...], Flags]
     """What the value is multiplied by, or divided by: the node, all nodes to it, and the flag for it.
 
     torch takes ``pow(-0.5)`` as ``rsqrt`` and ``pow(0.5)`` as ``sqrt``; its ``sqrt``, fp32 division and reciprocal are
-    correctly rounded on either device, as the flags' are.
+    correctly rounded on a GPU, as the kernels' are.
     """
     for user in list(plus.users):
         if source_of(user) is plus:

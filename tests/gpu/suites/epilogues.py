@@ -19,6 +19,7 @@ from arfusion_pass.ops.spec import (
     ScaleRound,
     ScaleRule,
 )
+from tests.gpu import rare
 from tests.gpu.calls import (
     Config,
     allocate,
@@ -170,6 +171,17 @@ def _register(dtype: torch.dtype, strategy: str) -> None:
 for _dtype in (torch.bfloat16, torch.float16, torch.float32):
     for _strategy in ("oneshot", "twoshot"):
         _register(_dtype, _strategy)
+
+
+@case("epilogues", "rare", worlds=(1, 2, 3, 4))
+def rare_inputs(env: Env) -> None:
+    """Addends, epsilon in a tensor, norms by division: the reference's bits, by either strategy."""
+    count = 0
+    for config, strategy in itertools.product(rare.configs(), ("oneshot", "twoshot")):
+        config = with_strategy(config, strategy)
+        env.attempt(partial(verify, config, env, run(config, env)), config)
+        count += 1
+    env.note(f"{count} calls")
 
 
 EXTREMES = (0.0, 1e-45, 3e-39, 1e-30, 2.0**-91, 2.0**-80, 1.0, 2.0**80, 2.0**91, 3e38, float("inf"), float("nan"))
