@@ -37,8 +37,9 @@ class FusionConfig:
             sites whose residual nobody else reads, each token's residual lives on one rank (elsewhere as ``"auto"``).
             Never changes a result.
         reassociate: take the linear steps between an all-reduce and a norm out of the way: factors, sums over
-            leading dimensions and the sum of two all-reduces before the all-reduce, biases and other addends into the
-            residual (:mod:`arfusion_pass.rewrite.reassociate`). Not bit-exact: it rounds elsewhere.
+            leading dimensions and the sum of two all-reduces before the all-reduce, what is added in between behind
+            them or into what is added next (:mod:`arfusion_pass.rewrite.reassociate`). Not bit-exact: it rounds
+            elsewhere. One tensor beside the residual fuses exactly without it.
         sequence_parallel: also fuse ``reduce_scatter -> (add +) RMSNorm -> (quantise) -> all_gather``, as DTensor's
             ``SequenceParallel`` and engines' passes leave it. Not faster yet, which is why it is off: no kernel runs
             the fused call, it makes the same two collectives.

@@ -57,6 +57,13 @@ def a07_no_epsilon(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     return torch_norm(total, w, None), total
 
 
+def rare_inputs(x: Tensor, r: Tensor, w: Tensor, b: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
+    """A bias behind the residual, epsilon in a buffer, a division by the root."""
+    total = (reduce(x) + r) + b
+    h = total.float()
+    return (h / torch.sqrt(h.pow(2).mean(-1, keepdim=True) + epsilon.float()) * w).to(x.dtype), total
+
+
 def a08_linear_3d(x: Tensor, r: Tensor, w: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     total = r + reduce(F.linear(x, up))
     return F.linear(torch_norm(total, w, EPS), down), total
@@ -120,6 +127,7 @@ CASES: dict[Callable[..., Any], tuple[list[tuple[int, ...]], bool, int]] = {
     a05_add_reversed: ([X, X, W], False, 1),
     a06_fp32_weight: ([X, X, W], False, 1),
     a07_no_epsilon: ([X, X, W], False, 1),
+    rare_inputs: ([X, X, W, W, (1,)], False, 1),
     a08_linear_3d: ([(2, T, 32), (2, T, H), W, (H, 32), (32, H)], False, 1),
     a09_dist_on_input: ([X, X, W], False, 1),
     a10_dist_on_linear: ([(T, 32), X, W, (H, 32)], False, 1),

@@ -65,7 +65,7 @@ class Kind(enum.Enum):
     MERGE = "sum of two all-reduces"
     """One all-reduce of the sum."""
     ADDEND = "sum"
-    """With a tensor beside the residual: goes into the residual, or behind a product that follows."""
+    """With a tensor beside the residual: goes into what is added next, or behind a product that follows."""
     COMPOSITE = "several steps in one op"
     """``add`` with an alpha, ``sub``, ``neg``, ``addcmul``, ``addmm``: written as those steps, which then move."""
 

@@ -3,9 +3,11 @@
     residual + c * all_reduce(x)                -> residual + all_reduce(c * x)     Granite, MiniCPM, layer scale
     residual + all_reduce(x).sum(0)             -> residual + all_reduce(x.sum(0))  Llama 4's experts
     residual + (all_reduce(a) + all_reduce(b))  -> residual + all_reduce(a + b)     routed and shared experts
-    residual + (all_reduce(x) + bias)           -> (residual + bias) + all_reduce(x)
+    residual + ((all_reduce(x) + a) + b)        -> residual + (all_reduce(x) + (b + a))
     c * (all_reduce(x) + bias)                  -> c * all_reduce(x) + c * bias     and on, as above
     addmm(all_reduce(x), a, b), r - c * y, ...  -> the same in mul, mm and add      and on, as above
+
+One tensor beside the residual is exact as it stands, and stays: an addend of the fused call.
 
 ``c`` is a number, a one-element tensor or a learned ``[H]`` vector; a step may be taken in fp32 on a 16-bit sum. Equal
 in exact arithmetic, rounded elsewhere: each rank rounds its share of the product or sum before the all-reduce, not the
@@ -86,7 +88,7 @@ class Moves:
 
     def add(self, reduced: Reduced, step: fx.Node, kind: Kind) -> None:
         """Note one step of an all-reduce."""
-        place = "into the residual" if kind == Kind.ADDEND else "before the all-reduce"
+        place = "into what is added next" if kind == Kind.ADDEND else "before the all-reduce"
         self.note(reduced, step, place)
 
     def note(self, reduced: Reduced, step: fx.Node, place: str) -> None:

@@ -285,7 +285,18 @@ def alpha_of_the_second_before(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tu
     return (norm(r + reduce(x + y * 2), w),)
 
 
+def two_addends(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    total = r + ((reduce(x) + w) + y)
+    return norm(total, w), total
+
+
+def two_addends_before(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    total = r + (reduce(x) + (y + w))
+    return norm(total, w), total
+
+
 MORE = [
+    (two_addends, two_addends_before),
     (lora_in_one_op, lora_in_one_op_before),
     (alphas, alphas_before),
     (subtracted, subtracted_before),
