@@ -346,7 +346,8 @@ struct Kernel {
 
   ARF_DEVICE static void end_launch(const Params& p, const Link& link, const Place& at, unsigned cta, unsigned ctas) {
     if (!(p.flags & kTriggerEarly)) let_next_kernel_start();
-    if (!p.need_norm || at.row == 0) __syncthreads(); /* else a row's reduction was the barrier since open_link */
+    /* Else a row's reduction was the barrier since open_link; in a cluster not for a warp without a tile, which sends nothing. */
+    if (!p.need_norm || at.row == 0 || at.part.count > 1) __syncthreads();
     rotate(p, link, cta, ctas);
     keep_stamps(p, link.generation, cta);
   }

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import dataclasses
+import itertools
 import random
 import sys
 
@@ -62,18 +63,30 @@ def random_call(rng: random.Random, seed: int) -> Config:
     spec = rng.choice((NO_QUANT, NO_QUANT, SPECS["static"], SPECS["token"], SPECS["group128"], SPECS["int8"]))
     outputs = ("residual_out", "quant_out") if spec != NO_QUANT else ("residual_out", "norm_out")
     flags = strategy | rng.choice((Flags(0), Flags(0), Flags.NO_PDL, Flags.TRIGGER_EARLY))
+    flags |= rng.choice((Flags(0), Flags.UNROUNDED_SUM, Flags.ROUND_BEFORE_WEIGHT))
     return Config(1, 128, outputs=outputs, spec=spec, flags=int(flags), seed=seed)
 
 
-def run_chain(library: ctypes.CDLL, ranks: list[Rank], seed: int, count: int) -> None:
-    """Queue ``count`` calls on every rank's stream, let them run, and compare every output of every rank."""
+SHAPES = tuple(itertools.product((1, 2, 3, 7, 33), (128, 256, 1024, 2304)))
+"""Tokens and hidden sizes; in a cluster for 2304 a warp has no tile."""
+
+
+def run_chain(
+    library: ctypes.CDLL, ranks: list[Rank], seed: int, count: int, twoshot: tuple[int, int] | None = None
+) -> None:
+    """Queue ``count`` calls on every rank's stream, let them run, and compare every output of every rank.
+
+    ``twoshot``: tokens and hidden size of a chain of two-shot calls alone.
+    """
     rng = random.Random(seed)
     library.emulated_seed(seed)
-    tokens, hidden = rng.choice((1, 2, 3, 7, 33)), rng.choice((128, 256, 1024))
+    tokens, hidden = twoshot or rng.choice(SHAPES)
     configs = [
         dataclasses.replace(random_call(rng, seed * 1000 + i), tokens=tokens, hidden=hidden) for i in range(count)
     ]
-    if rng.random() < 0.4:  # a sharded residual: the rows that a rank does not own are nobody's until the last call
+    if twoshot:
+        configs = [dataclasses.replace(config, flags=int(Flags.TWOSHOT)) for config in configs]
+    elif rng.random() < 0.4:  # a sharded residual: the rows that a rank does not own are nobody's until the last call
         marks = [
             Flags.RESIDUAL_IN_SHARDED * bool(i) | Flags.RESIDUAL_OUT_SHARDED * (i < count - 1) for i in range(count)
         ]
@@ -124,6 +137,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--calls", type=int, default=24)
     parser.add_argument("--world", type=int, default=2)
+    parser.add_argument("--twoshot", type=int, nargs=2, metavar=("TOKENS", "HIDDEN"), help="default: anything")
     arguments = parser.parse_args()
     assert EMULATED, "on a GPU the ranks are processes: python -m tests.gpu"
     library = load(arguments.library)
@@ -131,7 +145,7 @@ def main() -> int:
     ranks = make_ranks(library, arguments.world)
     for seed in range(arguments.seed, arguments.seed + arguments.seeds):
         try:
-            run_chain(library, ranks, seed, arguments.calls)
+            run_chain(library, ranks, seed, arguments.calls, arguments.twoshot)
         except AssertionError as error:
             print(error)
             return 1

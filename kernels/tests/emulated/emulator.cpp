@@ -71,6 +71,7 @@ struct Cta {
   std::unique_ptr<char, void (*)(void*)> memory{nullptr, free};
   std::map<int, uint32_t> declarations;
   uint32_t used = 16;
+  uint32_t slow_warp = 0, patience = 0; /* turns for which one warp stands still, wherever it is */
 };
 
 struct Word {
@@ -463,9 +464,11 @@ void deliver(std::vector<Word>& words, size_t count) {
 /* Most threads of a CTA that can go on, once, and some of the words on their way. */
 void turn_of(Launch& l, Cta& cta) {
   const uint32_t warps = static_cast<uint32_t>(cta.meetings.size()), from = draw(warps);
+  if (!cta.patience && draw(30) == 0) cta.slow_warp = draw(warps), cta.patience = draw(100);
   bool can = false;
   for (uint32_t w = 0; w < warps; ++w) {
-    const bool stays = draw(4) == 0; /* a warp may stand still while others go on */
+    bool stays = draw(4) == 0; /* a warp may stand still while others go on */
+    if ((from + w) % warps == cta.slow_warp && cta.patience) stays = true, --cta.patience;
     for (uint32_t i = 0; i < kWarp; ++i) {
       Fiber& f = cta.fibers[(from + w) % warps * kWarp + i];
       if (f.ended || f.blocked) continue;
