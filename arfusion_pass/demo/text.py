@@ -50,7 +50,7 @@ def comparison_table(checks: Sequence[SiteCheck]) -> str:
     out = io.StringIO()
     console = Console(file=out, width=120, color_system=None, force_terminal=False, emoji=False)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for header in ("site", "pattern", "elements that differ from the subgraph run eagerly", "exact"):
+    for header in ("site", "pattern", "elements that differ", "exact"):
         table.add_column(header, overflow="fold")
     for check in checks:
         outputs = []
