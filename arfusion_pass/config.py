@@ -28,7 +28,8 @@ class FusionConfig:
     """Settings of :class:`arfusion_pass.AllReduceFusionPass`.
 
     Args:
-        epsilons: fuse only norms with these epsilons (compared as float32); None: whatever a graph holds.
+        epsilons: fuse only norms with these epsilons (compared as float32), none whose epsilon is a tensor's value;
+            None: whatever a graph holds.
         dtypes: fuse only all-reduces of these dtypes; None: bf16, fp16 and fp32.
         quantisers: also fuse the quantiser that follows a norm.
         backend: what runs a fused call: ``"auto"`` (our kernels on CUDA, the reference elsewhere), ``"native"``,
