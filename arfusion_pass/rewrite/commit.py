@@ -342,8 +342,7 @@ class Committer:
 
     def _computed(self, node: fx.Node, args: tuple[Any, ...]) -> Any:
         """The fake value of a shadow graph's node on fake values; what it makes of numbers alone is fake as well."""
-        by_itself = any(isinstance(arg, FakeTensor) for arg in args)  # and in less time than under the mode
-        with contextlib.nullcontext() if by_itself or self.mode is None else self.mode:
+        with self.mode or contextlib.nullcontext():
             return node.target(*args, **node.kwargs)  # type: ignore[operator]
 
     def _erase(self, site: RaisedSite) -> None:

@@ -81,7 +81,7 @@ def test_ranks_that_drift_apart(library: str, world: int) -> None:
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_a_broken_exchange_is_seen(fault: str, tmp_path: Path) -> None:
     """The test above fails where an invariant of the exchange is broken."""
-    library = translate.build(tmp_path, ("bf16_two",), FAULTS[fault])
+    library = translate.build(tmp_path, ("bf16_two", "bf16_any", "bf16_sharded"), FAULTS[fault])
     tileless = ("--twoshot", "1", "2304", "--calls", "8", "--seeds", "200") if "tile" in fault else ("--seeds", "30")
     done = run("emulated.chains", str(library), *tileless)
     assert done.returncode != 0 and "no kernel" not in done.stderr

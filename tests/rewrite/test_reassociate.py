@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch._inductor.decomposition import select_decomp_table
 
 from tests.simulate import (
     STRICT,
@@ -328,6 +329,8 @@ PAIRS = [
 
 CASES = [(*pair, dynamic) for pair in PAIRS for dynamic in (False, True)]
 CASES += [(*pair, pair[0] is experts_summed_in_views) for pair in MORE]
+if torch.ops.aten.addcmul.default in select_decomp_table():  # torch 2.11: no op of that name reaches the pass
+    CASES = [case for case in CASES if case[0] is not layer_scale_in_one_op]
 
 
 @pytest.mark.parametrize(("model", "moved", "dynamic"), CASES, ids=lambda each: getattr(each, "__name__", None))
