@@ -86,7 +86,7 @@ def test_second_starts(mega: str, tmp_path: pathlib.Path, monkeypatch: pytest.Mo
 
 def test_a_quantised_start(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM's per-token FP8 quantiser behind each norm goes into the fused call, and each rank gives what plain torch
-    does. (Unfused it does not: on CPU vLLM's all-reduce returns its input, whose memory Inductor gives away.)"""
+    does. (Unfused it does not, probably because vLLM's all-reduce returns its input on the CPU.)"""
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
     monkeypatch.setenv("START_QUANTISED", "1")
     outcomes = run_ranks(2, start, timeout=900.0)
