@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -190,25 +191,38 @@ _ALLOWED: dict[Any, dict[str, Callable[[fx.Node, Any], bool]]] = {
 def understood(node: fx.Node) -> bool:
     """Whether a call of an aten or prims op gives its operands by position, and no optional argument that its
     recogniser does not read a value other than the default. Of other ops' arguments their dialects know."""
-    target = node.target
-    schema = getattr(target, "_schema", None)
-    if schema is None or not schema.name.startswith(("aten::", "prims::")):
-        return True
-    read, allowed = _READ.get(target, ()), _ALLOWED.get(target, {})
-    for index, parameter in enumerate(schema.arguments):
-        name = parameter.name
-        if not parameter.has_default_value():
-            if index >= len(node.args) and not parameter.kwarg_only:
-                return False
+    positional, optional = _operands(node.target)
+    args, kwargs = node.args, node.kwargs
+    if len(args) < positional:
+        return False
+    for name, index, default, allowed in optional:
+        value = kwargs.get(name, args[index] if index < len(args) else default)
+        if value is default:
             continue
-        value = node.kwargs.get(name, node.args[index] if index < len(node.args) else parameter.default_value)
-        if name in read or value is parameter.default_value:
-            continue
-        if isinstance(value, fx.Node) or (
-            value != parameter.default_value and not (name in allowed and allowed[name](node, value))
-        ):
+        if isinstance(value, fx.Node) or (value != default and not (allowed is not None and allowed(node, value))):
             return False
     return True
+
+
+@functools.cache
+def _operands(target: Any) -> tuple[int, tuple[tuple[str, int, Any, Callable[[fx.Node, Any], bool] | None], ...]]:
+    """What :func:`understood` asks of an op: how many operands a call gives by position, and each optional argument
+    that no recogniser reads: its name, place and default, and which other values change nothing."""
+    schema = getattr(target, "_schema", None)
+    if schema is None or not schema.name.startswith(("aten::", "prims::")):
+        return 0, ()
+    read, allowed = _READ.get(target, ()), _ALLOWED.get(target, {})
+    required = [
+        index
+        for index, parameter in enumerate(schema.arguments)
+        if not parameter.has_default_value() and not parameter.kwarg_only
+    ]
+    optional = [
+        (parameter.name, index, parameter.default_value, allowed.get(parameter.name))
+        for index, parameter in enumerate(schema.arguments)
+        if parameter.has_default_value() and parameter.name not in read
+    ]
+    return max(required, default=-1) + 1, tuple(optional)
 
 
 def argument(node: fx.Node, name: str, default: Any = None) -> Any:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+from torch import fx
+
 from arfusion_pass.dialects import (
     aten,
     aten_fused,
@@ -25,6 +29,7 @@ from arfusion_pass.dialects.reading.base import (
     Rows,
     Scattered,
 )
+from arfusion_pass.dialects.reading.operands import Sum, sums
 
 DIALECTS: tuple[Dialect, ...] = (
     functional_collectives.DIALECT,
@@ -40,6 +45,15 @@ DIALECTS: tuple[Dialect, ...] = (
 )
 """Every dialect, in the order they are asked."""
 
+
+def norms_of(value: fx.Node) -> Iterator[tuple[Norm | Refused, str]]:
+    """The norms whose operand is ``value``, with or without an add, each with its dialect's name."""
+    candidates = (Sum(value), *sums(value))
+    for dialect in DIALECTS:
+        for found in dialect.norms(value, candidates):
+            yield found, dialect.name
+
+
 __all__ = [
     "DIALECTS",
     "Dialect",
@@ -51,4 +65,5 @@ __all__ = [
     "Refused",
     "Rows",
     "Scattered",
+    "norms_of",
 ]

@@ -21,14 +21,14 @@ may stand between the stages, and the sum may be taken in fp32 and read unrounde
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import fx
 
 from arfusion_pass.dialects.reading.base import Dialect, Norm, Refused
 from arfusion_pass.dialects.reading.mean_squares import Inverse, inverses, is_rooted, squares
-from arfusion_pass.dialects.reading.operands import Sum, Weight, readable_total, sums, weight_of
+from arfusion_pass.dialects.reading.operands import Sum, Weight, readable_total, weight_of
 from arfusion_pass.graph import (
     describe,
     dtype_of,
@@ -54,9 +54,9 @@ class Aten(Dialect):
 
     name = "aten"
 
-    def norms(self, value: fx.Node) -> Iterable[Norm | Refused]:
+    def norms(self, value: fx.Node, candidates: Sequence[Sum]) -> Iterable[Norm | Refused]:
         """Direct norms of ``value`` first, then those of its sums with a residual."""
-        for candidate in [Sum(value), *sums(value)]:
+        for candidate in candidates:
             for start in row_views(candidate.start):
                 for chain in _chains(start, dtype_of(value)):
                     if isinstance(chain, Refused):

@@ -6,7 +6,6 @@ Token counts are symbolic and stay so: a size is a plain int, a node of the grap
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import operator
@@ -16,7 +15,7 @@ from typing import Any
 import sympy  # type: ignore[import-untyped]
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._sympy.functions import FloorDiv
 
 from arfusion_pass.graph import VIEWS, describe, is_call, known_contiguous, tensor_of
@@ -214,9 +213,10 @@ def _empty(
     like: torch.Tensor, shape: Sequence[Any], dtype: torch.dtype, strides: Sequence[Any] | None = None
 ) -> torch.Tensor:
     """A fake tensor, contiguous as a fresh allocation is or with ``strides``."""
-    fake = isinstance(like, FakeTensor)
-    with like.fake_mode if fake else contextlib.nullcontext():  # type: ignore[attr-defined]
-        device = like.device if fake else torch.device("meta")
+    with unset_fake_temporarily():
         if strides is None:
-            return torch.empty(tuple(shape), dtype=dtype, device=device)
-        return torch.empty_strided(tuple(shape), tuple(strides), dtype=dtype, device=device)
+            empty = torch.empty(tuple(shape), dtype=dtype, device="meta")
+        else:
+            empty = torch.empty_strided(tuple(shape), tuple(strides), dtype=dtype, device="meta")
+    # Asked for under the fake mode, one costs 60 us in place of 13: a seventh of the pass's time.
+    return FakeTensor(like.fake_mode, empty, like.device) if isinstance(like, FakeTensor) else empty

@@ -322,7 +322,8 @@ class Committer:
         promises."""
         op: torch._ops.OpOverload = call.args[0]  # type: ignore[assignment]
         try:
-            arguments = {name: self._fake(value) for name, value in call.kwargs.items()} | dict.fromkeys(OUTPUT_NAMES)
+            inputs = {name: value for name, value in call.kwargs.items() if name not in OUTPUT_NAMES}
+            arguments = {name: self._fake(value) for name, value in inputs.items()} | dict.fromkeys(OUTPUT_NAMES)
         except RuntimeError:  # a view of symbolic sizes that cannot be worked out here: the op checks it later
             return None
         arguments.update((role, buffer.like) for role, buffer in buffers.items())

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from arfusion_pass.dialects import DIALECTS, Norm, Reduced, Refused
+from arfusion_pass.dialects import Norm, Reduced, Refused, norms_of
 from arfusion_pass.graph import (
     CASTS,
     aten,
@@ -268,9 +268,8 @@ def _norm_behind(node: fx.Node, reductions: Reductions, lengths: set[int] | None
 
 def _norms_of(node: fx.Node, lengths: set[int] | None) -> Iterator[Norm | Refused]:
     for view in views_of(node):
-        for dialect in DIALECTS:
-            for norm in dialect.norms(view):
-                yield in_whole_rows(norm, view, lengths)
+        for norm, _ in norms_of(view):
+            yield in_whole_rows(norm, view, lengths)
 
 
 def _readers(*nodes: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:

@@ -9,7 +9,7 @@ the site reads::
     %both    = arfusion_ir.fused_add_rms_norm(%reduced, %residual, %weight, 1e-06, bfloat16, 0.0, 0, bfloat16)
     %norm    = getitem(%both, 0); %total = getitem(%both, 1)
     %codes   = arfusion_ir.quant_fp8_static(%norm, %scale, 1.0, quant)
-    return (%total, %codes)
+    %kept = keep(%total, %codes); return (%kept,)
 
 A reduce-scatter whose norm is gathered again (:mod:`arfusion_pass.rewrite.gathering`) begins a site as well.
 """
@@ -27,7 +27,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from arfusion_pass import ir
 from arfusion_pass.config import FusionConfig, canonical_epsilon
-from arfusion_pass.dialects import DIALECTS, Norm, Prologue, Quantised, Reduced, Refused, Scattered
+from arfusion_pass.dialects import DIALECTS, Norm, Prologue, Quantised, Reduced, Refused, Scattered, norms_of
 from arfusion_pass.dialects.reading.operands import is_row, sums
 from arfusion_pass.graph import (
     describe,
@@ -165,8 +165,8 @@ class RaisedSite:
         nodes = self.nodes
         gone, values = set(nodes), {node for held in self.holders.values() for node in held}
         for node in reversed(nodes):
-            stays = node not in values and (is_cast(node) or source_of(node) is not None)
-            if stays and any(user not in gone for user in node.users):
+            read = node not in values and any(user not in gone for user in node.users)
+            if read and (is_cast(node) or source_of(node) is not None):
                 gone.discard(node)
         return gone
 
@@ -257,7 +257,7 @@ def build_shadow(sites: list[RaisedSite]) -> Shadow:
     module = fx.GraphModule(torch.nn.Module(), fx.Graph())  # while it is empty: no code is generated of the nodes
     graph = module.graph
     origins: dict[fx.Node, fx.Node] = {}
-    live: list[fx.Node] = []
+    kept: list[fx.Node] = []
     for site in sites:
         if site.reason is not None:
             continue
@@ -267,9 +267,16 @@ def build_shadow(sites: list[RaisedSite]) -> Shadow:
                 origins[node].meta["origin"] = node
     for index, site in enumerate(sites):
         if site.reason is None:
-            live += _raise_site(graph, site, index, origins)
-    graph.output(tuple(live))
+            live = _raise_site(graph, site, index, origins)
+            kept.append(graph.call_function(keep, tuple(live)))
+    graph.output(tuple(kept))
     return Shadow(module, sites)
+
+
+def keep(*values: object) -> tuple[object, ...]:
+    """What reads a site's values in a shadow graph. One node a site: were the graph's output the reader of all, each
+    value that is replaced would write the arguments of one long call anew."""
+    return values
 
 
 def _site(node: fx.Node, config: FusionConfig) -> RaisedSite | None:
@@ -336,7 +343,7 @@ def _norms(site: RaisedSite, config: FusionConfig) -> list[tuple[Norm, str]]:
     lengths = row_lengths(site.reduced.x)
     for held in site.reduced.values:
         for value in filter(_is_computed_with, views_of(held)):
-            for found, dialect in (*_norms_of(value), *_norms_behind_addend(value)):
+            for found, dialect in (*norms_of(value), *_norms_behind_addend(value)):
                 norm = in_whole_rows(found, value, lengths)
                 norm = norm if isinstance(norm, Refused) else _with_bias(norm)
                 reason = norm.reason if isinstance(norm, Refused) else _check_norm(site.reduced, norm, config)
@@ -348,12 +355,6 @@ def _norms(site: RaisedSite, config: FusionConfig) -> list[tuple[Norm, str]]:
     if not usable and reasons:
         site.reason, site.culprit = reasons[0]
     return usable
-
-
-def _norms_of(value: fx.Node) -> Iterator[tuple[Norm | Refused, str]]:
-    for dialect in DIALECTS:
-        for found in dialect.norms(value):
-            yield found, dialect.name
 
 
 def _norms_behind_addend(value: fx.Node) -> Iterator[tuple[Norm, str]]:
@@ -368,7 +369,7 @@ def _norms_behind_addend(value: fx.Node) -> Iterator[tuple[Norm, str]]:
         if dtype_of(add) != dtype_of(value) or inner.flags or inner.nodes != (add,) or following(add) is None:
             continue  # a sum that others read as well, such as a residual stream's, is no step on the way
         for view in filter(_is_computed_with, views_of(add)):
-            for found, dialect in _norms_of(view):
+            for found, dialect in norms_of(view):
                 if isinstance(found, Refused) or found.residual is None:
                     continue
                 last = found.residual

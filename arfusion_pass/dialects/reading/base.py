@@ -8,11 +8,12 @@ so that an engine's all-reduce may be followed by aten's norm and a custom op's 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import fx
 
+from arfusion_pass.dialects.reading.operands import Sum
 from arfusion_pass.ops.spec import Flags, QuantSpec
 
 
@@ -220,8 +221,9 @@ class Dialect:
         """The all-gathers that read ``shard``, this rank's rows."""
         return ()
 
-    def norms(self, value: fx.Node) -> Iterable[Norm | Refused]:
-        """The norms, with or without an add, whose operand is ``value`` (a reduced value or a view of it)."""
+    def norms(self, value: fx.Node, candidates: Sequence[Sum]) -> Iterable[Norm | Refused]:
+        """The norms, with or without an add, whose operand is ``value`` (a reduced value or a view of it).
+        ``candidates`` are what they may read: ``value`` itself first, then its sums with a residual."""
         return ()
 
     def prologues(self, x: fx.Node) -> Iterable[Prologue | Refused]:

@@ -10,7 +10,7 @@ No engine is imported for it; how a graph spells a call is :mod:`arfusion_pass.d
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from arfusion_pass.dialects.reading.base import (
     Scattered,
 )
 from arfusion_pass.dialects.reading.op_calls import OpCall, Operand, Output, is_contiguous, op_name, product, same
-from arfusion_pass.dialects.reading.operands import Sum, epsilon_of, epsilon_reason, readable_total, sums, weight_of
+from arfusion_pass.dialects.reading.operands import Sum, epsilon_of, epsilon_reason, readable_total, weight_of
 from arfusion_pass.graph import (
     constant,
     describe,
@@ -274,11 +274,9 @@ class CustomOpDialect(Dialect):
             if found is not None:
                 yield found
 
-    def norms(self, value: fx.Node) -> Iterable[Norm | Refused]:
+    def norms(self, value: fx.Node, candidates: Sequence[Sum]) -> Iterable[Norm | Refused]:
         """Direct norms of ``value`` first, then those of its sums with a residual."""
-        if not self.norm_ops:
-            return
-        for candidate in (Sum(value), *sums(value)):
+        for candidate in candidates if self.norm_ops else ():
             for view in row_views(candidate.start):
                 for start in (view, *filter(widens, list(view.users))):
                     for user in list(start.users):
