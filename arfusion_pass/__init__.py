@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from arfusion_pass.reporting.reports import FusionReport as FusionReport
     from arfusion_pass.reporting.reports import Reports as Reports
     from arfusion_pass.reporting.sites import Site as Site
+    from arfusion_pass.runtime.workspace import ExchangeError as ExchangeError
+    from arfusion_pass.runtime.workspace import ExchangeOverlap as ExchangeOverlap
     from arfusion_pass.runtime.workspace import ExchangeTimeout as ExchangeTimeout
     from arfusion_pass.runtime.workspace import check as check
     from arfusion_pass.runtime.workspace import prepare as prepare
@@ -45,6 +47,8 @@ _HOMES = {
     "Reports": "arfusion_pass.reporting.reports",
     "Site": "arfusion_pass.reporting.sites",
     "register_group": "arfusion_pass.groups",
+    "ExchangeError": "arfusion_pass.runtime.workspace",
+    "ExchangeOverlap": "arfusion_pass.runtime.workspace",
     "ExchangeTimeout": "arfusion_pass.runtime.workspace",
     "check": "arfusion_pass.runtime.workspace",
     "prepare": "arfusion_pass.runtime.workspace",
@@ -53,6 +57,8 @@ _MODULES = ("comm", "inspection", "testing")
 
 __all__ = [
     "AllReduceFusionPass",
+    "ExchangeError",
+    "ExchangeOverlap",
     "ExchangeTimeout",
     "FusionConfig",
     "FusionReport",

@@ -17,7 +17,7 @@ extern "C" {
 #endif
 
 #define ARF_API __attribute__((visibility("default")))
-#define ARF_ABI_VERSION 2
+#define ARF_ABI_VERSION 3
 
 #define ARF_MAX_WORLD 8
 #define ARF_MAX_HIDDEN 16384 /* elements of a token; hidden * itemsize is a multiple of 16 bytes */
@@ -27,7 +27,8 @@ typedef enum arf_status {
   ARF_INVALID = 1,     /* an argument is wrong: ValueError */
   ARF_NO_WORKSPACE = 2,/* the group has no workspace on that device and none could be made */
   ARF_FALLBACK = 3,    /* the group is marked as fallback: the caller has to use another path */
-  ARF_EXPIRED = 4,     /* a wait of this workspace expired earlier; it refuses work until made anew */
+  ARF_EXPIRED = 4,     /* a wait of this workspace expired earlier, or two launches of it overlapped; it refuses work until
+                          made anew */
   ARF_CUDA = 5,        /* a CUDA call failed; the message names it */
   ARF_CAPTURE = 6      /* not possible during stream capture; the message says what to do */
 } arf_status;
@@ -54,18 +55,20 @@ ARF_API void arf_call_failed(const char* message, int is_value_error);
 
 /* ---- Workspaces ------------------------------------------------------------------------------------------------- */
 
-/* What a launch writes to host-mapped memory when a wait expires. `state` is written last. */
+/* What a launch writes to host-mapped memory when a wait expires, or when it finds that another launch of the workspace is
+ * running. `state` is written last. */
 typedef struct arf_error_record {
-  uint32_t state;      /* 0: fine; 1: a wait has expired; any other value is never written */
-  uint32_t rank;       /* who waited */
+  uint32_t state;      /* ARF_FINE, ARF_WAITED, ARF_OVERLAPPED; any other value is never written */
+  uint32_t rank;       /* who waited, or ran two launches at once */
   uint32_t peer;       /* for whom */
   uint32_t op;         /* ARF_OP_* below */
   uint32_t generation; /* launch count of this workspace, modulo 2^32 */
   uint32_t strategy;   /* ARF_ONESHOT / ARF_TWOSHOT; ARF_TWOSHOT_GATHER, ARF_SHARDED: for an owner's sum, its finished row */
-  uint32_t token;      /* which row of the launch's piece */
+  uint32_t token;      /* which row of the launch's piece; of an overlap, which CTA */
   uint32_t reserved[9];
 } arf_error_record; /* 64 bytes */
 
+enum { ARF_FINE = 0, ARF_WAITED = 1, ARF_OVERLAPPED = 2 };
 enum { ARF_OP_ALLREDUCE = 0, ARF_OP_MOE_REDUCE = 1, ARF_OP_MOE_FINALIZE = 2 };
 enum { ARF_AUTO = 0, ARF_ONESHOT = 1, ARF_TWOSHOT = 2, ARF_TWOSHOT_GATHER = 3, ARF_SHARDED = 4 };
 
@@ -78,7 +81,7 @@ enum { ARF_AUTO = 0, ARF_ONESHOT = 1, ARF_TWOSHOT = 2, ARF_TWOSHOT_GATHER = 3, A
  *    NULL: the library allocates and frees it.
  * All pointers stay valid until arf_destroy_workspace. Registering a (group, device) again replaces the old one
  * (its state of fallback or expiry too). */
-#define ARF_CONTROL_BYTES 16384
+#define ARF_CONTROL_BYTES 20480
 
 typedef struct arf_workspace_desc {
   const char* group; /* as the ops' group_name; not "" */
@@ -99,9 +102,12 @@ ARF_API int arf_destroy_workspace(const char* group, int device);
 ARF_API int arf_mark_fallback(const char* group, int device);
 /* 0 unknown, 1 workspace, 2 fallback, 3 expired. */
 ARF_API int arf_group_state(const char* group, int device);
-/* Copies the error record; returns 1 if a wait of it has expired, 0 if not (or no such workspace). */
+/* Copies the error record; returns 1 if a wait of it has expired or launches overlapped, 0 if not (or no such workspace). */
 ARF_API int arf_read_error(const char* group, int device, arf_error_record* out);
 ARF_API int arf_set_timeout(const char* group, int device, int64_t timeout_ns);
+/* At most so many CTAs in a launch of the group, so that other groups' launches, or other kernels, find room beside it; 0: as
+ * many as pay. Ranks may differ. */
+ARF_API int arf_set_max_ctas(const char* group, int device, int ctas);
 
 /* Symmetric memory a rank needs so that messages of `message_bytes` (tokens * hidden * itemsize) go in one piece of
  * the given strategy (ARF_AUTO: two-shot), rounded up to 2 MiB; and the other way round: the largest message that a

@@ -81,6 +81,14 @@ ARF_DEVICE Link open_link(const Params& p, unsigned cta) {
   return {0, generation, poisoned};
 }
 
+/* Whether another launch of this workspace runs at the same time: graphs of one group replayed on two streams, an eager
+ * call beside a replay. Both use one generation's slots then. Thread 0 asks with open_link's load, long before it looks. */
+ARF_DEVICE uint32_t* busy_word(const Params& p, unsigned cta) { return reinterpret_cast<uint32_t*>(p.control + 2 * kMaxCtas) + cta; }
+
+ARF_DEVICE uint32_t begin_alone(const Params& p, unsigned cta) {
+  return threadIdx.x == 0 ? atomicExch(busy_word(p, cta), 1u) : 0u;
+}
+
 /* Before the first push: called behind the loads of what is pushed, so that they do not wait for open_link's. */
 ARF_DEVICE void settle(const Params& p, Link& link) {
   asm volatile("" : "+r"(link.generation), "+r"(link.dead)); /* nothing; the compiler may not use either value earlier */
@@ -111,6 +119,30 @@ ARF_DEVICE void rotate(const Params& p, const Link& link, unsigned cta, unsigned
   }
 }
 
+/* Behind the last row. */
+ARF_DEVICE void end_alone(const Params& p, unsigned cta) {
+  if (threadIdx.x != 0) return;
+  asm volatile("st.global.L2::cache_hint.u32 [%0], %1, %2;" /* with this priority in L2 */
+               ::"l"(busy_word(p, cta)), "r"(0u), "l"(l2_priority(p))
+               : "memory");
+}
+
+/* The first error of a workspace is kept, and its launches push and await nothing from now on. */
+static __device__ __noinline__ void poison(const Params& p, uint32_t state, uint32_t generation, uint32_t strategy,
+                                           uint32_t token, int peer) {
+  if (atomicExch(&p.control[0].poisoned, 2u) == 2u) return; /* another was first */
+  for (unsigned i = 1; i < kMaxCtas; ++i) p.control[i].poisoned = 1u;
+  volatile arf_error_record* record = p.error;
+  record->rank = p.rank;
+  record->peer = peer;
+  record->op = p.op;
+  record->generation = generation;
+  record->strategy = strategy;
+  record->token = token;
+  __threadfence_system(); /* the record before its state, for the host */
+  record->state = state;
+}
+
 /* After kPollsPerCheck misses: whether this thread must give up, because the workspace is poisoned or because this CTA's
  * first such look in this launch lies timeout_ns back. Out of line and without state in registers: it is rare, and inlined
  * it made the polls spill. The first look's time lies behind the control pairs, tagged with the launch's generation. */
@@ -128,17 +160,7 @@ static __device__ __noinline__ bool give_up(const Params& p, unsigned cta, uint3
   }
   const int32_t waited = static_cast<int32_t>(now - static_cast<uint32_t>(seen)); /* below 0: another looked just after us */
   if (waited < static_cast<int32_t>(p.timeout_us)) return false;
-  if (atomicExch(&p.control[0].poisoned, 2u) == 2u) return true; /* someone else reports */
-  for (unsigned i = 1; i < kMaxCtas; ++i) p.control[i].poisoned = 1u;
-  volatile arf_error_record* record = p.error;
-  record->rank = p.rank;
-  record->peer = peer;
-  record->op = p.op;
-  record->generation = generation;
-  record->strategy = strategy;
-  record->token = token;
-  __threadfence_system(); /* the record before its state, for the host */
-  record->state = 1;
+  poison(p, ARF_WAITED, generation, strategy, token, peer);
   return true;
 }
 

@@ -119,9 +119,11 @@ struct Kernel {
     Place at = begin(p, scratch, position);
     const uint32_t cta = position.cta, ctas = position.ctas;
     Link link = open_link(p, cta);
+    const uint32_t beside = begin_alone(p, cta);
     if (cta < p.pushers) { /* then clusters are of one CTA */
       settle(p, link);
       push_rows(p, link, at, cta);
+      if (beside) poison(p, ARF_OVERLAPPED, link.generation, ARF_AUTO, cta, p.rank);
       return end_launch(p, link, at, cta, ctas);
     }
     const uint32_t first = position.first - p.pushers, step = position.step - p.pushers;
@@ -139,6 +141,7 @@ struct Kernel {
     __syncthreads(); /* all have read the pair; while the first row is on its way this and the stores cost nothing */
     E::know(scratch, at);
     rotate(p, link, cta, ctas);
+    if (beside) poison(p, ARF_OVERLAPPED, link.generation, ARF_AUTO, cta, p.rank);
     for (uint32_t t = first; t < p.tokens; t += step, ++at.row) {
       if (t != first) {
         own = load_own(p, at, t);
@@ -171,6 +174,7 @@ struct Kernel {
       }
     }
     if (!(p.flags & kTriggerEarly)) let_next_kernel_start();
+    end_alone(p, cta);
     keep_stamps(p, link.generation, cta);
   }
 
@@ -222,7 +226,9 @@ struct Kernel {
     Place at = begin(p, scratch, position);
     const uint32_t cta = position.cta;
     Link link = open_link(p, cta);
+    const uint32_t beside = begin_alone(p, cta);
     settle(p, link);
+    if (beside) poison(p, ARF_OVERLAPPED, link.generation, ARF_AUTO, cta, p.rank);
     const uint32_t units = (p.tokens + world(p) - 1) / world(p) * p.split;
     if (cta < p.pushers) {
       for (uint32_t u = cta; u < units; u += p.pushers) scatter(p, link, at, unit(p, u));
@@ -349,6 +355,7 @@ struct Kernel {
     /* Else a row's reduction was the barrier since open_link; in a cluster not for a warp without a tile, which sends nothing. */
     if (!p.need_norm || at.row == 0 || at.part.count > 1) __syncthreads();
     rotate(p, link, cta, ctas);
+    end_alone(p, cta);
     keep_stamps(p, link.generation, cta);
   }
 };

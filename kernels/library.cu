@@ -48,6 +48,7 @@ struct Workspace {
   arf_error_record* error = nullptr;
   bool owns_control = false, owns_error = false;
   std::atomic<int64_t> timeout_ns{kDefaultTimeout};
+  std::atomic<int> max_ctas{INT32_MAX};
 
   /* Launches of a workspace follow one another, whatever streams they are on; see `order`. */
   std::mutex launches;
@@ -236,6 +237,13 @@ const char* op_name(uint32_t op) {
 
 int expired(const Workspace* w) {
   const arf_error_record& r = *w->error;
+  if (r.state == ARF_OVERLAPPED) {
+    return fail(ARF_EXPIRED,
+                "ExchangeOverlap: rank %u ran two launches of group '%s' at once (arfusion::%s, launch %u): graphs that share a "
+                "group are replayed one after the other, and not beside eager calls. What both computed is undefined, and the "
+                "group's workspace refuses work until it is made anew",
+                r.rank, w->group.c_str(), op_name(r.op), r.generation);
+  }
   return fail(ARF_EXPIRED,
               "ExchangeTimeout: rank %u of group '%s' waited longer than %.3g s for rank %u in arfusion::%s (launch %u, %s, "
               "row %u); the outputs of that launch are NaN and the group's workspace refuses work until it is made anew",
@@ -284,6 +292,7 @@ int launch_pieces(Workspace* w, int device, const arf_call& call, cudaStream_t s
   e = resident_ctas(kernel, plan, device, *facts, &resident);
   if (e != cudaSuccess) return cuda_failed(e, "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
   const bool pdl = facts->major >= 9 && !(call.flags & kNoPdl);
+  const int most = w ? w->max_ctas.load(std::memory_order_relaxed) : INT32_MAX;
   for (int64_t first = 0; first < call.tokens; first += plan.piece_tokens) {
     const int64_t tokens = call.tokens - first < plan.piece_tokens ? call.tokens - first : plan.piece_tokens;
     ShardedParams all; /* a kernel takes as much of it as its own parameter is */
@@ -295,7 +304,7 @@ int launch_pieces(Workspace* w, int device, const arf_call& call, cudaStream_t s
       params.timeout_us = timeout_us(w->timeout_ns.load(std::memory_order_relaxed));
     }
     void* args[] = {&all};
-    e = launch_kernel(kernel, plan, grid_size(plan, world, tokens, resident), pdl, stream, args);
+    e = launch_kernel(kernel, plan, grid_size(plan, world, tokens, resident, most), pdl, stream, args);
     if (e != cudaSuccess) return cuda_failed(e, "the kernel's launch");
   }
   return ARF_OK;
@@ -399,6 +408,14 @@ int arf_set_timeout(const char* group, int device, int64_t timeout_ns) {
   Workspace* w = find_locked(group, device);
   if (!w) return fail(ARF_NO_WORKSPACE, "group '%s' has no workspace", group);
   w->timeout_ns = timeout_ns > 0 ? timeout_ns : kDefaultTimeout;
+  return ARF_OK;
+}
+
+int arf_set_max_ctas(const char* group, int device, int ctas) {
+  const std::lock_guard<std::mutex> lock(registry_mutex);
+  Workspace* w = find_locked(group, device);
+  if (!w) return fail(ARF_NO_WORKSPACE, "group '%s' has no workspace", group);
+  w->max_ctas = ctas > 0 ? ctas : INT32_MAX;
   return ARF_OK;
 }
 

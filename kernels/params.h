@@ -13,8 +13,8 @@ constexpr int kWarp = 32;
 constexpr int kMaxThreads = 1024;
 constexpr int kVectorBytes = 16;
 /* One pair of words a CTA: {generation, poisoned}. Every launch leaves all pairs equal, so the next may have any grid.
- * Behind them, one pair a CTA for the clock of its waits. */
-constexpr unsigned kMaxCtas = ARF_CONTROL_BYTES / 8 / 2;
+ * Behind them, one pair a CTA for the clock of its waits, and behind those a word a CTA: 1 while a launch's CTA runs. */
+constexpr unsigned kMaxCtas = ARF_CONTROL_BYTES / (8 + 8 + 4);
 
 struct Vec4 {
   uint32_t w[4];

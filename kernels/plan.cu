@@ -375,7 +375,7 @@ std::string make_plan(int world, int64_t workspace_bytes, const arf_call& c, boo
   return "";
 }
 
-int grid_size(const Plan& plan, int world, int64_t tokens, int resident) {
+int grid_size(const Plan& plan, int world, int64_t tokens, int resident, int allowed) {
   const int64_t rows = plan.strategy == ARF_TWOSHOT || plan.strategy == ARF_SHARDED ? (tokens + world - 1) / world * plan.split
                                                                                     : tokens;
   const int forced = override_ctas.load(std::memory_order_relaxed);
@@ -383,6 +383,7 @@ int grid_size(const Plan& plan, int world, int64_t tokens, int resident) {
    * 53.9 among two in one-shot. The local kernel has its next row's loads in flight instead. */
   int64_t most = world == 1 ? std::min<int64_t>(resident, kMaxCtas) : kMaxCtas;
   if (forced) most = std::min<int64_t>(forced, kMaxCtas);
+  most = std::min<int64_t>(most, allowed);
   const int64_t fewest = plan.pushers + 1; /* a forced grid, too, has one that finishes rows */
   return static_cast<int>(std::max(fewest, std::min(rows + plan.pushers, most / plan.cluster))) * plan.cluster;
 }

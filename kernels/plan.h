@@ -33,7 +33,7 @@ std::string check_call(const arf_call& call);
 /* Empty, or why no plan exists (a workspace too small for one token). major: of the device's compute capability. */
 std::string make_plan(int world, int64_t workspace_bytes, const arf_call& call, bool simulated, int major, Plan* plan);
 /* CTAs for a piece of `tokens`, when `resident` fit on the device at once. */
-int grid_size(const Plan& plan, int world, int64_t tokens, int resident);
+int grid_size(const Plan& plan, int world, int64_t tokens, int resident, int allowed = INT32_MAX);
 /* Everything of `params` but control words, error record and timeout, for the piece [first, first + tokens). */
 void fill_params(const arf_call& call, const Plan& plan, int rank, int world, void* const* buffers, int64_t workspace_bytes,
                  int64_t first, int64_t tokens, ShardedParams* params);

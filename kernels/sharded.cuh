@@ -77,7 +77,9 @@ struct Sharded {
     Place at = Loop::begin(p, scratch, position);
     const uint32_t cta = position.cta, rows = (p.tokens + Loop::world(p) - 1) / Loop::world(p);
     Link link = open_link(p, cta);
+    const uint32_t beside = begin_alone(p, cta);
     settle(p, link);
+    if (beside) poison(p, ARF_OVERLAPPED, link.generation, ARF_AUTO, cta, p.rank);
     if (cta < p.pushers) {
       for (uint32_t q = cta; q < rows; q += p.pushers) scatter(sp, link, at, q);
       return Loop::end_launch(p, link, at, cta, position.ctas);

@@ -126,11 +126,10 @@ def fused_add(
 def rms_norm(
     value: torch.Tensor,
     weight: torch.Tensor | None,
-    epsilon: float,
+    epsilon: float | torch.Tensor,
     weight_bias: float,
     flags: int,
     dtype: torch.dtype,
-    epsilon_tensor: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """RMSNorm over the last dimension; the result in fp32, for the caller to round once::
 
@@ -147,14 +146,13 @@ def rms_norm(
     Args:
         value: fp32 ``[..., H]``.
         weight: ``[H]`` in ``dtype`` or fp32, or None.
-        epsilon: a number.
+        epsilon: a number, or a tensor of one element; read as fp32.
         weight_bias: added to the weight in fp32 (Gemma: 1).
         flags: :class:`~arfusion_pass.ops.spec.Flags`.
         dtype: ``T``.
-        epsilon_tensor: one element, read as fp32 in place of ``epsilon`` where it is given.
     """
     variance = value.pow(2).mean(-1, keepdim=True)
-    variance = variance + (epsilon if epsilon_tensor is None else epsilon_tensor.float().view(()))
+    variance = variance + (epsilon.float().view(()) if isinstance(epsilon, torch.Tensor) else epsilon)
     if flags & Flags.DIVIDE_BY_ROOT:
         normalised = value / torch.sqrt(variance)
     elif flags & Flags.RECIPROCAL_ROOT:
@@ -197,8 +195,7 @@ def epilogue(
     weight: torch.Tensor | None,
     scale: torch.Tensor | None,
     *,
-    epsilon: float = 1e-6,
-    epsilon_tensor: torch.Tensor | None = None,
+    epsilon: float | torch.Tensor = 1e-6,
     weight_bias: float = 0.0,
     flags: int = 0,
     spec: QuantSpec = NO_QUANT,
@@ -219,7 +216,7 @@ def epilogue(
     if not with_norm:
         return EpilogueResult(reduced, total)
     value = total if flags & Flags.UNROUNDED_SUM else total.to(dtype).float()
-    norm = rms_norm(value, weight, epsilon, weight_bias, flags, dtype, epsilon_tensor)
+    norm = rms_norm(value, weight, epsilon, weight_bias, flags, dtype)
     if spec.format == QuantFormat.NONE:
         return EpilogueResult(reduced, total, norm)
     codes, scales = quantise(norm, spec, scale, scale_value, dtype)

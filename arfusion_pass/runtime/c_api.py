@@ -11,9 +11,9 @@ import enum
 from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_longlong, c_uint32, c_void_p
 from pathlib import Path
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 MAX_WORLD = 8
-CONTROL_BYTES = 16384
+CONTROL_BYTES = 20480
 
 
 class Status(enum.IntEnum):
@@ -37,6 +37,14 @@ class GroupState(enum.IntEnum):
     EXPIRED = 3
 
 
+class RecordState(enum.IntEnum):
+    """``arf_error_record.state``."""
+
+    FINE = 0
+    WAITED = 1
+    OVERLAPPED = 2
+
+
 class Strategy(enum.IntEnum):
     """``ARF_AUTO`` and its neighbours."""
 
@@ -48,7 +56,7 @@ class Strategy(enum.IntEnum):
 
 
 class ErrorRecord(ctypes.Structure):
-    """``arf_error_record``: what a launch writes when a wait expires."""
+    """``arf_error_record``: what a launch writes when a wait expires, or when it finds another one running."""
 
     _fields_ = [
         ("state", c_uint32),
@@ -156,6 +164,7 @@ _PROTOTYPES: dict[str, tuple[object, tuple[object, ...]]] = {
     "arf_group_state": (c_int, (c_char_p, c_int)),
     "arf_read_error": (c_int, (c_char_p, c_int, POINTER(ErrorRecord))),
     "arf_set_timeout": (c_int, (c_char_p, c_int, c_int64)),
+    "arf_set_max_ctas": (c_int, (c_char_p, c_int, c_int)),
     "arf_workspace_bytes": (c_int64, (c_int, c_int64, c_int)),
     "arf_workspace_capacity": (c_int64, (c_int, c_int64, c_int)),
     "arf_set_prepare": (None, (PrepareFn,)),

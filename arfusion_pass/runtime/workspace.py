@@ -9,7 +9,8 @@ Making it: the ranks agree on a backend (:mod:`arfusion_pass.runtime.agreement`)
 ``torch.distributed._symmetric_memory`` without NVLink multicast, fill it with the sentinel of an unwritten word, vote
 that all have it, and register it with the op library. Where they cannot, the group is marked as fallback, on all ranks,
 with the reason. A wait inside a kernel is bounded by the process group's timeout; :func:`check` raises
-:class:`ExchangeTimeout` once one has expired, and the workspace refuses work until it is made anew.
+:class:`ExchangeTimeout` once one has expired, or :class:`ExchangeOverlap` once two launches of a workspace ran at the
+same time on a rank, and the workspace refuses work until it is made anew.
 """
 
 from __future__ import annotations
@@ -35,13 +36,16 @@ log = logging.getLogger("arfusion_pass")
 DEFAULT_MAX_BYTES = 128 << 20
 """Symmetric memory a rank by default: messages of up to 32 MiB in one two-shot piece; FlashInfer takes 512 MiB."""
 
+LEAST_CTAS = 40
+"""Of a launch's grid that :func:`prepare` may ask for: 32 CTAs may do nothing but push."""
+
 _MULTICAST = "TORCH_SYMM_MEM_DISABLE_MULTICAST"
 _OPS = ("allreduce_rms_norm", "moe_reduce_allreduce_rms_norm", "moe_finalize_allreduce_rms_norm")
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
-class ExchangeTimeout(RuntimeError):
-    """A rank waited for a peer inside a fused kernel longer than the group's timeout; the outputs were filled with NaN.
+class ExchangeError(RuntimeError):
+    """What a kernel found wrong with the exchange of its group, after which the group's workspace takes no more work.
 
     Args:
         group: name of the process group.
@@ -49,17 +53,48 @@ class ExchangeTimeout(RuntimeError):
     """
 
     def __init__(self, group: str, record: c_api.ErrorRecord):
-        self.group = group
-        self.rank, self.peer = int(record.rank), int(record.peer)
+        self.group, self.rank = group, int(record.rank)
         self.op = _OPS[record.op] if record.op < len(_OPS) else f"op {record.op}"
-        self.generation, self.token = int(record.generation), int(record.token)
-        self.strategy = c_api.Strategy(record.strategy).name.lower() if record.strategy <= 4 else str(record.strategy)
+        self.generation = int(record.generation)
         super().__init__(
-            f"arfusion::{self.op}: rank {self.rank} of group {group!r} waited in vain for rank {self.peer} (launch "
-            f"{self.generation}, {self.strategy}, token {self.token}); the outputs of that call are NaN. The workspace "
-            "takes no more work: find out what happened to that rank, then call arfusion_pass.comm.workspace.destroy("
-            "group) and arfusion_pass.prepare(group, ...) on every rank."
+            f"arfusion::{self.op}: rank {self.rank} of group {group!r} {self._what(record)} The workspace takes no "
+            f"more work: {self._remedy}, then call arfusion_pass.comm.workspace.destroy(group) and "
+            "arfusion_pass.prepare(group, ...) on every rank."
         )
+
+    _remedy = ""
+
+    def _what(self, record: c_api.ErrorRecord) -> str:
+        raise NotImplementedError
+
+
+class ExchangeTimeout(ExchangeError):
+    """A rank waited for a peer inside a fused kernel longer than the group's timeout; the outputs are NaN."""
+
+    _remedy = "find out what happened to that rank"
+
+    def _what(self, record: c_api.ErrorRecord) -> str:
+        self.peer, self.token = int(record.peer), int(record.token)
+        self.strategy = c_api.Strategy(record.strategy).name.lower() if record.strategy <= 4 else str(record.strategy)
+        return (
+            f"waited in vain for rank {self.peer} (launch {self.generation}, {self.strategy}, token {self.token}); the "
+            "outputs of that call are NaN."
+        )
+
+
+class ExchangeOverlap(ExchangeError):
+    """A fused kernel found another one of its group running on the same rank: CUDA graphs that share a group were
+    replayed at once, or one beside an eager call. What both computed is undefined."""
+
+    _remedy = "replay graphs that share a group one after the other, and not beside eager calls"
+
+    def _what(self, record: c_api.ErrorRecord) -> str:
+        return f"ran two launches at once (launch {self.generation}); what both computed is undefined."
+
+
+def _error(name: str, record: c_api.ErrorRecord) -> ExchangeError:
+    kind = ExchangeOverlap if record.state == c_api.RecordState.OVERLAPPED else ExchangeTimeout
+    return kind(name, record)
 
 
 @dataclasses.dataclass
@@ -101,6 +136,7 @@ def prepare(
     device: int | torch.device | None = None,
     max_bytes: int | None = None,
     timeout: datetime.timedelta | None = None,
+    max_ctas: int | None = None,
 ) -> Workspace:
     """Make the workspace of ``group`` now, for instance before CUDA-graph capture. Collective over the group.
 
@@ -114,6 +150,10 @@ def prepare(
         device: CUDA device; default: the current one.
         max_bytes: upper limit of the symmetric memory a rank; default 128 MiB, or ``ARFUSION_WORKSPACE_MIB``.
         timeout: of a wait inside a kernel; default: the process group's.
+        max_ctas: of a launch, from :data:`LEAST_CTAS` on, so that kernels beside it find room; 0: as many as pay (the
+            default of a new workspace). Two groups whose calls run on two streams at once, in an order of their own on
+            each rank, need half of the multiprocessors each: in opposite orders larger launches can each fill a GPU
+            with CTAs that wait for the other group's. The ranks' values may differ.
 
     Returns:
         The workspace; ``.decision`` says which backend the group uses and why.
@@ -133,10 +173,16 @@ def prepare(
         if dtype not in _DTYPES:
             raise ValueError(f"prepare: dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype}")
         message = max_token_num * hidden_dim * dtype.itemsize
+    if max_ctas is not None and max_ctas != 0 and max_ctas < LEAST_CTAS:
+        raise ValueError(f"prepare: max_ctas must be 0 or at least {LEAST_CTAS}, got {max_ctas}")
     index = _device_index(device)
     names = _names(group)
     with _lock:
         made = [_prepare(name, index, message, hidden_dim, max_bytes, timeout) for name in names]
+        for workspace in made:
+            if max_ctas is not None and workspace.decision.backend is Backend.NATIVE:
+                library = native.load()
+                c_api.check(library, "arf_set_max_ctas", workspace.name.encode(), index, max_ctas)
     return made[0]
 
 
@@ -166,22 +212,23 @@ def destroy(group: dist.ProcessGroup | str | None = None) -> None:
 
 
 def check(group: dist.ProcessGroup | str | None = None) -> None:
-    """Raise :class:`ExchangeTimeout` if a wait of ``group``'s workspace (default: any) has expired."""
+    """Raise an :class:`ExchangeError` if a wait of ``group``'s workspace (default: any) has expired, or launches of it
+    ran at once."""
     names = None if group is None else set(_names(group))
     for workspace in list(_workspaces.values()):
         if (names is None or workspace.name in names) and (record := _expired(workspace)) is not None:
-            raise ExchangeTimeout(workspace.name, record)
+            raise _error(workspace.name, record)
 
 
 class Watchdog:
-    """A thread that looks for expired waits and reports the first one of each workspace, until :meth:`stop`.
+    """A thread that looks for errors of exchanges and reports the first one of each workspace, until :meth:`stop`.
 
     Args:
         interval: seconds between looks.
         on_error: called once a workspace, in the watchdog's thread, with the error; default: log it.
     """
 
-    def __init__(self, interval: float = 1.0, on_error: Callable[[ExchangeTimeout], None] | None = None):
+    def __init__(self, interval: float = 1.0, on_error: Callable[[ExchangeError], None] | None = None):
         if interval <= 0:
             raise ValueError(f"Watchdog: interval must be positive, got {interval}")
         self._interval, self._on_error = interval, on_error or (lambda error: log.error("%s", error))
@@ -206,7 +253,7 @@ class Watchdog:
             for workspace in workspaces():
                 if id(workspace) not in self._reported and (record := _expired(workspace)) is not None:
                     self._reported.add(id(workspace))
-                    self._on_error(ExchangeTimeout(workspace.name, record))
+                    self._on_error(_error(workspace.name, record))
 
 
 def on_first_use(name: str, device: int, tokens: int, hidden: int, dtype: int) -> Workspace:

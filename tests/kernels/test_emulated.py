@@ -78,6 +78,13 @@ def test_ranks_that_drift_apart(library: str, world: int) -> None:
     assert f"12 chains of 24 calls, {world} ranks: all as the reference" in done.stdout
 
 
+def test_launches_at_once_are_found(library: str) -> None:
+    """Two graphs of a group replayed at the same time end in an error that says so, not in wrong results."""
+    done = run("emulated.chains", library, "--seeds", "12", "--beside")
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert "12 times two launches at once: found each time" in done.stdout
+
+
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_a_broken_exchange_is_seen(fault: str, tmp_path: Path) -> None:
     """The test above fails where an invariant of the exchange is broken."""

@@ -27,6 +27,7 @@ CONSTANTS = {
     "ARF_MAX_WORLD": c_api.MAX_WORLD,
     "ARF_CONTROL_BYTES": c_api.CONTROL_BYTES,
     **{f"ARF_{status.name}": status.value for status in c_api.Status},
+    **{f"ARF_{state.name}": state.value for state in c_api.RecordState},
     **{f"ARF_{strategy.name}": strategy.value for strategy in c_api.Strategy},
 }
 

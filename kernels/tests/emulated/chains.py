@@ -40,12 +40,18 @@ class Rank:
 
 
 def make_ranks(library: ctypes.CDLL, world: int) -> list[Rank]:
-    ranks = []
+    ranks: list[Rank] = []
     for r in range(world):
         whole = torch.full((SIZE + 256,), 255, dtype=torch.uint8)
         buffer = whole[-whole.data_ptr() % 256 :][:SIZE]
         control = torch.zeros(c_api.CONTROL_BYTES // 8, dtype=torch.int64)
         ranks.append(Rank(f"rank{r}".encode(), r + 1, buffer, control, torch.zeros(16, dtype=torch.int32)))
+    register(library, ranks)
+    return ranks
+
+
+def register(library: ctypes.CDLL, ranks: list[Rank]) -> None:
+    world = len(ranks)
     for r, rank in enumerate(ranks):
         peers = (ctypes.c_void_p * c_api.MAX_WORLD)(*(peer.buffer.data_ptr() for peer in ranks))
         c_api.check(
@@ -55,7 +61,6 @@ def make_ranks(library: ctypes.CDLL, world: int) -> list[Rank]:
                 control=rank.control.data_ptr(), error=rank.error.data_ptr(), timeout_ns=2 * 10**9,
             ),
         )  # fmt: skip
-    return ranks
 
 
 def random_call(rng: random.Random, seed: int) -> Config:
@@ -130,6 +135,39 @@ def run_chain(
         assert bool((generations == generations[0]).all()), f"seed {seed}: rank {r}'s generations differ"
 
 
+def run_beside(library: ctypes.CDLL, world: int, seed: int) -> None:
+    """Two streams' launches of one workspace, as of two graphs that are replayed at once: an overlap is found.
+
+    Each rank has a second name and stream for the same memory, so that nothing on the host puts them in order.
+    """
+    ranks = make_ranks(library, world)
+    beside = [dataclasses.replace(rank, name=rank.name + b" again", stream=rank.stream + world) for rank in ranks]
+    register(library, beside)
+    rng = random.Random(seed)
+    library.emulated_seed(seed)
+    library.emulated_defer(1)
+    keep = []
+    for i in range(4):
+        tokens, hidden = rng.choice(SHAPES)
+        config = dataclasses.replace(random_call(rng, seed * 1000 + i), tokens=tokens, hidden=hidden)
+        shared = shared_inputs(config, DEVICE)
+        for r, pair in enumerate(zip(ranks, beside, strict=True)):
+            x = rank_input(config, r, DEVICE)
+            for rank in pair:
+                result = allocate(config, DEVICE)
+                keep.append((x, shared, result))
+                call = make_call(config, x, shared, result)
+                c_api.check(library, "arf_launch", rank.name, 0, call, rank.stream)
+    library.emulated_synchronize()
+    library.emulated_defer(0)
+    states = [int(rank.error[0]) for rank in ranks]
+    assert c_api.RecordState.OVERLAPPED in states, f"seed {seed}: {states}"
+    for rank in ranks:  # its own error, or it waited for one that had given up
+        if int(rank.error[0]) == c_api.RecordState.OVERLAPPED:
+            assert library.arf_launch(rank.name, 0, ctypes.byref(call), rank.stream) == c_api.Status.EXPIRED
+            assert b"ran two launches of group" in library.arf_last_error(), library.arf_last_error()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("library")
@@ -138,11 +176,17 @@ def main() -> int:
     parser.add_argument("--calls", type=int, default=24)
     parser.add_argument("--world", type=int, default=2)
     parser.add_argument("--twoshot", type=int, nargs=2, metavar=("TOKENS", "HIDDEN"), help="default: anything")
+    parser.add_argument("--beside", action="store_true", help="two streams' launches of one workspace: errors")
     arguments = parser.parse_args()
     assert EMULATED, "on a GPU the ranks are processes: python -m tests.gpu"
     library = load(arguments.library)
     library.emulated_seed.argtypes = (ctypes.c_uint64,)
     ranks = make_ranks(library, arguments.world)
+    if arguments.beside:
+        for seed in range(arguments.seed, arguments.seed + arguments.seeds):
+            run_beside(library, arguments.world, seed)
+        print(f"{arguments.seeds} times two launches at once: found each time")
+        return 0
     for seed in range(arguments.seed, arguments.seed + arguments.seeds):
         try:
             run_chain(library, ranks, seed, arguments.calls, arguments.twoshot)

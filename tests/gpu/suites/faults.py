@@ -6,6 +6,7 @@ same processes work. A rank that dies is in :mod:`tests.gpu.failures`, as its pr
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import signal
@@ -93,6 +94,65 @@ def late(env: Env) -> None:
 def stopped_shorter(env: Env) -> None:
     """A rank is stopped by SIGSTOP for less than the bound: right on all."""
     _goes_on(env, lambda: stop_self(1.5))
+
+
+def _graph(call: Call, calls: int) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            call()
+    return graph
+
+
+def _overlaps(env: Env, strategy: str, tokens: int, beside: Callable[[torch.cuda.CUDAGraph], None]) -> None:
+    """A replay with ``beside`` running: an error on every rank within the bound, and of an overlap on one at least."""
+    make(env)
+    call = Call(env, with_strategy(Config(tokens, 4096, seed=tokens), strategy))
+    call()
+    torch.cuda.synchronize()
+    graphs = [_graph(call, 100) for _ in range(2)]
+    env.barrier()
+    began = time.monotonic()
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    for _ in range(20):
+        with torch.cuda.stream(streams[0]):
+            graphs[0].replay()
+        with torch.cuda.stream(streams[1]):
+            beside(graphs[1])
+    torch.cuda.synchronize()
+    took = time.monotonic() - began
+    found: workspace.ExchangeError | None = None
+    try:
+        workspace.check()
+    except workspace.ExchangeError as error:
+        found = error
+    seen: list[str] = [""] * env.world
+    torch.distributed.all_gather_object(seen, type(found).__name__, group=env.gloo)
+    assert all(name != "NoneType" for name in seen), seen
+    assert "ExchangeOverlap" in seen, seen
+    assert took < 5 * BOUND, f"{took:.1f} s"
+    recovered(env, [f"{seen}, {took:.2f} s"])
+
+
+@case("faults", "two-replays", worlds=(2, 3, 4))
+def two_replays(env: Env) -> None:
+    """Two graphs of one group replayed on two streams at once."""
+    for strategy, tokens in (("oneshot", 1), ("oneshot", 64), ("twoshot", 200)):
+        _overlaps(env, strategy, tokens, lambda graph: graph.replay())
+
+
+@case("faults", "replay-beside-eager", worlds=(2, 3, 4))
+def replay_beside_eager(env: Env) -> None:
+    """A graph replayed on one stream while the group is called eagerly on another."""
+    for strategy, tokens in (("oneshot", 1), ("twoshot", 200)):
+        call = Call(env, with_strategy(Config(tokens, 4096, seed=1), strategy))
+
+        def eager(graph: torch.cuda.CUDAGraph, call: Call = call) -> None:
+            with contextlib.suppress(RuntimeError):  # raised by the call behind the one that found it
+                for _ in range(100):
+                    call()
+
+        _overlaps(env, strategy, tokens, eager)
 
 
 @case("faults", "no-memory", worlds=(2, 3, 4))

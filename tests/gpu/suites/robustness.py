@@ -82,6 +82,42 @@ def two_groups(env: Env) -> None:
     workspace.destroy("engine tp:0")
 
 
+@case("robustness", "two-groups-at-once", worlds=(2, 3, 4))
+def two_groups_at_once(env: Env) -> None:
+    """Two groups on two streams, in opposite orders on half of the ranks, each with half of the GPU: all right."""
+    from arfusion_pass.runtime import workspace
+
+    half = torch.cuda.get_device_properties(env.device).multi_processor_count // 2
+    other = dist.new_group(list(range(env.world)))
+    made = [workspace.prepare(group, 1024, 8192, max_ctas=half) for group in (env.group, other)]
+    names = (env.group_name, other.group_name)
+    streams = [torch.cuda.Stream() for _ in names]
+    configs = [
+        dataclasses.replace(with_strategy(Config(tokens, hidden, seed=tokens), strategy), group_name=name)
+        for tokens, hidden, strategy in ((1024, 8192, "twoshot"), (1024, 4096, "oneshot"), (300, 8192, "oneshot"))
+        for name in names
+    ]
+    inputs = [(rank_input(c, env.rank, env.device), shared_inputs(c, env.device)) for c in configs]
+    results = [allocate(config, env.device) for config in configs]
+    torch.cuda.synchronize()
+    env.barrier()
+    for _ in range(30):
+        for first in range(0, len(configs), 2):
+            for which in (0, 1) if env.rank % 2 else (1, 0):
+                index = first + which
+                with torch.cuda.stream(streams[which]):
+                    launch(configs[index], env, *inputs[index], results[index])
+    torch.cuda.synchronize()
+    workspace.check()
+    for number, (config, result) in enumerate(zip(configs, results, strict=True)):
+        if env.checker(number):
+            verify(config, env, result)
+    env.barrier()
+    workspace.destroy(other.group_name)
+    workspace.prepare(env.group, max_ctas=0)
+    env.note(f"{len(made)} groups, {half} CTAs each")
+
+
 @case("robustness", "two-streams", worlds=(2, 3, 4))
 def two_streams(env: Env) -> None:
     """Two streams use one group, without any ordering by the caller: serialised, not corrupted."""
