@@ -77,8 +77,9 @@ class Aten(Dialect):
 
 def _chains(start: fx.Node, dtype: torch.dtype | None) -> Iterator[Norm | Refused]:
     """The norms that read ``start``: its statistic, and what that and the weight multiply."""
-    roots = [start] if dtype_of(start) == torch.float32 else []
-    roots += [user for user in start.users if widens(user)]
+    roots: list[tuple[fx.Node, tuple[fx.Node, ...]]] = [(start, ())] if dtype_of(start) == torch.float32 else []
+    for wide in filter(widens, start.users):
+        roots += [(root, (wide, *path(wide, root))) for root in row_views(wide)]
     if dtype_of(start) != torch.float32:
         for *_, square in squares(start):
             for low in filter(is_rooted, users_of(square, aten.mean.dim)):
@@ -87,13 +88,12 @@ def _chains(start: fx.Node, dtype: torch.dtype | None) -> Iterator[Norm | Refuse
                     "op computes it in float32: give it its input as .float()",
                     low,
                 )
-    for root in roots:
+    for root, casts in roots:
         for inverse in inverses(root):
             if isinstance(inverse, Refused):
                 yield inverse
-                continue
-            head = inverse.nodes if root is start else (root, *inverse.nodes)
-            yield from _products(start, root, dtype, inverse, head)
+            else:
+                yield from _products(start, root, dtype, inverse, (*casts, *inverse.nodes))
 
 
 def _products(

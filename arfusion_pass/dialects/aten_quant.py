@@ -72,7 +72,7 @@ class AtenQuant(Dialect):
                 continue
             state = evaluate(node, states)
             if state is None:
-                unknown = unknown or (node if _stuck(node, states) else None)
+                unknown = unknown or (node if node.users and _stuck(node, states) else None)
                 continue
             states[node] = state
             if isinstance(state, Codes):

@@ -31,6 +31,7 @@ from arfusion_pass.graph import (
     last_dim,
     only_user,
     other_operand,
+    peel,
     same_rows,
     same_shape,
     source_of,
@@ -114,7 +115,8 @@ def why_no_norm(reduced: Reduced, reductions: Reductions, moved: bool) -> tuple[
         norm = None if hindrance is None else _norm_behind(reader, reductions, row_lengths(reduced.x))
         if hindrance is not None and norm is not None:
             advice = "" if moved else _ADVICE[hindrance.kind]
-            reason = f"{describe(reader)} stands between it and the norm {describe(norm.result)}{advice}"
+            inexact = _why_inexact(reader, operand, reduced)
+            reason = f"{describe(reader)} stands between it and the norm {describe(norm.result)}{inexact}{advice}"
             return hindrance, reason, reader
     if not readers:
         return None, "nobody reads its result", None
@@ -128,6 +130,17 @@ def why_no_norm(reduced: Reduced, reductions: Reductions, moved: bool) -> tuple[
         f"its result is read by {listed}: no RMSNorm over its last dimension follows, with or without a residual add"
     )
     return None, reason, next(iter(readers))
+
+
+def _why_inexact(step: fx.Node, operand: fx.Node, reduced: Reduced) -> str:
+    """What the fused op rounds otherwise than a sum in fp32 that stands beside the residual add."""
+    dtype = dtype_of(reduced.x)
+    if not is_call(step, aten.add.Tensor) or dtype_of(step) != torch.float32 or dtype == torch.float32:
+        return ""
+    if narrowed(step) is None:
+        return f": its sum is float32, and the fused op rounds to {dtype} between two adds"
+    added = dtype_of(peel(other_operand(step, operand)))
+    return "" if added == dtype else f": it adds what is {added}, and the fused op takes a second tensor in {dtype}"
 
 
 def sum_before(norm: Norm, reduced: Reduced, reductions: Reductions) -> Hindrance | None:

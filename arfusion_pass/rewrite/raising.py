@@ -366,7 +366,7 @@ def _norms_behind_addend(value: fx.Node) -> Iterator[tuple[Norm, str]]:
     for inner in sums(value):
         add, first = inner.start, inner.residual
         assert first is not None
-        if dtype_of(add) != dtype_of(value) or inner.flags or inner.nodes != (add,) or following(add) is None:
+        if dtype_of(add) != dtype_of(value) or dtype_of(first) != dtype_of(value) or following(add) is None:
             continue  # a sum that others read as well, such as a residual stream's, is no step on the way
         for view in filter(_is_computed_with, views_of(add)):
             for found, dialect in norms_of(view):
@@ -378,7 +378,7 @@ def _norms_behind_addend(value: fx.Node) -> Iterator[tuple[Norm, str]]:
                 norm = dataclasses.replace(
                     found,
                     operand=value,
-                    nodes=(add, *path(add, view), *found.nodes),
+                    nodes=(*inner.nodes, *path(add, view), *found.nodes),
                     residual=residual,
                     addend=addend,
                     flags=found.flags | (Flags.ADDEND_LAST if behind else Flags.NONE),

@@ -148,6 +148,12 @@ def in_whole_rows(norm: Norm | Refused, value: fx.Node, lengths: set[int] | None
     hidden = last_dim(value)
     if isinstance(norm, Refused) or lengths is None or not isinstance(hidden, int) or hidden in lengths:
         return norm
+    cut = without_views(value)
+    if is_call(cut, aten.slice.Tensor) and last_dim(cut) == hidden and last_dim(cut.args[0]) in lengths:
+        return Refused(
+            f"{describe(cut)} cuts rows of {hidden} from the all-reduce's of {max(lengths)}: cut them before it",
+            cut,
+        )
     return Refused(
         f"the norm {describe(norm.result)} normalises rows of {hidden} in {describe(value)}, such as one head's, parts "
         f"of the all-reduce's of {max(lengths)}",

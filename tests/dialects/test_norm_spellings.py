@@ -48,6 +48,11 @@ def of_absolutes(h: Tensor) -> Tensor:
     return h.abs().pow(2).mean(-1, keepdim=True).add(EPS).pow(0.5).pow(-1)
 
 
+def of_all_columns(h: Tensor) -> Tensor:
+    """vLLM's norm with a ``variance_size`` of the whole row."""
+    return torch.rsqrt(h[..., : h.shape[-1]].pow(2).mean(-1, keepdim=True) + EPS)
+
+
 def without_epsilon(h: Tensor) -> Tensor:
     return h.pow(2).mean(-1, keepdim=True).rsqrt()
 
@@ -64,6 +69,7 @@ STATISTICS = [
     square_of_magnitude,
     vector_norm,
     of_absolutes,
+    of_all_columns,
     without_epsilon,
     root_without_epsilon,
 ]
@@ -200,3 +206,38 @@ def test_nearly_a_norm(norm: Callable[[Tensor], Tensor], reason: str) -> None:
 
     report = check_unchanged(trace(model, *tensors((4, HIDDEN), (4, HIDDEN))))
     assert reason in str(report.missed[0].reason)
+
+
+def test_rows_in_another_shape_behind_the_cast() -> None:
+    """Widened first, viewed as batches then: the norm of the same rows."""
+
+    def model(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        total = r + reduce(x)
+        h = total.float().view(2, 2, HIDDEN)
+        return w * (h * inverse_of(h)).to(x.dtype), total
+
+    check_fused(trace(model, *tensors((4, HIDDEN), (4, HIDDEN), (HIDDEN,))), 1)
+
+
+def test_columns_cut_behind_the_all_reduce() -> None:
+    """Rows that were padded in front of it, as vLLM's experts pad theirs: the cut is named, and where it belongs."""
+
+    def model(x: Tensor, r: Tensor, w: Tensor) -> Tensor:
+        h = (r + reduce(x)[:, :HIDDEN]).float()
+        return (h * inverse_of(h) * w.float()).to(x.dtype)
+
+    report = check_unchanged(trace(model, *tensors((4, HIDDEN + 16), (4, HIDDEN), (HIDDEN,))))
+    assert f"cuts rows of {HIDDEN} from the all-reduce's of {HIDDEN + 16}" in str(report.missed[0].reason)
+
+
+def test_an_index_that_nobody_reads_blames_nothing() -> None:
+    """``max(dim)`` gives two results, and a graph may keep both: no kernel has the bf16 reciprocal behind it."""
+
+    def model(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        h = reduce(x).float()
+        norm = w * (h * inverse_of(h)).to(x.dtype)
+        scale = 127.0 / norm.abs().max(dim=-1, keepdim=True).values.clamp(min=1e-5)
+        return (norm * scale).round().clamp(-128, 127).to(torch.int8), scale
+
+    report = check_fused(trace(model, *tensors((4, HIDDEN), (HIDDEN,))), 1)
+    assert "aten.reciprocal.default" in str(report.fused[0].note)

@@ -245,11 +245,11 @@ def scaled_in_fp32_before(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[T
 
 
 def bias_in_fp32(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
-    return (norm(r + (reduce(x) + w.exp().float()).to(x.dtype), w),)
+    return (norm(r + (reduce(x) + w.float().exp()).to(x.dtype), w),)
 
 
 def bias_in_fp32_before(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
-    return (norm(r + (reduce(x) + w.exp().float().to(x.dtype)), w),)
+    return (norm(r + (reduce(x) + w.float().exp().to(x.dtype)), w),)
 
 
 def bias_in_an_fp32_sum(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
@@ -348,8 +348,24 @@ def test_moved(model: Callable[..., Any], moved: Callable[..., Any], dynamic: bo
     check_same(trace(moved, *make(*shapes, (HIDDEN,))), fused, tokens=7)
 
 
+def biased_in_fp32(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    """16-bit values added in fp32 and rounded: one add in 16 bits."""
+    total = r + (reduce(x) + w.exp().float()).to(x.dtype)
+    return norm(total, w), total
+
+
+def shared_expert_in_fp32(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    total = (r.float() + (reduce(x).float() + y.float()).to(x.dtype).float()).to(x.dtype)
+    return norm(total, w), total
+
+
+def residual_in_fp32_first(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    total = (r.float() + reduce(x).float()).to(x.dtype) + y
+    return norm(total, w), total
+
+
 ADDENDS = [biased, biased_last, biased_alone, biased_by_one_element, biased_beside_fp32, biased_twice,
-           shared_expert_as_rows]  # fmt: skip
+           shared_expert_as_rows, biased_in_fp32, shared_expert_in_fp32, residual_in_fp32_first]  # fmt: skip
 
 
 @pytest.mark.parametrize("config", [STRICT, MOVING], ids=["default", "reassociate"])
@@ -369,6 +385,34 @@ def test_an_addend_in_each_dtype(dtype: torch.dtype) -> None:
     """The inner sum is rounded to the tensor's dtype, whichever it is."""
     for model in (biased, biased_last):
         check_fused(trace(model, *tensors(*[(4, HIDDEN)] * 3, (HIDDEN,), dtype=dtype)), 1)
+
+
+INEXACT_SUMS = {
+    "fp32 expert": (
+        lambda x, y, r, w: norm(r + (reduce(x) + y.float().exp()).to(x.dtype), w),
+        "it adds what is torch.float32, and the fused op takes a second tensor in torch.bfloat16",
+    ),
+    "unrounded": (
+        lambda x, y, r, w: norm((r.float() + (reduce(x).float() + y.float())).to(x.dtype), w),
+        "its sum is float32, and the fused op rounds to torch.bfloat16 between two adds",
+    ),
+    "fp16 residual": (
+        lambda x, y, r, w: norm((r.half() + reduce(x)).to(x.dtype), w),
+        "stands between it and the norm",
+    ),
+    "fp16 residual, fp32 norm": (
+        lambda x, y, r, w: norm(r.half() + reduce(x), w),
+        "is torch.float16; expected torch.bfloat16 or float32",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", INEXACT_SUMS)
+def test_a_sum_that_no_call_rounds(name: str) -> None:
+    """Contract *clear*: what the fused op would round otherwise, in so many words."""
+    model, reason = INEXACT_SUMS[name]
+    report = check_unchanged(trace(model, *tensors(*[(4, HIDDEN)] * 3, (HIDDEN,))))
+    assert reason in (report.missed[0].reason or "")
 
 
 def read_twice(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:

@@ -26,6 +26,7 @@ from arfusion_pass.graph import (
     describe,
     dtype_of,
     is_call,
+    keeps_rows,
     last_dim,
     other_operand,
     peel,
@@ -83,7 +84,7 @@ def inverses(root: fx.Node) -> Iterator[Inverse | Refused]:
 def squares(root: fx.Node) -> Iterator[tuple[fx.Node, ...]]:
     """The nodes to each square of ``root``: other lossless casts of the same value among them."""
     for user in list(root.users):
-        if is_call(user, aten.abs.default):
+        if is_call(user, aten.abs.default) or (keeps_rows(user) and source_of(user) is root):
             yield from ((user, *nodes) for nodes in squares(user))
         elif (is_call(user, aten.pow.Tensor_Scalar) and constant(user.args[1]) == 2.0) or is_call(
             user, aten.square.default

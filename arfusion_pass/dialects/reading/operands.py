@@ -117,8 +117,6 @@ def sums(value: fx.Node) -> Iterator[Sum]:
             if not same_rows(residual, add) and not bias:
                 continue
             casts = () if operand is value else (operand,)
-            if dtype_of(residual) not in (dtype_of(value), torch.float32):
-                continue
             if dtype_of(add) == dtype_of(value):
                 yield Sum(add, (*casts, add), residual, add)
             elif dtype_of(add) == torch.float32:
