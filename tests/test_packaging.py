@@ -120,7 +120,7 @@ def test_the_readme_names_what_exists() -> None:
     }
     others = {"--nproc-per-node", "--check", "--its-own", "--model", "--dist"}  # other programs'
     others |= {"--tensor-parallel-size", "--compilation-config"}  # vLLM's
-    others |= {"--enable-torch-compile", "--enable-flashinfer-allreduce-fusion"}  # SGLang's
+    others |= {"--enable-torch-compile", "--flashinfer-allreduce-fusion-backend"}  # SGLang's
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) - others <= options
 
 

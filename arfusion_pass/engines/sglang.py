@@ -11,11 +11,12 @@ SGLang makes its process groups later: :mod:`arfusion_pass.groups` asks its tabl
 Both ways SGLang loads compiled graphs from Inductor's cache alone, whose key holds our ``uuid`` (it writes a table of
 its own too, ``sglang_compile_cache.py``, and never loads by it): a run with the plug-in and one without share nothing.
 
-Without torch.compile SGLang calls FlashInfer's fused kernel from its norms (``--enable-flashinfer-allreduce-fusion``).
-:func:`replace_flashinfer`, or ``ARFUSION_SGLANG_COMM=1``, makes those calls run on our kernels.
+Without torch.compile SGLang calls FlashInfer's fused kernel from its norms, with
+``--flashinfer-allreduce-fusion-backend auto`` and in models of its choice. :func:`replace_flashinfer`, or
+``ARFUSION_SGLANG_COMM=1``, makes those calls run on our kernels.
 
-Tested with SGLang 0.5.23 on CPU: the plug-in, the pass manager, its norms, its all-reduces and its call of FlashInfer's
-API on gloo. Not tested: a whole server, and any GPU.
+Tested with SGLang 0.5.17 and 0.5.23 on CPU: the plug-in, the pass manager, its norms, its all-reduces and its call
+of FlashInfer's API on gloo. Not tested: a whole server, and any GPU.
 """
 
 from __future__ import annotations
