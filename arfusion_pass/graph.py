@@ -157,6 +157,7 @@ def _keeps_layout(node: fx.Node, value: Any) -> bool:
 _READ: dict[Any, tuple[str, ...]] = {
     aten.mean.dim: ("keepdim",),
     aten.sum.dim_IntList: ("keepdim",),
+    aten.linalg_vector_norm.default: ("ord", "dim", "keepdim"),
     aten.amax.default: ("dim", "keepdim"),
     aten.amin.default: ("dim", "keepdim"),
     aten.max.dim: ("keepdim",),

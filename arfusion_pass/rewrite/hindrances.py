@@ -347,6 +347,12 @@ def _blame(steps: list[fx.Node], norm: Norm | Refused) -> tuple[str, fx.Node | N
             f"{describe(norm.result)}, which the fused op would read unrounded"
         )
         return reason, step
+    if is_cast(step) and step is first and dtype_of(step.args[0]) == torch.float32:
+        reason = (
+            f"{describe(step)} rounds the all-reduce's float32 to {dtype_of(step)} in front of the norm "
+            f"{describe(norm.result)}; the fused op rounds to what is reduced, so reduce {dtype_of(step)}"
+        )
+        return reason, step
     return f"{describe(step)} stands between it and the norm {describe(norm.result)}", step
 
 

@@ -28,7 +28,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from arfusion_pass import ir
 from arfusion_pass.config import FusionConfig, canonical_epsilon
 from arfusion_pass.dialects import DIALECTS, Norm, Prologue, Quantised, Reduced, Refused, Scattered, norms_of
-from arfusion_pass.dialects.reading.operands import is_row, sums
+from arfusion_pass.dialects.reading.operands import is_row, sums, widens_beside
 from arfusion_pass.graph import (
     describe,
     dtype_of,
@@ -417,7 +417,7 @@ def _check_norm(reduced: Reduced, norm: Norm, config: FusionConfig) -> str | Non
     if norm.addend is not None and dtype_of(norm.addend) != dtype:
         return f"the addend {describe(norm.addend)} is {dtype_of(norm.addend)}; expected {dtype}"
     for role, node in (("residual", norm.residual), ("weight", norm.weight)):
-        if node is not None and dtype_of(node) not in (dtype, torch.float32):
+        if node is not None and dtype_of(node) not in (dtype, torch.float32) and not widens_beside(node, dtype):
             return f"the {role} {describe(node)} is {dtype_of(node)}; expected {dtype} or float32"
     if norm.weight is not None and (tensor_of(norm.weight).dim() != 1 or last_dim(norm.weight) != hidden):  # type: ignore[union-attr]
         shape = tuple(tensor_of(norm.weight).shape)  # type: ignore[union-attr]
@@ -643,7 +643,14 @@ def _raise_site(graph: fx.Graph, site: RaisedSite, index: int, origins: dict[fx.
         epsilon_tensor = _epsilon_tensor(graph, norm.epsilon, site.reduced.x, origins)
     else:
         epsilon = canonical_epsilon(norm.epsilon)
-    weight = None if norm.weight is None else origins[norm.weight]
+
+    def operand(node: fx.Node) -> fx.Node:
+        given = origins[node]
+        if widens_beside(node, dtype_of(site.reduced.x)):  # type: ignore[union-attr]
+            given = graph.call_function(torch.ops.prims.convert_element_type.default, (given, torch.float32))
+        return given
+
+    weight = None if norm.weight is None else operand(norm.weight)
     if site.prologue is not None:
         x = call(getattr(ir.op, site.prologue.op).default, *_prologue_arguments(graph, site.prologue, origins))
     else:
@@ -667,7 +674,7 @@ def _raise_site(graph: fx.Graph, site: RaisedSite, index: int, origins: dict[fx.
         hidden = last_dim(norm.operand)
         assert hidden is not None
         if norm.residual is not None:
-            residual = origins[norm.residual]
+            residual = operand(norm.residual)
             if _is_spread(norm.residual, norm.operand):  # a second bias, as a tensor of its own
                 residual = _spread_row(graph, norm.residual, residual, hidden)
                 residual = graph.call_function(torch.ops.aten.copy.default, (x, residual))

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from tests.models import Tensor, reduce
-from tests.simulate import check_fused, check_unchanged, tensors, trace
+from tests.simulate import calls, check_fused, check_unchanged, fused_copy, tensors, trace
 
 HIDDEN = 48  # no power of two: a sum over H is no mean by a mere shift
 EPS = 1e-6
@@ -241,3 +242,71 @@ def test_an_index_that_nobody_reads_blames_nothing() -> None:
 
     report = check_fused(trace(model, *tensors((4, HIDDEN), (HIDDEN,))), 1)
     assert "aten.reciprocal.default" in str(report.fused[0].note)
+
+
+def magnitude(h: Tensor) -> Tensor:
+    """``aten.linalg_vector_norm`` where nobody decomposes it, as in an exported graph."""
+    root = torch.linalg.vector_norm(h, dim=-1, keepdim=True)
+    return torch.rsqrt(root * root / h.shape[-1] + EPS)
+
+
+def magnitude_of_order_three(h: Tensor) -> Tensor:
+    root = torch.linalg.vector_norm(h, 3, dim=-1, keepdim=True)
+    return torch.rsqrt(root * root / h.shape[-1] + EPS)
+
+
+def magnitude_of_columns(h: Tensor) -> Tensor:
+    root = torch.linalg.vector_norm(h, dim=0, keepdim=True)
+    return torch.rsqrt(root * root / h.shape[-1] + EPS)
+
+
+@pytest.mark.parametrize("inverse", [magnitude, magnitude_of_order_three, magnitude_of_columns])
+def test_magnitude_as_one_op(inverse: Callable[[Tensor], Tensor]) -> None:
+    """Contract *exact*: of the second order, over a whole row."""
+
+    def model(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        total = r + reduce(x)
+        return (total.float() * inverse(total.float()) * w.float()).to(x.dtype), total
+
+    raw = make_fx(torch.func.functionalize(model), tracing_mode="fake")(
+        *tensors((HIDDEN, HIDDEN), (HIDDEN, HIDDEN), (HIDDEN,))
+    )
+    if inverse is magnitude:
+        check_fused(raw, 1, ulps=1)
+    else:
+        assert "belongs to no known RMSNorm" in str(check_unchanged(raw).missed[0].reason)
+
+
+def test_epsilon_added_in_place() -> None:
+    """torch's composite of ``F.rms_norm`` as make_fx alone leaves it: the reason is the write, not another norm."""
+    raw = make_fx(lambda x, w: F.rms_norm(reduce(x), (HIDDEN,), w, EPS), tracing_mode="fake")(
+        *tensors((4, HIDDEN), (HIDDEN,))
+    )
+    assert "(aten.add_.Scalar) adds epsilon in place" in str(check_unchanged(raw).missed[0].reason)
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+def test_operands_of_16_bits_beside_an_fp32_all_reduce(low: torch.dtype) -> None:
+    """Contract *exact*: torch widens a residual and a weight in the op itself; the fused call takes them widened."""
+
+    def model(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        total = reduce(x) + r
+        return total * inverse_of(total) * w, total
+
+    inputs = [*tensors((4, HIDDEN), dtype=torch.float32), *tensors((4, HIDDEN), (HIDDEN,), dtype=low)]
+    module = trace(model, *inputs)
+    check_fused(module, 1)
+    fused, _ = fused_copy(module)
+    assert calls(fused, torch.ops.aten.mul.Tensor, torch.ops.aten.add.Tensor) == 0
+
+
+def test_an_fp32_all_reduce_that_is_rounded() -> None:
+    """Contract *clear*: the rounding in front of the norm is named, and what would go without."""
+
+    def model(x: Tensor, r: Tensor, w: Tensor) -> Tensor:
+        h = (r + reduce(x).to(r.dtype)).float()
+        return (h * inverse_of(h) * w.float()).to(r.dtype)
+
+    inputs = [*tensors((4, HIDDEN), dtype=torch.float32), *tensors((4, HIDDEN), (HIDDEN,))]
+    reason = str(check_unchanged(trace(model, *inputs)).missed[0].reason)
+    assert "rounds the all-reduce's float32 to torch.bfloat16 in front of the norm" in reason

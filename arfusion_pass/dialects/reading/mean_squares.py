@@ -114,6 +114,7 @@ def _statistics(root: fx.Node) -> Iterator[Statistic | Refused]:
                 yield first
             elif first is not None:
                 stack.append(first)
+    stack += [magnitude for user in list(root.users) if (magnitude := _magnitude(user, root)) is not None]
     while stack:
         current = stack.pop()
         yield current
@@ -139,6 +140,17 @@ def _reduced(node: fx.Node, nodes: tuple[fx.Node, ...]) -> Statistic | Refused |
             else None
         )
     return Statistic(node, 1.0 if is_mean else last_dim(nodes[-1]) or math.nan, 1.0, (*nodes, node))
+
+
+def _magnitude(node: fx.Node, root: fx.Node) -> Statistic | None:
+    """The root of the sum of a row's squares as one op, in graphs without Inductor's decompositions."""
+    if not is_call(node, aten.linalg_vector_norm.default) or dtype_of(node) != dtype_of(root):
+        return None
+    tensor, dims = tensor_of(root), argument(node, "dim")
+    if constant(argument(node, "ord", 2)) != 2.0 or tensor is None or dims is None:
+        return None
+    whole = [dim % tensor.dim() for dim in dims] == [tensor.dim() - 1]
+    return Statistic(node, last_dim(root) or math.nan, 0.5, (node,)) if whole else None
 
 
 def _step(current: Statistic, user: fx.Node) -> Statistic | None:
@@ -171,6 +183,13 @@ def _inverses(mean: Statistic, root: fx.Node) -> Iterator[Inverse | Refused]:
     if mean.power == 0.5:
         for inverse, nodes, flag in _reciprocals(mean.node):
             yield from _in_rows(Inverse(inverse, 0.0, flag, (*mean.nodes, *nodes)), root)
+    for plus in users_of(mean.node, aten.add_.Tensor, aten.add_.Scalar):
+        if next(_roots(plus), None) is not None:
+            yield Refused(
+                f"{describe(plus)} adds epsilon in place, as a composite op was traced: functionalise the graph as AOT "
+                "autograd does, or decompose aten.rms_norm before",
+                plus,
+            )
     for plus in users_of(mean.node, aten.add.Tensor, aten.add.Scalar):
         other = other_operand(plus, mean.node)
         if argument(plus, "alpha", 1) != 1:

@@ -174,7 +174,12 @@ def weight_of(node: Any, hidden: int | None, dtype: torch.dtype | None) -> Weigh
     base = _vector(peel(node))
     if dtype_of(base) in (dtype, torch.float32) and last_dim(base) == hidden:
         return Weight(base, wide=node if base is not node else None)
-    return Weight(node) if dtype_of(node) == torch.float32 else None
+    return Weight(node) if dtype_of(node) == torch.float32 or widens_beside(node, dtype) else None
+
+
+def widens_beside(node: Any, dtype: torch.dtype | None) -> bool:
+    """Whether an operand of 16 bits meets fp32 rows: torch widens it in the op itself, and loses nothing."""
+    return dtype == torch.float32 and dtype_of(node) in (torch.bfloat16, torch.float16)
 
 
 def _vector(node: Any) -> Any:
