@@ -551,6 +551,13 @@ def constant(node: Any, finite: bool = True, operation: fx.Node | None = None) -
     return value if value is not None and (abs(value) <= FP32_MAX or not finite) else None
 
 
+def multiplies_instead(node: fx.Node) -> bool:
+    """Whether eager torch divides this node's tensor by a Python number by multiplying with its reciprocal: everywhere
+    but on a CPU."""
+    tensor = tensor_of(node)
+    return tensor is not None and tensor.device.type != "cpu"
+
+
 def _as_dtype(value: Any, dtype: torch.dtype | None) -> float | None:
     """A number as an element of ``dtype``."""
     if not isinstance(value, (int, float)) or dtype is None or dtype.is_complex:

@@ -13,7 +13,9 @@ What the ops compute, read in vLLM's sources; ``T`` is the dtype of ``x``:
     returned rounded to ``T``; ``(x * rsqrt).to(weight.dtype) * weight`` rounds before a weight in ``T``
     (``ROUND_BEFORE_WEIGHT``) and not before an fp32 one, such as Gemma's ``weight.float() + 1``; without a weight
     there is one rounding.
-    ``static_quant_fp8``: ``x.float() * (1 / scale)``, clamped, with a scale of one element.
+    ``static_quant_fp8``: ``x.float() * (1 / scale)``, clamped, with a scale of one element. ``dynamic_quant_fp8`` per
+    token: the same with ``scale = max(amax / 448, 1 / (448 * 512))``. ``dynamic_group_quant_fp8``: that scale for each
+    group, ``x / scale``; with ``use_ue8m0`` the bound, no power of two, comes after the rounding, which no kernel has.
     These are the ops' own (native) semantics. vLLM may lower an op to a kernel that rounds elsewhere.
 ``_C::rms_norm``, ``_C::fused_add_rms_norm``
     The sum is rounded to ``T`` and the norm reads that. ``Tensor? weight`` in the schema: ``T(x * rsqrt * weight)``
@@ -32,6 +34,7 @@ Quantisers
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -48,17 +51,19 @@ from arfusion_pass.dialects.reading.custom_ops import (
 from arfusion_pass.dialects.reading.custom_quantisers import (
     FP8_MIN_SCALE,
     INT8_MIN_SCALE,
+    TOKEN_FP8,
     fp8_range,
     group_fp8,
     group_layout,
     mxfp8_spec,
+    no_whole_groups,
     nvfp4_spec,
     static_fp8,
     token_fp8,
 )
-from arfusion_pass.dialects.reading.op_calls import OpCall
-from arfusion_pass.graph import describe, last_dim
-from arfusion_pass.ops.spec import Apply, Bound, Flags, QuantFormat, QuantSpec, ScaleLayout, ScaleRound
+from arfusion_pass.dialects.reading.op_calls import OpCall, Operand, same
+from arfusion_pass.graph import describe, last_dim, multiplies_instead
+from arfusion_pass.ops.spec import Apply, Bound, Flags, QuantFormat, QuantSpec, ScaleLayout, ScaleRound, ScaleRule
 
 
 def _ir_flags(call: OpCall, x: torch.dtype, weight: torch.dtype | None, add: bool) -> Flags:
@@ -116,23 +121,75 @@ def _norm_token(call: OpCall, x: fx.Node) -> Any:
 
 
 def _norm_block(call: OpCall, x: fx.Node) -> Any:
-    group, hidden, scales = call["group_size"], last_dim(x), call.operand("scale")
-    if not isinstance(group, int) or hidden is None or scales is None or group <= 0 or hidden % group:
-        return f"{describe(call.node)} quantises groups of {group!r} in rows of {hidden}"
-    layout = group_layout(x, scales, hidden // group)
+    group, scales = call["group_size"], call.operand("scale")
+    reason = no_whole_groups(call, x, group)
+    if reason is not None or scales is None:
+        return reason or f"{describe(call.node)} has no buffer for its scales"
+    layout = group_layout(x, scales, last_dim(x) // group)  # type: ignore[operator]
     if layout is None or (layout != ScaleLayout.ROW) != bool(call["is_scale_transposed"]):
         return f"the scales of {describe(call.node)} have sizes {scales.size} and strides {scales.stride}"
     spec = QuantSpec(QuantFormat.FP8, group=group, layout=layout, bound_on=Bound.SCALE, bound=FP8_MIN_SCALE)
     return "quant_fp8_group", spec
 
 
-def _ir_static(call: OpCall, x: fx.Node) -> Any:
-    """One given scale, applied by its reciprocal in fp32."""
+def _ir_misfit(call: OpCall) -> str | None:
     if call["fp8_dtype"] != torch.float8_e4m3fn:
         return f"{describe(call.node)} quantises to {call['fp8_dtype']}; float8_e4m3fn is fused"
     if call["num_token_padding"] is not None:
         return f"{describe(call.node)} pads its rows (num_token_padding)"
-    return static_fp8(call, x)
+    return None
+
+
+def _ir_static(call: OpCall, x: fx.Node) -> Any:
+    """One given scale, applied by its reciprocal in fp32."""
+    return _ir_misfit(call) or static_fp8(call, x)
+
+
+def _ir_dynamic(call: OpCall, x: fx.Node) -> Any:
+    """One scale a token, ``amax / 448`` with a lower bound, applied by its reciprocal."""
+    if not call["per_token"]:
+        return f"{describe(call.node)} makes one scale of all tokens; one scale a token or a group is fused"
+    spec = dataclasses.replace(TOKEN_FP8, scale_rule=_over_limit(x), apply=Apply.RECIPROCAL)
+    return _ir_misfit(call) or _no_upper_bound(call) or ("quant_fp8_token", spec)
+
+
+def _ir_group(call: OpCall, x: fx.Node) -> Any:
+    """Groups along a row, ``amax / 448`` with a lower bound; the scales' layout is the result's."""
+    shape, scales = call["group_shape"], call.result(1)
+    column, alignment = call["column_major"], call["scale_alignment"] or 1
+    if call["use_ue8m0"]:
+        return (
+            f"{describe(call.node)} bounds its scales by 1 / (448 * 512), which is no power of two, after it rounded "
+            "them up to one; a bound before that is fused"
+        )
+    if not isinstance(shape, (list, tuple)) or len(shape) != 2 or shape[0] != 1:
+        return f"{describe(call.node)} quantises groups of {shape}; groups within a row are fused"
+    reason = _ir_misfit(call) or no_whole_groups(call, x, shape[1])
+    if reason is not None:
+        return reason
+    layout = ScaleLayout.ROW if scales is None else group_layout(x, scales, last_dim(x) // shape[1])  # type: ignore[operator]
+    if scales is not None and (layout is None or not _aligned(scales, alignment if column else 1)):
+        return f"the scales of {describe(call.node)} have strides {scales.stride}, and are to be aligned to {alignment}"
+    spec = QuantSpec(
+        QuantFormat.FP8,
+        group=shape[1],
+        layout=layout or ScaleLayout.ROW,
+        bound_on=Bound.SCALE,
+        bound=FP8_MIN_SCALE,
+        scale_rule=_over_limit(x),
+    )
+    return "quant_fp8_group", spec
+
+
+def _aligned(scales: Operand, alignment: int) -> bool:
+    """Whether columns of scales begin at multiples of ``alignment``: asked for of the kernel that an op is lowered to,
+    and not always a fact of the op's own value in the graph."""
+    return alignment == 1 or same(scales.stride[-1] % alignment, 0)
+
+
+def _over_limit(x: fx.Node) -> ScaleRule:
+    """How ``amax / 448.0`` is computed where ``x`` lies."""
+    return ScaleRule.MULTIPLY if multiplies_instead(x) else ScaleRule.DIVIDE
 
 
 def _group(call: OpCall, x: fx.Node) -> Any:
@@ -211,6 +268,8 @@ NORMS = {
 
 QUANTISERS = {
     "vllm_ir::static_quant_fp8": QuantOp("x", 0, _ir_static, scale="scale"),
+    "vllm_ir::dynamic_quant_fp8": QuantOp("x", 0, _ir_dynamic, scales=1),
+    "vllm_ir::dynamic_group_quant_fp8": QuantOp("x", 0, _ir_group, scales=1),
     "_C::static_scaled_fp8_quant": QuantOp("input", "result", static_fp8, scale="scale"),
     "_C::dynamic_per_token_scaled_fp8_quant": QuantOp("input", "result", _token, scales="scale"),
     "_C::per_token_group_fp8_quant": QuantOp("input", "output_q", _group, scales="output_s"),

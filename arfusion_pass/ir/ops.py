@@ -106,8 +106,7 @@ def _rms_norm(
     flags: int,
     epsilon_tensor: torch.Tensor | None,
 ) -> torch.Tensor:
-    given = epsilon if epsilon_tensor is None else epsilon_tensor
-    return reference.rms_norm(x.float(), weight, given, weight_bias, flags, x.dtype).to(dtype)
+    return reference.rms_norm(x.float(), weight, epsilon, weight_bias, flags, x.dtype, epsilon_tensor).to(dtype)
 
 
 def _fused_add_rms_norm(
@@ -124,8 +123,7 @@ def _fused_add_rms_norm(
 ) -> Pair:
     total = reference.fused_add(x, residual, addend, flags)
     value = total if flags & Flags.UNROUNDED_SUM else total.to(x.dtype).float()
-    given = epsilon if epsilon_tensor is None else epsilon_tensor
-    norm = reference.rms_norm(value, weight, given, weight_bias, flags, x.dtype)
+    norm = reference.rms_norm(value, weight, epsilon, weight_bias, flags, x.dtype, epsilon_tensor)
     return norm.to(dtype), total.to(residual_dtype)
 
 

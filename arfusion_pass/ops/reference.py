@@ -126,10 +126,11 @@ def fused_add(
 def rms_norm(
     value: torch.Tensor,
     weight: torch.Tensor | None,
-    epsilon: float | torch.Tensor,
+    epsilon: float,
     weight_bias: float,
     flags: int,
     dtype: torch.dtype,
+    epsilon_tensor: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """RMSNorm over the last dimension; the result in fp32, for the caller to round once::
 
@@ -146,13 +147,14 @@ def rms_norm(
     Args:
         value: fp32 ``[..., H]``.
         weight: ``[H]`` in ``dtype`` or fp32, or None.
-        epsilon: a number, or a tensor of one element; read as fp32.
+        epsilon: a number.
         weight_bias: added to the weight in fp32 (Gemma: 1).
         flags: :class:`~arfusion_pass.ops.spec.Flags`.
         dtype: ``T``.
+        epsilon_tensor: one element, read as fp32 in place of ``epsilon`` where it is given.
     """
     variance = value.pow(2).mean(-1, keepdim=True)
-    variance = variance + (epsilon.float().view(()) if isinstance(epsilon, torch.Tensor) else epsilon)
+    variance = variance + (epsilon if epsilon_tensor is None else epsilon_tensor.float().view(()))
     if flags & Flags.DIVIDE_BY_ROOT:
         normalised = value / torch.sqrt(variance)
     elif flags & Flags.RECIPROCAL_ROOT:
@@ -195,7 +197,8 @@ def epilogue(
     weight: torch.Tensor | None,
     scale: torch.Tensor | None,
     *,
-    epsilon: float | torch.Tensor = 1e-6,
+    epsilon: float = 1e-6,
+    epsilon_tensor: torch.Tensor | None = None,
     weight_bias: float = 0.0,
     flags: int = 0,
     spec: QuantSpec = NO_QUANT,
@@ -216,7 +219,7 @@ def epilogue(
     if not with_norm:
         return EpilogueResult(reduced, total)
     value = total if flags & Flags.UNROUNDED_SUM else total.to(dtype).float()
-    norm = rms_norm(value, weight, epsilon, weight_bias, flags, dtype)
+    norm = rms_norm(value, weight, epsilon, weight_bias, flags, dtype, epsilon_tensor)
     if spec.format == QuantFormat.NONE:
         return EpilogueResult(reduced, total, norm)
     codes, scales = quantise(norm, spec, scale, scale_value, dtype)

@@ -255,5 +255,12 @@ class QuantSpec:
         return spec
 
 
+def group_fits(group: int, itemsize: int) -> bool:
+    """Whether the kernels have FP8 groups of this many elements of ``itemsize`` bytes: a power of two of whole 16-byte
+    vectors, at most a warp's (``group_fits`` in ``kernels/plan.cu``)."""
+    lanes, rest = divmod(group * itemsize, 16)
+    return rest == 0 and 1 <= lanes <= 32 and lanes & (lanes - 1) == 0
+
+
 NO_QUANT = QuantSpec()
 """No quantiser; packs to 0."""

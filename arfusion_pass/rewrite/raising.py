@@ -45,7 +45,7 @@ from arfusion_pass.graph import (
     without_views,
 )
 from arfusion_pass.ops.layouts import token_count
-from arfusion_pass.ops.spec import Flags
+from arfusion_pass.ops.spec import Flags, group_fits
 from arfusion_pass.rewrite.gathering import Gathering, gathering
 from arfusion_pass.rewrite.hindrances import Hindrance, Reductions, following, sum_before, why_no_norm
 from arfusion_pass.rewrite.output_views import codes_layout, scale_layout
@@ -517,7 +517,8 @@ def _find_quantiser(site: RaisedSite) -> None:
     if site.quant is not None:
         return  # gathered behind a reduce-scatter
     if site.norm.norm is None:
-        site.quant = site.norm.quant
+        assert site.norm.quant is not None
+        site.quant, site.reason = site.norm.quant, _unfit(site.norm.quant, site)
         return
     dtype = dtype_of(site.reduced.x)
     alike: dict[Hashable, list[tuple[Quantised, str]]] = {}
@@ -555,6 +556,8 @@ def _unfit(quant: Quantised, site: RaisedSite) -> str | None:
     dtype = dtype_of(site.reduced.x)  # type: ignore[union-attr]
     if quant.dtype not in (None, dtype):
         return f"{describe(quant.codes)} rounds to {quant.dtype}, the reduced is {dtype}"
+    if quant.spec.group > 0 and not group_fits(quant.spec.group, dtype.itemsize):  # type: ignore[union-attr]
+        return f"{describe(quant.codes)} quantises groups of {quant.spec.group}, a size that no kernel has for {dtype}"
     if quant.scale is not None and (cause := _computed_from(quant.scale, site)) is not None:
         return (
             f"the scale {describe(quant.scale)} is computed from {describe(cause)}, which the fused call would produce"

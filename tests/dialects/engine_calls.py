@@ -149,6 +149,18 @@ def ir_static(x: Tensor, scale: Tensor) -> list[Tensor]:
     return [torch.ops.vllm_ir.static_quant_fp8(x, scale, FP8)]
 
 
+def ir_token(x: Tensor, scale: Tensor) -> list[Tensor]:
+    return list(torch.ops.vllm_ir.dynamic_quant_fp8(x, True, FP8))
+
+
+def ir_group(x: Tensor, scale: Tensor) -> list[Tensor]:
+    return list(torch.ops.vllm_ir.dynamic_group_quant_fp8(x, [1, 64], False, False, FP8))
+
+
+def ir_group_column(x: Tensor, scale: Tensor) -> list[Tensor]:
+    return list(torch.ops.vllm_ir.dynamic_group_quant_fp8(x, [1, 64], True, False, FP8))
+
+
 def c_token(x: Tensor, scale: Tensor) -> list[Tensor]:
     codes, scales = torch.empty_like(x, dtype=FP8), _scales(x, x.shape[0], 1)
     torch.ops._C.dynamic_per_token_scaled_fp8_quant(codes, x, scales, None)
@@ -273,7 +285,8 @@ def trt_mxfp8(x: Tensor, scale: Tensor) -> list[Tensor]:
 QUANTISERS: dict[str, Callable[[Tensor, Tensor], list[Tensor]]] = {
     each.__name__: each
     for each in (
-        *(ir_static, c_static, c_token, c_group, c_group_column, c_group_ue8m0, c_packed),
+        *(ir_static, ir_token, ir_group, ir_group_column),
+        *(c_static, c_token, c_group, c_group_column, c_group_ue8m0, c_packed),
         *(c_nvfp4, c_nvfp4_out, c_mxfp8, c_mxfp8_linear),
         *(sgl_group_v2, sgl_group_v3, sgl_group_packed, sgl_nvfp4, sgl_mxfp8),
         *(sgl_static, sgl_token, sgl_group, fi_nvfp4, fi_mxfp8, trt_static, trt_nvfp4, trt_mxfp8),

@@ -102,6 +102,25 @@ def _ir_static_quant_fp8(x, scale, fp8_dtype, num_token_padding=None):  # type: 
     return torch.nn.functional.pad(codes.view(torch.uint8), (0, 0, 0, rows)).view(fp8_dtype)
 
 
+def _ir_dynamic_quant_fp8(x, per_token, fp8_dtype, scale_ub=None, num_token_padding=None):  # type: ignore[no-untyped-def]
+    amax = x.abs().amax(-1, keepdim=True) if per_token else x.abs().amax().reshape(1)
+    scale = divide(amax.float(), FP8_MAX).clamp(min=1 / (FP8_MAX * 512))
+    return _ir_static_quant_fp8(x, scale, fp8_dtype, num_token_padding), scale
+
+
+def _ir_dynamic_group_quant_fp8(  # type: ignore[no-untyped-def]
+    x, group_shape, column_major, use_ue8m0, fp8_dtype, scale_alignment=1
+):
+    grouped = groups(x, group_shape[-1])
+    scale = divide(grouped.abs().amax(-1), FP8_MAX)
+    if use_ue8m0:
+        scale = torch.exp2(torch.ceil(torch.log2(scale)))
+    scale = scale.clamp(min=1 / (FP8_MAX * 512))
+    codes = to_fp8(grouped / scale.unsqueeze(-1)).reshape(x.shape)
+    scale = scale.reshape(*x.shape[:-1], -1)
+    return codes, scale.mT.contiguous().mT if column_major else scale
+
+
 def _c_rms_norm(result, input, weight, epsilon):  # type: ignore[no-untyped-def]
     y = rms(input, epsilon)
     result.copy_(y if weight is None else y * weight.float())
@@ -259,6 +278,11 @@ def _nvfp4_out(input, input_scale, is_sf_swizzled_layout, *, output, output_scal
     output_scale.copy_(scales)
 
 
+def _fake_ir_group(x, group_shape, column_major, use_ue8m0, fp8_dtype, scale_alignment=1):  # type: ignore[no-untyped-def]
+    scales = x.new_empty(*x.shape[:-1], x.shape[-1] // group_shape[-1], dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=fp8_dtype), scales.mT.contiguous().mT if column_major else scales
+
+
 def register_vllm(optional_weight: bool = True) -> None:
     """vLLM 0.32's ops; ``optional_weight=False`` gives ``_C``'s norms the schema of vLLM 0.19 and before."""
     weight = "Tensor? weight" if optional_weight else "Tensor weight"
@@ -299,6 +323,23 @@ def register_vllm(optional_weight: bool = True) -> None:
         lambda x, scale, fp8_dtype, num_token_padding=None: x.new_empty(
             max(num_token_padding or 0, x.shape[0]), *x.shape[1:], dtype=fp8_dtype
         ),
+    )
+    define(
+        "vllm_ir::dynamic_quant_fp8",
+        "(Tensor x, bool per_token, ScalarType fp8_dtype, Tensor? scale_ub=None, SymInt? num_token_padding=None)"
+        " -> (Tensor, Tensor)",
+        _ir_dynamic_quant_fp8,
+        lambda x, per_token, fp8_dtype, scale_ub=None, num_token_padding=None: (
+            x.new_empty(max(num_token_padding or 0, x.shape[0]), *x.shape[1:], dtype=fp8_dtype),
+            x.new_empty((*x.shape[:-1], 1) if per_token else (1,), dtype=torch.float32),
+        ),
+    )
+    define(
+        "vllm_ir::dynamic_group_quant_fp8",
+        "(Tensor x, SymInt[] group_shape, bool column_major, bool use_ue8m0, ScalarType fp8_dtype,"
+        " SymInt scale_alignment=1) -> (Tensor, Tensor)",
+        _ir_dynamic_group_quant_fp8,
+        _fake_ir_group,
     )
     define("_C::rms_norm", f"(Tensor! result, Tensor input, {weight}, float epsilon) -> ()", _c_rms_norm)
     define(

@@ -15,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import arfusion_pass as arf
 from arfusion_pass.ops.spec import Apply, QuantSpec, ScaleRule
 from tests import quant_cases as q
+from tests.dialects import engine_ops
 from tests.simulate import STRICT
 
 pytestmark = pytest.mark.usefixtures("world")
@@ -44,6 +45,23 @@ def test_division_by_a_number(quantiser: Callable[..., Any]) -> None:
     """``amax / 448.0`` multiplies by fp32(1 / 448) in eager CUDA, and divides on CPU."""
     assert spec_of(fused_call(q.site(quantiser), "cuda")).scale_rule == ScaleRule.MULTIPLY
     assert spec_of(fused_call(q.site(quantiser), "cpu")).scale_rule == ScaleRule.DIVIDE
+
+
+def test_ir_ops_divide_as_their_native_form() -> None:
+    """vLLM's dynamic IR ops are torch code: what they divide by 448 is multiplied on CUDA, as that code would be."""
+    engine_ops.register_vllm()
+
+    def token(h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        codes, scales = torch.ops.vllm_ir.dynamic_quant_fp8(h, True, q.FP8)
+        return codes, scales
+
+    def group(h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        codes, scales = torch.ops.vllm_ir.dynamic_group_quant_fp8(h, [1, 64], False, False, q.FP8)
+        return codes, scales
+
+    for quantiser in (token, group):
+        assert spec_of(fused_call(q.site(quantiser), "cuda")).scale_rule == ScaleRule.MULTIPLY
+        assert spec_of(fused_call(q.site(quantiser), "cpu")).scale_rule == ScaleRule.DIVIDE
 
 
 def test_zero_dim_scale() -> None:

@@ -8,11 +8,13 @@ import torch
 
 from tests import quant_cases as q
 from tests import random_sites as rs
+from tests.dialects import engine_ops
 from tests.models import Tensor, reduce
 from tests.simulate import fused_copy, run, trace
 
 ROWS = 12
-NAMES = (*rs.STATIC, *rs.DYNAMIC, *rs.UNSOUND_QUANTISERS, "int8_subnormal", "group_pow2_pow")
+IR = ("ir_static", "ir_token", "ir_group", "ir_group_column")
+NAMES = (*rs.STATIC, *rs.DYNAMIC, *rs.UNSOUND_QUANTISERS, "int8_subnormal", "group_pow2_pow", *IR)
 WEIGHTS = {"plain": 1.0, "small": 1e-36, "smaller": 3e-40, "NaN": float("nan"), "infinite": float("inf"), "large": 3e38}
 
 pytestmark = pytest.mark.usefixtures("world")
@@ -39,6 +41,8 @@ def special_weight(kind: str, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("name", NAMES)
 def test_special_values(name: str, dtype: torch.dtype) -> None:
     rows = special_rows(dtype)
+    if name in IR:
+        engine_ops.register_vllm()
 
     def model(x: Tensor, w: Tensor) -> list[Tensor]:
         wide = reduce(x).float()

@@ -78,6 +78,28 @@ def with_scale() -> tuple[torch.Tensor, ...]:
     return (*standard(), torch.tensor([0.02]))
 
 
+def tiny() -> tuple[torch.Tensor, ...]:
+    """A norm of rows so small that each scale is its lower bound."""
+    x, r, w = standard()
+    return x, r, w * 2.0**-14
+
+
+def wide() -> tuple[torch.Tensor, ...]:
+    """Rows of four groups of 96."""
+    return tuple(torch.cat([each, each[..., :128]], -1).contiguous() for each in standard())
+
+
+def f_group_odd(x, r, w):  # type: ignore[no-untyped-def]
+    norm, total = ir_add(reduce(x), r, w)
+    return *per_group(norm, 96), total
+
+
+def f_norm_block_odd(x, r, w):  # type: ignore[no-untyped-def]
+    result, scale = torch.empty_like(x, dtype=fp8), torch.empty(x.shape[0], 4)
+    torch.ops._C.rms_norm_per_block_quant(result, reduce(x), w, scale, EPSILON, None, None, 96, False)
+    return result, scale
+
+
 def f_ir_plain(x, r, w):  # type: ignore[no-untyped-def]
     return torch.ops.vllm_ir.rms_norm(reduce(x), w, EPSILON)
 
@@ -236,6 +258,27 @@ def f_ir_static_padded(x, r, w, s):  # type: ignore[no-untyped-def]
     return torch.ops.vllm_ir.static_quant_fp8(norm, s, fp8, 17), total
 
 
+def _ir_dynamic(*arguments, group=False, dead=False):  # type: ignore[no-untyped-def]
+    """One of vLLM's dynamic IR quantisers behind its IR norm."""
+
+    def f(x, r, w):  # type: ignore[no-untyped-def]
+        norm, total = ir_add(reduce(x), r, w)
+        op = torch.ops.vllm_ir.dynamic_group_quant_fp8 if group else torch.ops.vllm_ir.dynamic_quant_fp8
+        outputs = op(norm, *arguments)
+        return *(outputs[:1] if dead else outputs), total
+
+    return f
+
+
+def _ir_group(size=128, column=False, ue8m0=False, alignment=1, dead=False):  # type: ignore[no-untyped-def]
+    return _ir_dynamic([1, size], column, ue8m0, fp8, alignment, group=True, dead=dead)
+
+
+def f_ir_token_bounded(x, r, w):  # type: ignore[no-untyped-def]
+    norm, total = ir_add(reduce(x), r, w)
+    return *torch.ops.vllm_ir.dynamic_quant_fp8(norm, True, fp8, norm.new_ones(1, dtype=torch.float32)), total
+
+
 def f_per_channel(x, r, w):  # type: ignore[no-untyped-def]
     norm, total = ir_add(reduce(x), r, w)
     return static(norm, norm.new_ones(HIDDEN, dtype=torch.float32), [-1, 1]), total
@@ -388,6 +431,23 @@ QUANT_CASES = {
     "ir_static": Case(f_ir_static, with_scale, (ADD + "StaticQuantFP8",)),
     "ir_static_dynamic": Case(f_ir_static, with_scale, (ADD + "StaticQuantFP8",), dynamic=True),
     "ir_static_padded": Case(f_ir_static_padded, with_scale, (ADD,), note="pads its rows"),
+    "ir_token": Case(_ir_dynamic(True, fp8), standard, (ADD + "TokenQuantFP8",)),
+    "ir_token_tiny": Case(_ir_dynamic(True, fp8), tiny, (ADD + "TokenQuantFP8",)),
+    "ir_token_bounded": Case(f_ir_token_bounded, standard, (ADD,), note="bounds its scales from above"),
+    "ir_token_padded": Case(_ir_dynamic(True, fp8, None, 17), standard, (ADD,), note="pads its rows"),
+    "ir_tensor": Case(_ir_dynamic(False, fp8), standard, (ADD,), note="makes one scale of all tokens"),
+    "ir_group": Case(_ir_group(), standard, (ADD + "GroupQuantFP8",), dynamic=True),
+    "ir_group_tiny": Case(_ir_group(64), tiny, (ADD + "GroupQuantFP8",)),
+    "ir_group_column": Case(_ir_group(64, column=True), standard, (ADD + "GroupQuantFP8",), dynamic=True),
+    "ir_group_dead_scales": Case(_ir_group(32, dead=True), standard, (ADD + "GroupQuantFP8",)),
+    "ir_group_aligned": Case(_ir_group(column=True, alignment=4), standard, (ADD,), note="to be aligned to 4"),
+    "ir_group_aligned_rows": Case(_ir_group(alignment=4), standard, (ADD + "GroupQuantFP8",)),
+    "ir_group_ue8m0": Case(_ir_group(ue8m0=True), standard, (ADD,), note="which is no power of two, after"),
+    "ir_group_of_two_rows": Case(
+        _ir_dynamic([2, 128], False, False, fp8, group=True), standard, (ADD,), note="groups within a row"
+    ),
+    "group_of_a_size_without_kernel": Case(f_group_odd, wide, (ADD,), note="a size that no kernel has"),
+    "norm_block_of_a_size_without_kernel": Case(f_norm_block_odd, wide, missed=("a size that no kernel has",)),
     "per_channel": Case(f_per_channel, standard, (ADD,), note="no scale of one element"),
     "token": Case(f_token, standard, (ADD + "TokenQuantFP8",)),
     "group_row": Case(f_group_row, standard, (ADD + "GroupQuantFP8",)),

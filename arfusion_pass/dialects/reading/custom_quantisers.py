@@ -64,12 +64,12 @@ def group_fp8(
     scale_rule: ScaleRule = ScaleRule.DIVIDE,
 ) -> Any:
     """Groups along a row; the layout is read off the scales' buffer."""
-    hidden, eps = last_dim(x), constant(eps)
-    if not isinstance(group, int) or group <= 0 or hidden is None or hidden % group:
-        return f"{describe(call.node)} quantises groups of {group!r} in rows of {hidden}"
+    eps = constant(eps)
+    if (reason := no_whole_groups(call, x, group)) is not None:
+        return reason
     if eps is None or scales is None:
         return f"{describe(call.node)} has no constant lower bound, or no buffer for its scales"
-    layout = group_layout(x, scales, hidden // group)
+    layout = group_layout(x, scales, last_dim(x) // group)  # type: ignore[operator]
     if layout is None:
         return (
             f"the scales of {describe(call.node)} have sizes {scales.size} and strides {scales.stride}; row-major, "
@@ -89,6 +89,14 @@ def group_fp8(
         scale_round=scale_round,
     )
     return "quant_fp8_group", spec
+
+
+def no_whole_groups(call: OpCall, x: fx.Node, group: Any) -> str | None:
+    """A reason where rows are no whole groups."""
+    hidden = last_dim(x)
+    if isinstance(group, int) and group > 0 and hidden is not None and hidden % group == 0:
+        return None
+    return f"{describe(call.node)} quantises groups of {group!r} in rows of {hidden}"
 
 
 def group_layout(x: fx.Node, scales: Operand, groups: int) -> ScaleLayout | None:

@@ -152,10 +152,7 @@ class OpCall:
         value = None if name is None else self._arguments.get(name)
         if isinstance(value, Operand):
             return value
-        tensor = tensor_of(value)
-        if not isinstance(value, fx.Node) or tensor is None:
-            return None
-        return Operand(value, tuple(tensor.shape), tuple(tensor.stride()))
+        return _whole(value)
 
     def reads(self, name: str | None, node: fx.Node) -> bool:
         """Whether argument ``name`` is ``node``, all its rows in order."""
@@ -183,6 +180,10 @@ class OpCall:
             return self._without_padding(which, items[0]) if len(items) == 1 else None
         items = self._items.get(index, [])
         return items[0] if len(items) == 1 else None
+
+    def result(self, index: int) -> Operand | None:
+        """A tensor that the op returns, with its sizes and strides; None where nobody reads it."""
+        return _whole(self.output(index))
 
     def stranger(self) -> str | None:
         """A reason against a call that was read: an argument that nobody asked for and that is not at its default, so
@@ -245,6 +246,14 @@ class OpCall:
             elif parameter.has_default_value():
                 arguments[name] = parameter.default_value
         return arguments
+
+
+def _whole(node: Any) -> Operand | None:
+    """A node's tensor as it is, or None where it is none."""
+    tensor = tensor_of(node)
+    if not isinstance(node, fx.Node) or tensor is None:
+        return None
+    return Operand(node, tuple(tensor.shape), tuple(tensor.stride()))
 
 
 def _base_operand(node: fx.Node, name: str) -> Operand | None:

@@ -26,6 +26,7 @@ from arfusion_pass.graph import (
     is_pure,
     is_written,
     last_dim,
+    multiplies_instead,
     peel,
     same_shape,
     tensor_of,
@@ -162,7 +163,8 @@ def _divide(node: fx.Node, states: States) -> State | None:
         limit = constant(b)
         if state.kind != Kind.AMAX or divisor is not None or limit not in (FP8_MAX, INT8_MAX):
             return None
-        rule = ScaleRule.MULTIPLY if _multiplies_instead(node, b) else ScaleRule.DIVIDE
+        multiplies = not isinstance(b, fx.Node) and multiplies_instead(node)
+        rule = ScaleRule.MULTIPLY if multiplies else ScaleRule.DIVIDE
         return _scale(state, limit, rule, low)
     if not isinstance(state, Rows) or state.absolute:
         return None
@@ -171,19 +173,13 @@ def _divide(node: fx.Node, states: States) -> State | None:
     if divisor is not None:
         return None
     number = constant(b) if not isinstance(b, fx.Node) else None
-    if number is not None and number != 0.0 and _multiplies_instead(node, b):
+    if number is not None and number != 0.0 and multiplies_instead(node):
         factor = single(1.0 / number)
         if factor != single(1.0 / single(number)) or abs(factor) > FP32_MAX:
             return None  # whether CUDA takes the reciprocal in fp32 or fp64 differs between dtypes and releases
         given: Given | None = Given(value=factor)
         return _apply_given(node, a, given, Apply.MULTIPLY, states)
     return _apply_given(node, a, _given(node, a, b), Apply.DIVIDE, states)
-
-
-def _multiplies_instead(node: fx.Node, divisor: Any) -> bool:
-    """Whether an eager division by a Python number is a multiplication by its reciprocal: everywhere but on CPU."""
-    tensor = tensor_of(node)
-    return not isinstance(divisor, fx.Node) and tensor is not None and tensor.device.type != "cpu"
 
 
 def _scale(amax: PerUnit, limit: float, rule: ScaleRule, low: torch.dtype | None) -> PerUnit | None:
