@@ -33,7 +33,7 @@ STATIC = ("static_div", "static_div_f32", "static_reciprocal", "static_encode", 
 DYNAMIC = ("token", "token_vllm", "token_torchao", "token_squeezed", "token_low", "token_apart", "group", "group_64",
            "group_32", "group_minus_one", "group_vllm", "group_flat", "group_as_is", "group_column", "group_tma",
            "group_pow2_log2", "int8_token", "int8_token_low", "int8_symmetric", "int8_unclamped", "token_ends",
-           "token_aminmax")  # fmt: skip
+           "token_aminmax", "token_bounded_twice", "token_bounded_more", "token_max_with_index")  # fmt: skip
 UNSOUND_QUANTISERS = ("tensor_dynamic", "token_added", "token_240", "token_upper", "group_96", "group_of_columns",
                       "group_other_scale", "int8_truncated", "group_pow2_bits", "group_pow2_mask",
                       "int8_symmetric_unbounded", "token_compressed", "token_highest", "token_lowest")  # fmt: skip

@@ -146,13 +146,16 @@ def _quantised(norm: fx.Node, node: fx.Node, states: States, hidden: int) -> Qua
 
 
 def _slice(norm: fx.Node, end: fx.Node, states: States) -> set[fx.Node]:
-    """The nodes with a state that ``end`` is computed from, ``end`` included, the norm not."""
+    """The nodes with a state that ``end`` is computed from, ``end`` included, the norm not; and the index that
+    ``max.dim`` gives besides, where nobody reads it."""
     slice_: set[fx.Node] = set()
     stack = [end]
     while stack:
         node = stack.pop()
         if node is not norm and node not in slice_:
             slice_.add(node)
+            if node.target is aten.max.dim:
+                slice_.update(item for item in node.users if not item.users)
             stack.extend(inner for inner in node.all_input_nodes if inner in states)
     return slice_
 

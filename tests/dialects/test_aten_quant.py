@@ -69,6 +69,9 @@ add("token_torchao", site(q.token_torchao), TOKEN_NAME, TOKEN | {"scale_round": 
 add("token_squeezed", site(q.token_squeezed), TOKEN_NAME, TOKEN | ON_AMAX)
 add("token_ends", site(q.token_ends), TOKEN_NAME, TOKEN | ON_AMAX)
 add("token_aminmax", site(q.token_aminmax), TOKEN_NAME, TOKEN | ON_AMAX)
+add("token_bounded_twice", site(q.token_bounded_twice), TOKEN_NAME, TOKEN | {"bound_on": AMAX, "bound": 1e-4})
+add("token_bounded_more", site(q.token_bounded_more), TOKEN_NAME, TOKEN | {"bound_on": SCALE, "bound": 1e-3})
+add("token_max_with_index", site(q.token_max_with_index), TOKEN_NAME, TOKEN | ON_SCALE | {"apply": RECIPROCAL})
 LOW_BOUND = float(torch.tensor(1e-4).bfloat16())
 LOW = {"scale_round": TENSOR, "in_dtype": True, "bound_on": AMAX, "bound": LOW_BOUND}
 add("token_low", site(q.token_low), TOKEN_NAME, TOKEN | LOW)

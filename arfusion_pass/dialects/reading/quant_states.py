@@ -107,6 +107,8 @@ class PerUnit:
             return None
         if low is not None:
             bound = narrowed(bound, low)
+        if self.kind == Kind.SCALE and self.bound_on == Bound.AMAX and low is None:
+            return self._bounded_again(bound)
         if self.bound_on != Bound.NONE or self.scale_round in (ScaleRound.POW2, ScaleRound.POW2_LOG2):
             return None
         if self.kind == Kind.AMAX:
@@ -114,6 +116,15 @@ class PerUnit:
         if self.kind == Kind.SCALE and self.keeps(bound):
             return dataclasses.replace(self, bound_on=Bound.SCALE, bound=bound)
         return None
+
+    def _bounded_again(self, bound: float) -> PerUnit | None:
+        """The larger one of a bound on ``amax``, divided as that is, and one on the scale: division keeps the order."""
+        if self.scale_round != ScaleRound.FP32 or self.rule not in (ScaleRule.DIVIDE, ScaleRule.MULTIPLY):
+            return None
+        first = single(self.bound)
+        by = single(1.0 / self.limit)
+        least = single(first / self.limit if self.rule == ScaleRule.DIVIDE else first * by)
+        return self if single(bound) <= least else dataclasses.replace(self, bound_on=Bound.SCALE, bound=bound)
 
     def keeps(self, bound: float) -> bool:
         """Whether rounding the scale to ``T``, where it is rounded, leaves ``bound`` as it is."""
