@@ -478,7 +478,8 @@ def _assign(sites: list[RaisedSite], candidates: dict[fx.Node, list[tuple[Norm, 
                 break
         else:
             owner = next(taken[node] for node in choices[0][0].nodes if node in taken)
-            known = site.hindrance is None or config.reassociate
+            hindrance = site.hindrance or next(each.hindrance for each in sites if each.node is owner)
+            known = hindrance is None or config.reassociate
             advice = "" if known else "; FusionConfig(reassociate=True) all-reduces their sum at once"
             site.culprit = choices[0][0].result
             site.reason = f"the norm behind it, {describe(site.culprit)}, is fused with {describe(owner)}{advice}"

@@ -500,7 +500,13 @@ def test_report_of_what_moved() -> None:
     assert "MergedAllReduce" in str(report) and "moved" in str(report)
 
 
-@pytest.mark.parametrize("model", [norm_of_experts, experts, experts_3d])
+def parallel_blocks(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    """Attention and MLP beside one another: the stream meets one after the other."""
+    total = r + reduce(x) + reduce(y)
+    return norm(total, w), total
+
+
+@pytest.mark.parametrize("model", [norm_of_experts, experts, experts_3d, parallel_blocks])
 def test_one_of_two_fuses_without_it(model: Callable[..., Any]) -> None:
     """A sum of two all-reduces in front of a norm: one is residual or addend of the other, and the reason names the
     setting."""
