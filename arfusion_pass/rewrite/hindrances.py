@@ -28,6 +28,7 @@ from arfusion_pass.graph import (
     is_cast,
     is_pure,
     is_written,
+    known_contiguous,
     last_dim,
     only_user,
     other_operand,
@@ -160,10 +161,43 @@ def hindrance_of(reduced: Reduced, step: fx.Node, operand: fx.Node, reductions: 
         other = reductions[without_views(other_operand(step, operand))]
         if other.group != reduced.group or dtype_of(other.x) != dtype_of(reduced.x):
             return None
-        if mergeable(step, operand, reductions):
+        if mergeable(step, operand, reductions) and _in_one(reduced, other):
             return Hindrance(kind, step, operand, (other, other_operand(step, operand)))
-        kind = Kind.ADDEND  # the other one is read elsewhere too
+        kind = Kind.ADDEND  # the other one is read elsewhere too, or one of them reduces what cannot be replaced
+    if kind in (Kind.SCALE, Kind.SUM) and not _takes_another_input(reduced):
+        return None
     return Hindrance(kind, step, operand) if kind != Kind.ADDEND or _may_join(step, reductions) else None
+
+
+def _takes_another_input(reduced: Reduced) -> bool:
+    """Whether the all-reduce is a functional op on a contiguous tensor, whose result is laid out like any other."""
+    schema = getattr(reduced.node.target, "_schema", None)
+    x = tensor_of(reduced.x)
+    functional = schema is not None and not schema.is_mutable
+    return _is_direct(reduced) and functional and x is not None and known_contiguous(x)
+
+
+def _is_direct(reduced: Reduced) -> bool:
+    """Whether the all-reduce itself reads what is reduced, and no permuted or widened form of it."""
+    return reduced.x in reduced.node.all_input_nodes
+
+
+def _in_one(a: Reduced, b: Reduced) -> bool:
+    """Whether the later one of two all-reduces could take the sum of both inputs."""
+    first, second = (a, b) if a.node < b.node else (b, a)
+    return _is_direct(first) and _takes_another_input(second)
+
+
+def merges(hindrance: Hindrance | None, reduced: Reduced, reductions: Reductions) -> bool:
+    """Whether moving a hindrance ends in one all-reduce for two: their sum is it, or stands behind what moves there."""
+    if hindrance is None or hindrance.kind != Kind.ADDEND:
+        return hindrance is not None and hindrance.kind == Kind.MERGE
+    behind = following(hindrance.step)
+    if behind is None or linear(*behind, reductions) != Kind.MERGE:
+        return False
+    other = reductions[without_views(other_operand(*behind))]
+    alike = other.group == reduced.group and dtype_of(other.x) == dtype_of(reduced.x)
+    return alike and mergeable(*behind, reductions) and _in_one(reduced, other)
 
 
 def _may_join(step: fx.Node, reductions: Reductions) -> bool:

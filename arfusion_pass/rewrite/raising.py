@@ -47,7 +47,7 @@ from arfusion_pass.graph import (
 from arfusion_pass.ops.layouts import token_count
 from arfusion_pass.ops.spec import Flags, group_fits
 from arfusion_pass.rewrite.gathering import Gathering, gathering
-from arfusion_pass.rewrite.hindrances import Hindrance, Reductions, following, sum_before, why_no_norm
+from arfusion_pass.rewrite.hindrances import Hindrance, Reductions, following, merges, sum_before, why_no_norm
 from arfusion_pass.rewrite.output_views import codes_layout, scale_layout
 from arfusion_pass.rewrite.reductions import (
     check_reduced,
@@ -214,8 +214,9 @@ def find_sites(graph: fx.Graph, config: FusionConfig) -> list[RaisedSite]:
             norms = [norm for norm, _ in candidates[site.node]]
             site.hindrance = next(filter(None, (sum_before(norm, site.reduced, reductions) for norm in norms)), None)
             if all(_adds_reduced(norm, reductions) for norm in norms):  # as well as the addend's own site
-                site.hindrance, *_ = why_no_norm(site.reduced, reductions, config.reassociate)
-    _assign(sites, candidates, config)
+                found, *_ = why_no_norm(site.reduced, reductions, config.reassociate)
+                site.hindrance = found if merges(found, site.reduced, reductions) else site.hindrance
+    _assign(sites, candidates, reductions, config)
     for site in sites:
         if site.reason is None and site.scatters:
             _gather(site, config)
@@ -463,7 +464,12 @@ def _read_inside(nodes: tuple[fx.Node, ...], values: set[fx.Node | None], what: 
     return None
 
 
-def _assign(sites: list[RaisedSite], candidates: dict[fx.Node, list[tuple[Norm, str]]], config: FusionConfig) -> None:
+def _assign(
+    sites: list[RaisedSite],
+    candidates: dict[fx.Node, list[tuple[Norm, str]]],
+    reductions: Reductions,
+    config: FusionConfig,
+) -> None:
     """Give each norm to one site. A norm whose add has an all-reduce on either side is wanted by both: the site
     with fewer choices goes first, and among a site's norms the one that is read first, without an add before with."""
     taken: dict[fx.Node, fx.Node] = {}
@@ -478,9 +484,10 @@ def _assign(sites: list[RaisedSite], candidates: dict[fx.Node, list[tuple[Norm, 
                 break
         else:
             owner = next(taken[node] for node in choices[0][0].nodes if node in taken)
-            hindrance = site.hindrance or next(each.hindrance for each in sites if each.node is owner)
-            known = hindrance is None or config.reassociate
-            advice = "" if known else "; FusionConfig(reassociate=True) all-reduces their sum at once"
+            both = [site, *(each for each in waiting if each.node is owner)]
+            one = any(merges(each.hindrance, each.reduced, reductions) for each in both)  # type: ignore[arg-type]
+            advice = "; FusionConfig(reassociate=True) all-reduces their sum at once" if one else ""
+            advice = "" if config.reassociate else advice
             site.culprit = choices[0][0].result
             site.reason = f"the norm behind it, {describe(site.culprit)}, is fused with {describe(owner)}{advice}"
 

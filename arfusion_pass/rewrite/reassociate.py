@@ -154,8 +154,6 @@ class _Mover:
             return self._take_apart(reduced, hindrance.step)
         if hindrance.kind == Kind.ADDEND:
             return self._narrow(reduced, hindrance) or self._join(reduced, hindrance)
-        if not _takes_another_input(reduced):
-            return False
         if hindrance.kind == Kind.SUM:
             return self._sum(reduced, hindrance)
         if hindrance.kind == Kind.SCALE:
@@ -274,7 +272,7 @@ class _Mover:
     def _merge(self, reduced: Reduced, hindrance: Hindrance, first: Reduced) -> bool:
         """``all_reduce(a) + all_reduce(b)`` to ``all_reduce(a + b)`` in the place of the second."""
         assert hindrance.other is not None
-        if not same_shape(hindrance.operand, hindrance.step) or first.x not in first.node.all_input_nodes:
+        if not same_shape(hindrance.operand, hindrance.step):
             return False
         a = _shaped_like(self.graph, first, reduced)
         if a is None:
@@ -390,14 +388,6 @@ def _written_between(graph: fx.Graph, first: Reduced, second: fx.Node) -> bool:
             return True
         node = node.next
     return False
-
-
-def _takes_another_input(reduced: Reduced) -> bool:
-    """Whether the all-reduce is a functional op on a contiguous tensor, whose result is laid out like any other."""
-    schema = getattr(reduced.node.target, "_schema", None)
-    x = tensor_of(reduced.x)
-    direct = reduced.x in reduced.node.all_input_nodes
-    return direct and schema is not None and not schema.is_mutable and x is not None and known_contiguous(x)
 
 
 def _shaped_like(graph: fx.Graph, first: Reduced, second: Reduced) -> fx.Node | None:

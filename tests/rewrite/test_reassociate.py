@@ -518,6 +518,24 @@ def test_one_of_two_fuses_without_it(model: Callable[..., Any]) -> None:
     assert "FusionConfig(reassociate=True)" in str(missed.reason)
 
 
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda x, y, r, w: norm(r + reduce(x.t()).t() * 0.22, w),
+        lambda x, y, r, w: norm(r + reduce(x.float()).to(x.dtype) * 0.22, w),
+        lambda x, y, r, w: norm(r + (reduce(x.t()).t() + reduce(y)), w),
+        lambda x, y, r, w: norm(r + (reduce(x) + reduce(y.t()).t()), w),
+    ],
+    ids=["permuted", "widened", "permuted and another", "another and permuted"],
+)
+@pytest.mark.parametrize("config", [STRICT, MOVING], ids=["default", "reassociate"])
+def test_no_advice_that_moves_nothing(model: Callable[..., Any], config: Any) -> None:
+    """An all-reduce of a permuted or widened tensor takes no other input: nobody is told to have a step moved there."""
+    report = fused_copy(trace(model, *tensors(*[(4, HIDDEN)] * 3, (HIDDEN,))), config)[1]
+    assert report.missed and not any(site.moved for site in report.sites)
+    assert "reassociate" not in str(report)
+
+
 @pytest.mark.parametrize("model", [scaled, divided, embedding])
 def test_off_by_default(model: Callable[..., Any]) -> None:
     """Without the setting nothing moves, and the reason names it."""
