@@ -28,6 +28,7 @@ from arfusion_pass.ops.flashinfer_specs import STATIC_FP8, TOKEN_FP8, packed_gro
 from arfusion_pass.ops.library import fused_op
 from arfusion_pass.ops.spec import Flags, QuantFormat, QuantSpec, ScaleLayout
 from arfusion_pass.runtime.agreement import exchange
+from arfusion_pass.runtime.aside import aside
 
 log = logging.getLogger("arfusion_pass")
 
@@ -269,20 +270,24 @@ def _make(name: str, device: torch.device, tokens: int, hidden: int, dtype: torc
         return f"its kernels take groups of {', '.join(map(str, WORLDS))} ranks"
     group = resolve_group(name)
     made: Any = None
+
+    def create() -> Any:
+        with torch.cuda.device(device):
+            return _module().create_allreduce_fusion_workspace(
+                backend="trtllm",
+                world_size=world,
+                rank=group.rank(),
+                max_token_num=tokens,
+                hidden_dim=hidden,
+                dtype=dtype,
+                group=group,
+            )
+
     reason = _vote(name, "import", unavailable())
     if reason is None:
         mine = None
         try:
-            with torch.cuda.device(device):
-                made = _module().create_allreduce_fusion_workspace(
-                    backend="trtllm",
-                    world_size=world,
-                    rank=group.rank(),
-                    max_token_num=tokens,
-                    hidden_dim=hidden,
-                    dtype=dtype,
-                    group=group,
-                )
+            made = aside(create)
         except Exception as error:
             mine = f"its workspace could not be made: {type(error).__name__}: {error}"
         reason = _vote(name, "workspace", mine)

@@ -30,6 +30,7 @@ import torch.distributed as dist
 from arfusion_pass.groups import find_group, registered_groups, resolve_group
 from arfusion_pass.runtime import agreement, c_api, native, thresholds
 from arfusion_pass.runtime.agreement import Backend, Decision, Facts
+from arfusion_pass.runtime.aside import aside
 
 log = logging.getLogger("arfusion_pass")
 
@@ -323,7 +324,7 @@ def _prepare(
         del _workspaces[name, device]
     workspace, everyone = _agree(name, device, native.failure() if library is None else None, wanted, timeout)
     if workspace.decision.backend is Backend.NATIVE:
-        _allocate(workspace, everyone)
+        aside(lambda: _allocate(workspace, everyone))
     if library is not None and workspace.decision.backend is not Backend.NATIVE:
         c_api.check(library, "arf_mark_fallback", name.encode(), device)
     _workspaces[name, device] = workspace

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import types
 import warnings
 from typing import Any
 
@@ -11,6 +13,8 @@ import torch.distributed as dist
 
 from arfusion_pass import comm
 from arfusion_pass.groups import find_group, registered_groups, resolve_group
+from arfusion_pass.runtime import agreement, native
+from arfusion_pass.runtime import workspace as runtime_workspace
 from tests.comm.test_patterns import BF16, FP32, values
 from tests.helpers import run_ranks
 
@@ -235,3 +239,40 @@ def test_traces_in_one_graph(dynamic: bool) -> None:
         compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=dynamic)(x)
         for got, wanted in zip(compiled, layer(x), strict=True):
             assert torch.equal(got, wanted)
+
+
+def test_symmetric_memory_is_allocated_aside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in the thread of the first call, whose allocations may be a CUDA graph's (``mode="reduce-overhead"``); what
+    goes wrong there is the call's error."""
+    threads: list[threading.Thread] = []
+
+    def allocate(made: Any, everyone: Any) -> None:
+        threads.append(threading.current_thread())
+        if len(threads) > 1:
+            raise RuntimeError("no memory")
+
+    made = types.SimpleNamespace(
+        name="tp",
+        decision=agreement.Decision(agreement.Backend.NATIVE, ""),
+        group=None,
+        bytes=1 << 20,
+        tensor=None,
+        device=0,
+    )
+    for name, stand_in in {
+        "_workspaces": {},
+        "_allocate": allocate,
+        "_agree": lambda *given: (made, []),
+        "_tell": lambda workspace: None,
+        "find_group": lambda name: None,
+        "resolve_group": lambda name: types.SimpleNamespace(size=lambda: 2),
+        "_size": lambda *given: 1 << 20,
+    }.items():
+        monkeypatch.setattr(runtime_workspace, name, stand_in)
+    monkeypatch.setattr(native, "try_load", lambda: types.SimpleNamespace())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert runtime_workspace.on_first_use("tp", 0, 1, HIDDEN, 0) is made
+    assert threads[0] is not threading.current_thread()
+    runtime_workspace._workspaces.clear()
+    with pytest.raises(RuntimeError, match="no memory"):
+        runtime_workspace.on_first_use("tp", 0, 1, HIDDEN, 0)

@@ -10,6 +10,7 @@ import torch
 
 from arfusion_pass.ops import marks
 from arfusion_pass.ops.spec import Flags, QuantFormat, QuantSpec
+from arfusion_pass.runtime import workspace
 from tests.gpu.calls import (
     Config,
     Result,
@@ -179,6 +180,27 @@ def under_torch_compile(env: Env) -> None:
         assert_bits("norm", got[1], want[1])
         assert_bits("residual", got[0], want[0])
         env.same(*got)
+
+
+@case("graphs", "first-call-warms-up", worlds=(2, 3, 4))
+def first_call_warms_up(env: Env) -> None:
+    """A group's first call is in a step that torch warms up for a CUDA graph: the workspace lies outside its pool."""
+    x = torch.full((8, 4096), float(env.rank + 1), dtype=torch.bfloat16, device=env.device)
+    other = torch.distributed.new_group(list(range(env.world)))
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        norm_out = torch.empty_like(x)
+        torch.ops.arfusion.allreduce_rms_norm(x * 2, None, None, None, other.group_name, norm_out=norm_out)
+        return norm_out + 1
+
+    compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
+    for _ in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        got = compiled(x).clone()
+    assert_bits("norm", got, torch.full_like(x, 2.0))
+    torch.cuda.synchronize()
+    env.barrier()
+    workspace.destroy(other.group_name)
 
 
 @case("graphs", "marks", worlds=(2, 3, 4))

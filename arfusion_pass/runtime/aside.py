@@ -1,0 +1,20 @@
+"""What outlives the call that needs it first is made in a thread of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+Made = TypeVar("Made")
+
+
+def aside(make: Callable[[], Made]) -> Made:
+    """``make()`` in a new thread, waited for; what it raises is raised here.
+
+    A fused op's first call may come while torch warms up a CUDA graph (``mode="reduce-overhead"``). Whatever the
+    calling thread allocates there comes from the graph's own memory pool, and torch refuses what is alive behind the
+    run ("tensor(s) in the cudagraph pool not tracked as outputs"). Pools are a thread's: another allocates as ever.
+    """
+    with ThreadPoolExecutor(1, "arfusion-aside") as thread:
+        return thread.submit(make).result()
