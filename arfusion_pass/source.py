@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import sysconfig
 from typing import Any
 
 import torch
@@ -36,6 +37,8 @@ _PLUMBING = (
     "/vllm/distributed/",
 )
 """Frames of files with one of these in their path carry an all-reduce out for somebody: the caller is what to show."""
+_LIBRARY = sysconfig.get_paths()["stdlib"] + os.sep
+"""Python's own files, and below it others' packages."""
 _OWN_MODELS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "demo") + os.sep
 """The one folder of the package that holds a model."""
 
@@ -81,13 +84,17 @@ def frames(trace: Any) -> list[Source]:
 
 def users_frame(stack: list[Source]) -> Source | None:
     """The innermost frame that is the model's own; the innermost of all where every one is plumbing."""
-    own = [
-        frame
-        for frame in stack
-        if frame.file.startswith(_OWN_MODELS) or not any(part in frame.file for part in _PLUMBING)
-    ]
+    own = [frame for frame in stack if not _is_plumbing(frame.file)]
     found = own or stack
     return found[-1] if found else None
+
+
+def _is_plumbing(file: str) -> bool:
+    """Whether what is done there is done for the file that called it: Python's, torch's, this package's."""
+    if file.startswith(_OWN_MODELS):
+        return False
+    python = file.startswith(_LIBRARY) and not {"site-packages", "dist-packages"} & set(file.split(os.sep))
+    return python or any(part in file for part in _PLUMBING)
 
 
 def line_of(node: Any) -> Source | None:

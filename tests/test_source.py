@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import sysconfig
 
 import pytest
 import torch
@@ -38,6 +40,10 @@ def test_the_users_frame_is_the_innermost_that_is_no_plumbing() -> None:
     assert line_of(node(stack_trace=TRACE)) == Source("/home/me/model.py", 10, "dist.all_reduce(y)", "forward")
     hook = f'  File "{TORCH}", line 1, in f\n    pass\n'
     assert users_frame(frames(hook)) == Source(TORCH, 1, "pass", "f"), "nothing but plumbing: the innermost of it"
+    called = [Source("/home/me/norm.py", 7, "logging.getLogger(name)"), Source(logging.__file__, 2155)]
+    assert users_frame(called) == called[0], "where Dynamo breaks in Python's own library, its caller is to blame"
+    packages = [Source(os.path.join(sysconfig.get_paths()["purelib"], "somebodys", "model.py"), 1)]
+    assert users_frame(packages + called[1:]) == packages[0]
     ours = [Source(os.path.join(os.path.dirname(arfusion_pass.__file__), *path), 1) for path in PATHS]
     assert users_frame([*ours, *frames(hook)]) == ours[0], "of this package's files the demo's model alone is a model"
 
