@@ -56,7 +56,7 @@ def test_all_fused(tmp_path: Path) -> None:
         ("average", "average.py: dist.all_reduce(y, op=dist.ReduceOp.AVG)", "divide by the group's size"),
         (
             "fp32_bias",
-            "fp32_bias.py: return (y + block.bias.float()).to(y.dtype)",
+            "fp32_bias.py: return (y + 0.1 * block.bias.float()).to(y.dtype)",
             "add the bias in the tensor's dtype, or before the all-reduce",
         ),
         ("graph_break", "graph_break.py: dist.all_reduce(y)", 'graph_break.py:10 "print("reduced")"'),
