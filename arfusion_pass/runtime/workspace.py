@@ -15,6 +15,7 @@ same time on a rank, and the workspace refuses work until it is made anew.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import dataclasses
@@ -126,6 +127,7 @@ class Workspace:
 _workspaces: dict[tuple[str, int], Workspace] = {}
 _lock = threading.RLock()
 _told: set[str] = set()
+_watchdog: Watchdog | None = None
 
 
 def prepare(
@@ -328,8 +330,19 @@ def _prepare(
     if library is not None and workspace.decision.backend is not Backend.NATIVE:
         c_api.check(library, "arf_mark_fallback", name.encode(), device)
     _workspaces[name, device] = workspace
+    if workspace.decision.backend is Backend.NATIVE:
+        _watch()
     _tell(workspace)
     return workspace
+
+
+def _watch() -> None:
+    """From the first workspace on, a thread logs what a kernel reports: a replay makes no call that could raise it, and
+    an engine may decode for hours from graphs alone."""
+    global _watchdog
+    if _watchdog is None:
+        _watchdog = Watchdog()
+        atexit.register(_watchdog.stop)
 
 
 def _agree(

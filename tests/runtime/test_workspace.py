@@ -241,10 +241,18 @@ def test_traces_in_one_graph(dynamic: bool) -> None:
             assert torch.equal(got, wanted)
 
 
-def test_symmetric_memory_is_allocated_aside(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_symmetric_memory_is_allocated_aside_and_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not in the thread of the first call, whose allocations may be a CUDA graph's (``mode="reduce-overhead"``); what
-    goes wrong there is the call's error."""
+    goes wrong there is the call's error. One thread of the process logs what kernels report."""
     threads: list[threading.Thread] = []
+    watching: list[object] = []
+
+    class Watchdog:
+        def __init__(self) -> None:
+            watching.append(self)
+
+        def stop(self) -> None:
+            pass
 
     def allocate(made: Any, everyone: Any) -> None:
         threads.append(threading.current_thread())
@@ -267,12 +275,16 @@ def test_symmetric_memory_is_allocated_aside(monkeypatch: pytest.MonkeyPatch) ->
         "find_group": lambda name: None,
         "resolve_group": lambda name: types.SimpleNamespace(size=lambda: 2),
         "_size": lambda *given: 1 << 20,
+        "_watchdog": None,
+        "Watchdog": Watchdog,
     }.items():
         monkeypatch.setattr(runtime_workspace, name, stand_in)
     monkeypatch.setattr(native, "try_load", lambda: types.SimpleNamespace())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     assert runtime_workspace.on_first_use("tp", 0, 1, HIDDEN, 0) is made
+    runtime_workspace._watch()
     assert threads[0] is not threading.current_thread()
+    assert len(watching) == 1
     runtime_workspace._workspaces.clear()
     with pytest.raises(RuntimeError, match="no memory"):
         runtime_workspace.on_first_use("tp", 0, 1, HIDDEN, 0)
