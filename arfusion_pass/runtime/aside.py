@@ -6,15 +6,24 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+import torch
+
 Made = TypeVar("Made")
 
 
-def aside(make: Callable[[], Made]) -> Made:
-    """``make()`` in a new thread, waited for; what it raises is raised here.
+def aside(make: Callable[[], Made], device: int) -> Made:
+    """``make()`` in a new thread on that CUDA device, waited for; what it raises is raised here.
 
     A fused op's first call may come while torch warms up a CUDA graph (``mode="reduce-overhead"``). Whatever the
     calling thread allocates there comes from the graph's own memory pool, and torch refuses what is alive behind the
     run ("tensor(s) in the cudagraph pool not tracked as outputs"). Pools are a thread's: another allocates as ever.
     """
+
+    def run() -> Made:
+        torch.cuda.set_device(
+            device
+        )  # a thread begins on device 0, where this rank may have no context, and needs none
+        return make()
+
     with ThreadPoolExecutor(1, "arfusion-aside") as thread:
-        return thread.submit(make).result()
+        return thread.submit(run).result()

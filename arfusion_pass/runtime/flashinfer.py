@@ -272,22 +272,21 @@ def _make(name: str, device: torch.device, tokens: int, hidden: int, dtype: torc
     made: Any = None
 
     def create() -> Any:
-        with torch.cuda.device(device):
-            return _module().create_allreduce_fusion_workspace(
-                backend="trtllm",
-                world_size=world,
-                rank=group.rank(),
-                max_token_num=tokens,
-                hidden_dim=hidden,
-                dtype=dtype,
-                group=group,
-            )
+        return _module().create_allreduce_fusion_workspace(
+            backend="trtllm",
+            world_size=world,
+            rank=group.rank(),
+            max_token_num=tokens,
+            hidden_dim=hidden,
+            dtype=dtype,
+            group=group,
+        )
 
     reason = _vote(name, "import", unavailable())
     if reason is None:
         mine = None
         try:
-            made = aside(create)
+            made = aside(create, device.index)
         except Exception as error:
             mine = f"its workspace could not be made: {type(error).__name__}: {error}"
         reason = _vote(name, "workspace", mine)

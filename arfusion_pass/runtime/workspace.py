@@ -326,7 +326,7 @@ def _prepare(
         del _workspaces[name, device]
     workspace, everyone = _agree(name, device, native.failure() if library is None else None, wanted, timeout)
     if workspace.decision.backend is Backend.NATIVE:
-        aside(lambda: _allocate(workspace, everyone))
+        aside(lambda: _allocate(workspace, everyone), device)
     if library is not None and workspace.decision.backend is not Backend.NATIVE:
         c_api.check(library, "arf_mark_fallback", name.encode(), device)
     _workspaces[name, device] = workspace

@@ -215,11 +215,13 @@ def test_runs_on_flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
         itemsize=x.itemsize, view=x.view, data_ptr=x.data_ptr,
     )  # fmt: skip
     bound.inputs["x"] = on_gpu  # type: ignore[assignment]
-    monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
+    devices: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
     assert flashinfer._try(bound) is None
     assert flashinfer._try(bound) is None
     assert len(seen["create"]) == 1
     assert threads[0] is not threading.current_thread()
+    assert devices == [0]
     assert len(seen["call"]) == 2
     assert seen["create"][0]["backend"] == "trtllm"
     assert seen["create"][0]["group"] is group

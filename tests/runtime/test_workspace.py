@@ -280,11 +280,14 @@ def test_symmetric_memory_is_allocated_aside_and_watched(monkeypatch: pytest.Mon
     }.items():
         monkeypatch.setattr(runtime_workspace, name, stand_in)
     monkeypatch.setattr(native, "try_load", lambda: types.SimpleNamespace())
+    devices: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert runtime_workspace.on_first_use("tp", 0, 1, HIDDEN, 0) is made
+    assert runtime_workspace.on_first_use("tp", 3, 1, HIDDEN, 0) is made
     runtime_workspace._watch()
     assert threads[0] is not threading.current_thread()
     assert len(watching) == 1
+    assert devices == [3]
     runtime_workspace._workspaces.clear()
     with pytest.raises(RuntimeError, match="no memory"):
         runtime_workspace.on_first_use("tp", 0, 1, HIDDEN, 0)
