@@ -3,7 +3,10 @@
 Entry point ``arfusion`` of the group ``sglang.srt.plugins``, called in every process. :func:`register` puts the pass
 
 * into Inductor's global config, behind a pass that is there already: ``--enable-torch-compile``;
-* into every ``PostGradPassManager`` that SGLang makes: its piecewise graphs, with the compiler ``inductor``.
+* into every ``PostGradPassManager`` that SGLang makes: its piecewise graphs, with the compiler ``inductor`` (0.5.17).
+
+With Triton attention SGLang's own functions break the first's graphs in every layer: no all-reduce meets its norm
+(``docs/sglang.md``).
 
 SGLang makes its process groups later: :mod:`arfusion_pass.groups` asks its table whenever a name is looked up. Off:
 ``ARFUSION_SGLANG=0``, or an ``SGLANG_PLUGINS`` that does not name ``arfusion``.
