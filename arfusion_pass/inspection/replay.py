@@ -128,7 +128,8 @@ class Recorder:
             if replay.unsupported is not None or not replay.calls:
                 detail = replay.unsupported or "its fused call never ran"
                 results.append(SiteCheck(replay.site, False, detail, {}))
-            results += [_check(replay, call) for call in replay.calls]
+            else:
+                results += [_check(replay, call) for call in replay.calls]
         return results
 
 

@@ -70,3 +70,22 @@ def test_symbol_known_by_its_multiple(world: None, prologue: bool) -> None:
     run(fused, [torch.randn(2, 5, 32, dtype=BF16), torch.randint(0, 9, (2, 5, 2)), torch.ones(32, dtype=BF16)])
     with simulated_ranks():
         assert [check.detail for check in recorder.checks()] == ["within the contract"]
+
+
+def test_a_site_whose_subgraph_reads_more_than_its_call_takes_is_not_run(world: None) -> None:
+    """It is told so, once, and its calls are not compared: what it reads is known by its shape alone."""
+
+    def model(x: Tensor, r: Tensor, w: Tensor) -> Tensor:
+        return llama(reduce(x) + r, w, 1e-6)
+
+    module = trace(model, torch.randn(4, 32), torch.randn(4, 32), torch.randn(32))
+    with replay.recording() as recorder:
+        arf.fuse(module, STRICT)
+    run(module, [torch.randn(4, 32), torch.randn(4, 32), torch.randn(32)])
+    (site,) = recorder.sites
+    with simulated_ranks():
+        assert [check.ok for check in recorder.checks()] == [True]
+        site.unsupported = "its subgraph reads index, which the fused call does not take"
+        site.inputs.clear()  # so that running it would fail
+        (check,) = recorder.checks()
+    assert (check.ok, check.detail) == (False, site.unsupported)
