@@ -19,7 +19,8 @@ Without torch.compile SGLang calls FlashInfer's fused kernel from its norms, wit
 ``ARFUSION_SGLANG_COMM=1``, makes those calls run on our kernels.
 
 Tested with SGLang 0.5.17 and 0.5.23 on CPU: the plug-in, the pass manager, its norms, its all-reduces and its call
-of FlashInfer's API on gloo. Not tested: a whole server, and any GPU.
+of FlashInfer's API on gloo. On two GPUs 0.5.17 has served with :func:`replace_flashinfer`, and compiled with nothing to
+fuse (``benchmarks/results/engines.md``).
 """
 
 from __future__ import annotations
