@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from arfusion_pass.comm.fusion_workspace import AllReduceFusionWorkspace
-from arfusion_pass.comm.request import Quantised, Request, input_shape, launch_flags, open_workspace
+from arfusion_pass.comm.request import NOT_QUANTISED, Quantised, Request, input_shape, launch_flags, open_workspace
 from arfusion_pass.ops import layouts
 from arfusion_pass.ops.flashinfer_enums import MNNVLAllreduceFusionStrategy as Strategy
 from arfusion_pass.ops.flashinfer_enums import MNNVLQuantType, QuantizationSFLayout, as_quant_type, as_strategy
@@ -76,7 +76,7 @@ def trtllm_mnnvl_fused_allreduce_add_rmsnorm(
     request, flags = _begin(api, input, workspace, launch_with_pdl, strategy)
     output = torch.empty_like(input) if output is None else output
     residual_out = _residual_out(input, residual_in) if residual_out is None else residual_out
-    _launch(request, flags, input, residual_in, gamma, epsilon, weight_bias, output, residual_out, Quantised())
+    _launch(request, flags, input, residual_in, gamma, epsilon, weight_bias, output, residual_out, NOT_QUANTISED)
     return output, residual_out
 
 

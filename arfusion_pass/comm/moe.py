@@ -28,7 +28,16 @@ from typing import Any
 import torch
 
 from arfusion_pass.comm.fusion_workspace import AllReduceFusionWorkspace
-from arfusion_pass.comm.request import Quantised, Request, launch_flags, need_dense, open_workspace, real, truth
+from arfusion_pass.comm.request import (
+    NOT_QUANTISED,
+    Quantised,
+    Request,
+    launch_flags,
+    need_dense,
+    open_workspace,
+    real,
+    truth,
+)
 from arfusion_pass.ops.flashinfer_specs import FP8, STATIC_FP8, TOKEN_FP8, nvfp4
 
 log = logging.getLogger("arfusion_pass")
@@ -103,7 +112,7 @@ class Epilogue:
     def _quantised(self, request: Request) -> Quantised:
         codes, scales = self.quant_out, self.scale_out
         if codes is None:
-            return Quantised()
+            return NOT_QUANTISED
         if not isinstance(codes, torch.Tensor) or codes.dtype != FP8:
             spec = nvfp4(self.layout_code, request.api)
             return request.quantised(spec, codes, scales, self.scale_factor, default_scale=1.0)

@@ -31,14 +31,14 @@ _OPS = {name: fused_op(name) for name in SCHEMAS}
 class Quantised:
     """A quantiser and its tensors as the fused op takes them."""
 
-    spec: QuantSpec = NO_QUANT
+    spec: QuantSpec
     codes: torch.Tensor | None = None
     scales: torch.Tensor | None = None
     scale: torch.Tensor | None = None
     scale_value: float = 1.0
 
 
-NOT_QUANTISED = Quantised()
+NOT_QUANTISED = Quantised(NO_QUANT)
 
 _packed = functools.cache(QuantSpec.pack)
 """A handful of specs, each packed once: packing costs as much as all checks of a tensor."""
