@@ -20,9 +20,8 @@ def aside(make: Callable[[], Made], device: int) -> Made:
     """
 
     def run() -> Made:
-        torch.cuda.set_device(
-            device
-        )  # a thread begins on device 0, where this rank may have no context, and needs none
+        # A thread begins on device 0, where this rank may have no context, and needs none.
+        torch.cuda.set_device(device)
         return make()
 
     with ThreadPoolExecutor(1, "arfusion-aside") as thread:

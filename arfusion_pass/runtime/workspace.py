@@ -419,7 +419,7 @@ def _allocate(workspace: Workspace, everyone: list[Facts]) -> None:
     size = max(facts.bytes for facts in everyone)
     failed: str | None = None
     tensor = handle = None
-    with _no_multicast(), torch.cuda.device(device):
+    with _no_multicast():
         from torch._C._distributed_c10d import _SymmetricMemory
 
         try:
