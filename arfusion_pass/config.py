@@ -40,7 +40,8 @@ class FusionConfig:
         reassociate: take the linear steps between an all-reduce and a norm out of the way: factors, sums over
             leading dimensions and the sum of two all-reduces before the all-reduce, what is added in between behind
             them or into what is added next (:mod:`arfusion_pass.rewrite.reassociate`). Not bit-exact: it rounds
-            elsewhere. One tensor beside the residual fuses exactly without it.
+            elsewhere. Weights of ``[H]`` or one element, and the residual stream, are taken to be the same on all
+            ranks of a group. One tensor beside the residual fuses exactly without it.
         sequence_parallel: also fuse ``reduce_scatter -> (add +) RMSNorm -> (quantise) -> all_gather``, as DTensor's
             ``SequenceParallel`` and engines' passes leave it. Not faster yet, which is why it is off: no kernel runs
             the fused call, it makes the same two collectives.

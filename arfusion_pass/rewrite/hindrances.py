@@ -10,7 +10,7 @@ import collections
 import dataclasses
 import enum
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,7 +18,6 @@ from torch import fx
 
 from arfusion_pass.dialects import Norm, Reduced, Refused, norms_of
 from arfusion_pass.graph import (
-    CASTS,
     aten,
     constant,
     describe,
@@ -42,14 +41,11 @@ from arfusion_pass.graph import (
     without_views,
 )
 from arfusion_pass.rewrite.reductions import in_whole_rows, row_lengths
-
-Reductions = Mapping[fx.Node, Reduced]
-"""A graph's all-reduces that could be fused, by the nodes that hold the result."""
+from arfusion_pass.rewrite.replicated import Reductions, is_factor
 
 PROJECTIONS = (aten.mm.default, aten.addmm.default, aten.linear.default, aten._scaled_mm.default)
 """Behind one of these another layer begins."""
 
-PARTS = (aten.select.int, aten.slice.Tensor)
 DEVIATIONS = (aten.var_mean.correction, aten.var.correction, aten.native_layer_norm.default)
 ROOTS = (aten.rsqrt.default, aten.sqrt.default)
 
@@ -61,7 +57,8 @@ class Kind(enum.Enum):
     """Of a linear step, and what is done with it."""
 
     SCALE = "product"
-    """With a number, a one-element tensor or a learned ``[H]`` vector: goes before the all-reduce."""
+    """With a number, a one-element tensor, an ``[H]`` vector or one element a row, the same on all ranks
+    (:mod:`arfusion_pass.rewrite.replicated`): goes before the all-reduce."""
     SUM = "sum over leading dimensions"
     """So does this."""
     MERGE = "sum of two all-reduces"
@@ -113,7 +110,7 @@ def why_no_norm(reduced: Reduced, reductions: Reductions, moved: bool) -> tuple[
             readers |= dict(_readers(reader))
     for reader, operand in readers.items():
         hindrance = hindrance_of(reduced, reader, operand, reductions)
-        norm = None if hindrance is None else _norm_behind(reader, reductions, row_lengths(reduced.x))
+        norm = None if hindrance is None else _norm_behind(reader, reduced, reductions)
         if hindrance is not None and norm is not None:
             advice = "" if moved else _ADVICE[hindrance.kind]
             inexact = _why_inexact(reader, operand, reduced)
@@ -154,7 +151,7 @@ def sum_before(norm: Norm, reduced: Reduced, reductions: Reductions) -> Hindranc
 
 def hindrance_of(reduced: Reduced, step: fx.Node, operand: fx.Node, reductions: Reductions) -> Hindrance | None:
     """``step`` as a hindrance; None where it is not linear, or where others read what it reads."""
-    kind = linear(step, operand, reductions)
+    kind = linear(step, operand, reduced.group, reductions)
     if kind is None or not _only_read_by(step, operand, reduced):
         return None
     if kind == Kind.MERGE:
@@ -166,7 +163,31 @@ def hindrance_of(reduced: Reduced, step: fx.Node, operand: fx.Node, reductions: 
         kind = Kind.ADDEND  # the other one is read elsewhere too, or one of them reduces what cannot be replaced
     if kind in (Kind.SCALE, Kind.SUM) and not _takes_another_input(reduced):
         return None
-    return Hindrance(kind, step, operand) if kind != Kind.ADDEND or _may_join(step, reductions) else None
+    if kind == Kind.SCALE and not _fits_before(other_operand(step, operand), operand, reduced):
+        return None
+    return Hindrance(kind, step, operand) if kind != Kind.ADDEND or _may_join(step, reduced.group, reductions) else None
+
+
+def _fits_before(factor: Any, operand: fx.Node, reduced: Reduced) -> bool:
+    """Whether a factor of ``operand`` could be one of what is reduced."""
+    tensor = tensor_of(factor)
+    rows = tensor is None or tensor.numel() == 1 or last_dim(operand) == last_dim(reduced.x)
+    return rows and computed_late(factor, reduced) is not None
+
+
+def computed_late(factor: Any, reduced: Reduced) -> list[fx.Node] | None:
+    """The nodes behind an all-reduce that a factor of its result is computed by, in order: they could stand in front of
+    it. None where one of them could not, as another all-reduce."""
+    late, stack = set[fx.Node](), [factor] if isinstance(factor, fx.Node) else []
+    while stack:
+        node = stack.pop()
+        if not node < reduced.node and node not in late:
+            own = getattr(node.target, "namespace", None)
+            if own not in (None, "aten", "prims") or not is_pure(node) or any(map(is_written, node.all_input_nodes)):
+                return None
+            late.add(node)
+            stack += node.all_input_nodes
+    return sorted(late)
 
 
 def _takes_another_input(reduced: Reduced) -> bool:
@@ -193,17 +214,17 @@ def merges(hindrance: Hindrance | None, reduced: Reduced, reductions: Reductions
     if hindrance is None or hindrance.kind != Kind.ADDEND:
         return hindrance is not None and hindrance.kind == Kind.MERGE
     behind = following(hindrance.step)
-    if behind is None or linear(*behind, reductions) != Kind.MERGE:
+    if behind is None or linear(*behind, reduced.group, reductions) != Kind.MERGE:
         return False
     other = reductions[without_views(other_operand(*behind))]
     alike = other.group == reduced.group and dtype_of(other.x) == dtype_of(reduced.x)
     return alike and mergeable(*behind, reductions) and _in_one(reduced, other)
 
 
-def _may_join(step: fx.Node, reductions: Reductions) -> bool:
+def _may_join(step: fx.Node, group: str, reductions: Reductions) -> bool:
     """Whether what a sum adds has a place to go: the linear step behind it, or the 16 bits that it is rounded to."""
     behind = following(step)
-    return behind is not None and (linear(*behind, reductions) is not None or narrowed(step) is not None)
+    return behind is not None and (linear(*behind, group, reductions) is not None or narrowed(step) is not None)
 
 
 def narrowed(step: fx.Node) -> fx.Node | None:
@@ -219,21 +240,22 @@ def mergeable(step: fx.Node, operand: fx.Node, reductions: Reductions) -> bool:
     return _only_read_by(step, other, reductions[without_views(other)])
 
 
-def linear(step: fx.Node, operand: fx.Node, reductions: Reductions) -> Kind | None:
-    """What kind of linear step ``step`` is in ``operand``; None where it is none, or rounds to a lower dtype."""
+def linear(step: fx.Node, operand: fx.Node, group: str, reductions: Reductions) -> Kind | None:
+    """What kind of linear step ``step`` is in ``operand``, which all-reduces of ``group`` give; None where it is none,
+    or rounds to a lower dtype."""
     if dtype_of(step) not in (dtype_of(operand), torch.float32) or tensor_of(step) is None:
         return None
-    if _scales(step, operand):
+    if _scales(step, operand, group, reductions):
         return Kind.SCALE
     if is_call(step, aten.sum.dim_IntList, aten.mean.dim) and step.args[0] is operand and not step.kwargs:
         return Kind.SUM if _over_leading(step, operand) else None
     other = other_operand(step, operand)
     if is_call(step, aten.add.Tensor) and not step.kwargs and isinstance(other, fx.Node) and same_rows(step, operand):
         return Kind.MERGE if without_views(other) in reductions else Kind.ADDEND
-    return Kind.COMPOSITE if _is_composite(step, operand) else None
+    return Kind.COMPOSITE if _is_composite(step, operand, group, reductions) else None
 
 
-def _is_composite(step: fx.Node, operand: fx.Node) -> bool:
+def _is_composite(step: fx.Node, operand: fx.Node, group: str, reductions: Reductions) -> bool:
     """Whether ``step`` is several linear steps in ``operand``, of its shape and dtype."""
     if step.op != "call_function" or not same_shape(step, operand) or dtype_of(step) != dtype_of(operand):
         return False
@@ -247,42 +269,20 @@ def _is_composite(step: fx.Node, operand: fx.Node) -> bool:
         if step.args.count(operand) != 1 or constant(step.kwargs.get("value", 1)) is None:
             return False
         factors = [factor for factor in others if factor is not operand]
-        return first is operand or _is_learned(factors[0], last_dim(operand))
+        return first is operand or is_factor(factors[0], operand, group, reductions)
     return is_call(step, aten.neg.default)
 
 
-def _scales(step: fx.Node, operand: fx.Node) -> bool:
+def _scales(step: fx.Node, operand: fx.Node, group: str, reductions: Reductions) -> bool:
     """Whether ``step`` multiplies ``operand`` by something that is the same on all ranks, or divides it by that."""
     product = is_call(step, aten.mul.Tensor, aten.mul.Scalar)
     quotient = is_call(step, aten.div.Tensor, aten.div.Scalar) and step.args[0] is operand
     if not (product or quotient) or step.kwargs:
         return False
     factor = other_operand(step, operand)
-    return constant(factor) is not None or (same_shape(step, operand) and _is_learned(factor, last_dim(operand)))
-
-
-def _is_learned(node: Any, hidden: int | None) -> bool:
-    """Whether ``node`` is one element or an ``[H]`` vector that comes from the graph's inputs alone, over views, parts
-    and steps by element: a weight or a buffer, which the ranks share, and nothing that was computed from their own
-    values."""
-    stack, seen = [node], set[fx.Node]()
-    while stack:
-        current = stack.pop()
-        tensor = tensor_of(current)
-        if tensor is None or current in seen:
-            if tensor is None:
-                return False
-            continue
-        seen.add(current)
-        sizes = [size for size in tensor.shape if size != 1]
-        if sizes not in ([], [hidden]) or is_written(current):
-            return False
-        by_element = torch.Tag.pointwise in getattr(current.target, "tags", ()) and is_pure(current)
-        known = by_element or is_call(current, *CASTS, *PARTS) or source_of(current) is not None
-        if current.op not in ("placeholder", "get_attr") and not known:
-            return False
-        stack += current.all_input_nodes
-    return True
+    if constant(factor) is not None:
+        return True
+    return same_shape(step, operand) and is_factor(factor, operand, group, reductions)
 
 
 def _over_leading(step: fx.Node, operand: fx.Node) -> bool:
@@ -301,14 +301,15 @@ def following(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     return None if reader is None or reader.op == "output" else (reader, operand)
 
 
-def _norm_behind(node: fx.Node, reductions: Reductions, lengths: set[int] | None) -> Norm | None:
+def _norm_behind(node: fx.Node, reduced: Reduced, reductions: Reductions) -> Norm | None:
     """A norm that reads whole rows of ``node``, or one behind further linear steps and a rounding to 16 bits."""
+    lengths = row_lengths(reduced.x)
     while True:
         for norm in _norms_of(node, lengths):
             if isinstance(norm, Norm):
                 return norm
         cast, step = narrowed(node), following(node)
-        if cast is None and (step is None or linear(*step, reductions) is None):
+        if cast is None and (step is None or linear(*step, reduced.group, reductions) is None):
             return None
         node = cast or step[0]  # type: ignore[index]
 

@@ -9,15 +9,17 @@
 
 One tensor beside the residual is exact as it stands, and stays: an addend of the fused call.
 
-``c`` is a number, a one-element tensor or a learned ``[H]`` vector; a step may be taken in fp32 on a 16-bit sum. Equal
-in exact arithmetic, rounded elsewhere: each rank rounds its share of the product or sum before the all-reduce, not the
-result after it. The ranks are taken to run one graph with the same weights, as their collectives require anyway;
-``bias`` may be each rank's own.
+``c`` is a number, a one-element tensor, a learned ``[H]`` vector, or one element a row, such as a shared expert's gate
+``sigmoid(norm(h) @ w)``; a step may be taken in fp32 on a 16-bit sum. Equal in exact arithmetic, rounded elsewhere:
+each rank rounds its share of the product or sum before the all-reduce, not the result after it. The ranks are taken to
+run one graph with the same weights and the same residual stream, as tensor parallelism requires anyway
+(:mod:`arfusion_pass.rewrite.replicated`); ``bias`` may be each rank's own.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from torch import fx
@@ -31,7 +33,6 @@ from arfusion_pass.graph import (
     describe,
     dtype_of,
     is_cast,
-    is_pure,
     is_written,
     known_contiguous,
     last_dim,
@@ -49,8 +50,17 @@ from arfusion_pass.graph import (
 from arfusion_pass.ops.layouts import token_count
 from arfusion_pass.rewrite.buffers import SizeSource
 from arfusion_pass.rewrite.commit import META_KEYS
-from arfusion_pass.rewrite.hindrances import Hindrance, Kind, Reductions, following, linear, mergeable, narrowed
+from arfusion_pass.rewrite.hindrances import (
+    Hindrance,
+    Kind,
+    computed_late,
+    following,
+    linear,
+    mergeable,
+    narrowed,
+)
 from arfusion_pass.rewrite.raising import RaisedSite, find_sites, open_reductions
+from arfusion_pass.rewrite.replicated import Reductions, is_row_factor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,17 +178,17 @@ class _Mover:
         step, operand, x, done = hindrance.step, hindrance.operand, reduced.x, False
         while True:
             factor = other_operand(step, operand)
-            if isinstance(factor, fx.Node) and not self._ready(factor, reduced, operand):
+            if isinstance(factor, fx.Node) and (factor := self._beside(factor, reduced, operand)) is None:
                 return done
             if dtype_of(operand) != dtype_of(x):
                 x = self._cast(reduced, x, dtype_of(operand))
-            args = tuple(x if each is operand else each for each in step.args)
+            args = (factor, x) if step.args[1] is operand else (x, factor)
             scaled = self._cast(reduced, _insert(self.graph, reduced, step.target, args), dtype_of(reduced.x))
             reduced.node.replace_input_with(next(iter(reduced.node.all_input_nodes)), scaled)
             wide = dtype_of(step) != dtype_of(reduced.x)
             self._replace(reduced, step, operand, Kind.SCALE)
             done, behind = True, following(operand)
-            if wide or behind is None or linear(*behind, self.reductions) != Kind.SCALE:
+            if wide or behind is None or linear(*behind, reduced.group, self.reductions) != Kind.SCALE:
                 return True
             x, (step, operand) = scaled, behind
 
@@ -188,21 +198,25 @@ class _Mover:
             return value
         return _insert(self.graph, reduced, prims.convert_element_type.default, (value, dtype))
 
-    def _ready(self, factor: fx.Node, reduced: Reduced, operand: fx.Node) -> bool:
-        """Whether a factor exists in front of the all-reduce, or was moved there; a vector needs the same rows."""
-        if last_dim(reduced.x) != last_dim(operand) and tensor_of(factor).numel() != 1:  # type: ignore[union-attr]
-            return False
-        late, stack = set[fx.Node](), [factor]
-        while stack:
-            node = stack.pop()
-            if not node < reduced.node and node not in late:
-                if not is_pure(node):
-                    return False
-                late.add(node)
-                stack += node.all_input_nodes
-        for node in sorted(late):
+    def _beside(self, factor: fx.Node, reduced: Reduced, operand: fx.Node) -> fx.Node | None:
+        """A factor of ``operand`` as one of what is reduced, in front of the all-reduce; None where that has other
+        rows, or where the factor cannot exist there."""
+        x = tensor_of(reduced.x)
+        late = computed_late(factor, reduced)
+        if late is None or x is None:
+            return None
+        given = tensor_of(factor)
+        assert given is not None
+        if last_dim(reduced.x) != last_dim(operand) and given.numel() != 1:
+            return None
+        for node in late:
             reduced.node.prepend(node)
-        return True
+        if given.numel() == 1 or not is_row_factor(factor, operand):
+            spreads = given.dim() > x.dim()
+            return _insert(self.graph, reduced, aten.reshape.default, (factor, [-1])) if spreads else factor
+        if same_shape(reduced.x, operand):
+            return factor
+        return _viewed(self.graph, factor, (*x.shape[:-1], 1), reduced)
 
     def _sum(self, reduced: Reduced, hindrance: Hindrance) -> bool:
         """``all_reduce(x).view(E, -1, H).sum(0)`` to ``all_reduce(x.view(E, -1, H).sum(0))``."""
@@ -299,7 +313,7 @@ class _Mover:
         if behind is None or not same_shape(step, operand) or is_written(addend):
             return False
         reader, view = behind
-        kind = linear(reader, view, self.reductions)
+        kind = linear(reader, view, reduced.group, self.reductions)
         if kind == Kind.COMPOSITE:
             return self._take_apart(reduced, reader)
         if kind is None or reader < addend:
@@ -400,18 +414,24 @@ def _shaped_like(graph: fx.Graph, first: Reduced, second: Reduced) -> fx.Node | 
         return None
     if not statically_equal(token_count(a.shape), token_count(b.shape)):
         return None
+    return _viewed(graph, first.x, b.shape, second)
+
+
+def _viewed(graph: fx.Graph, node: fx.Node, shape: Sequence[Any], reduced: Reduced) -> fx.Node | None:
+    """``node``, which is contiguous, in a shape with the sizes of what is reduced, in front of the all-reduce; None
+    where one of them cannot be read there."""
     order = list(graph.nodes)
-    position = {node: index for index, node in enumerate(order)}
+    position = {each: index for index, each in enumerate(order)}
     source = SizeSource(order)
-    sizes = [source.find(size, position, position[second.node] - 1, [second.x]) for size in b.shape]
+    sizes = [source.find(size, position, position[reduced.node] - 1, [reduced.x]) for size in shape]
     if any(size is None for size in sizes):
         return None
 
     def insert(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, val: Any = None) -> fx.Node:
-        return _insert(graph, second, target, args, val)
+        return _insert(graph, reduced, target, args, val)
 
-    shape = [size.emit(insert) for size in sizes if size is not None]
-    return _insert(graph, second, aten.view.default, (first.x, shape), a.view(b.shape))
+    emitted = [size.emit(insert) for size in sizes if size is not None]
+    return _insert(graph, reduced, aten.reshape.default, (node, emitted), node.meta["val"].reshape(shape))
 
 
 def _insert(graph: fx.Graph, reduced: Reduced, target: Any, args: tuple[Any, ...], val: Any = None) -> fx.Node:

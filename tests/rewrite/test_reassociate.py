@@ -348,6 +348,87 @@ def test_moved(model: Callable[..., Any], moved: Callable[..., Any], dynamic: bo
     check_same(trace(moved, *make(*shapes, (HIDDEN,))), fused, tokens=7)
 
 
+def stream(y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """A residual stream behind attention, and its norm."""
+    total = r + reduce(y)
+    return total, norm(total, w)
+
+
+def gated_rows(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    total, h = stream(y, r, w)
+    total = total + torch.sigmoid(h @ w[:, None]) * reduce(x)
+    return norm(total, w), total
+
+
+def gated_rows_before(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    total, h = stream(y, r, w)
+    total = total + reduce(torch.sigmoid(h @ w[:, None]) * x)
+    return norm(total, w), total
+
+
+def gated_shared_expert(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    """Qwen3-Next: the shared expert is reduced before its gate, and in rows of another shape than the stream's."""
+    total, h = stream(y.view(1, *y.shape), r.view(1, *r.shape), w)
+    shared, rows = reduce(x), h.view(-1, HIDDEN)
+    experts = reduce(rows * 0.5) + torch.sigmoid(rows @ w[:, None]) * shared
+    total = total + experts.view(total.shape)
+    return norm(total, w), total
+
+
+def gated_shared_expert_before(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    total, h = stream(y.view(1, *y.shape), r.view(1, *r.shape), w)
+    rows = h.view(-1, HIDDEN)
+    total = total + reduce(rows * 0.5 + torch.sigmoid(rows @ w[:, None]) * x).view(total.shape)
+    return norm(total, w), total
+
+
+def gated_in_other_rows(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    """The gate meets a view of the all-reduce; an fp32 gate beside fp32 values, which is divided by as well."""
+    total, h = stream(y, r, w)
+    gate = h.float().square().mean(-1).exp()[None, :, None]
+    out = (reduce(x).view(1, *x.shape).float() / gate).to(x.dtype)
+    return (norm(total + out.view(x.shape), w),)
+
+
+def gated_in_other_rows_before(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    total, h = stream(y, r, w)
+    gate = h.float().square().mean(-1).exp()[:, None]
+    return (norm(total + reduce((x.float() / gate).to(x.dtype)), w),)
+
+
+def scaled_by_a_long_vector(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    """A vector of more dimensions than what is reduced makes that no larger."""
+    total, _ = stream(y, r, w)
+    return (norm(total.view(1, *r.shape) + w.view(1, 1, HIDDEN) * reduce(x).view(1, *x.shape), w),)
+
+
+def scaled_by_a_long_vector_before(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    total, _ = stream(y, r, w)
+    return (norm((total + reduce(w * x)).view(1, *r.shape), w),)
+
+
+ROWS = [
+    (gated_rows, gated_rows_before),
+    (gated_shared_expert, gated_shared_expert_before),
+    (gated_in_other_rows, gated_in_other_rows_before),
+    (scaled_by_a_long_vector, scaled_by_a_long_vector_before),
+]
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize(("model", "moved"), ROWS, ids=lambda each: getattr(each, "__name__", None))
+def test_a_factor_of_each_row(model: Callable[..., Any], moved: Callable[..., Any], dynamic: bool) -> None:
+    """A gate computed from the residual stream is the same on all ranks: it goes before, and the report names it."""
+    shapes = [("tokens", HIDDEN)] * 3 if dynamic else [(4, HIDDEN)] * 3
+    make = symbolic if dynamic else tensors
+    module = trace(model, *make(*shapes, (HIDDEN,)))
+    fused, report = fused_copy(module, MOVING)
+    assert not report.missed and report.fused[-1].moved, str(report)
+    assert calls(fused, c10d.all_reduce.default, c10d.wait_tensor.default) == 0
+    check_same(trace(moved, *make(*shapes, (HIDDEN,))), fused, tokens=7)
+    check_same(module, fused_copy(module)[0], tokens=7)
+
+
 def biased_in_fp32(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
     """16-bit values added in fp32 and rounded: one add in 16 bits."""
     total = r + (reduce(x) + w.exp().float()).to(x.dtype)
@@ -446,14 +527,36 @@ def computed_vector(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> Tensor:
     return norm(r + y.amax(0) * reduce(x), w)
 
 
+def gate_of_own_rows(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> Tensor:
+    """What each rank has computed by itself may be its own, and so is what it is gated with."""
+    return norm(r + torch.sigmoid(y @ w[:, None]) * reduce(x), w)
+
+
+def gate_by_a_matrix(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> Tensor:
+    """A matrix may be one rank's part: what it gives is not known to be the same."""
+    return norm(r + (reduce(y).exp() @ r.t())[:, :1] * reduce(x), w)
+
+
+def gate_by_a_part(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> Tensor:
+    """Which element of a row it is may be the rank's choice."""
+    return norm(r + reduce(y)[:, 3:4] * reduce(x), w)
+
+
+def gate_behind_a_later_one(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> Tensor:
+    """The gate waits for an all-reduce behind its own: it cannot be there before."""
+    early = reduce(x)
+    return norm(r + torch.sigmoid(reduce(y).exp() @ w[:, None]) * early, w)
+
+
 def computed_number(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> Tensor:
     return norm(r + reduce(x) / y.amax(), w)
 
 
 @pytest.mark.parametrize(
     "model",
-    [bias_read, computed_vector, computed_number, read_twice, gated, divisor, squared, two_dtypes],
-)
+    [bias_read, computed_vector, computed_number, read_twice, gated, divisor, squared, two_dtypes, gate_of_own_rows,
+     gate_by_a_matrix, gate_by_a_part, gate_behind_a_later_one],
+)  # fmt: skip
 def test_not_moved(model: Callable[..., Any]) -> None:
     """What is not linear, what others read and what may differ between ranks stays: node for node, no advice."""
     report = check_unchanged(trace(model, *tensors(*[(4, HIDDEN)] * 3, (HIDDEN,))), MOVING)
@@ -485,6 +588,17 @@ def test_two_groups_are_not_merged() -> None:
     assert (report.matched_count, calls(fused, c10d.all_reduce.default)) == (1, 1)
     assert "reassociate" not in str(report)
     check_same(module, fused)
+
+
+def test_a_gate_of_another_group_stays() -> None:
+    """What the ranks of one group share may differ within another."""
+    group = dist.new_group([0, 1]).group_name
+
+    def model(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> Tensor:
+        return norm(r + torch.sigmoid(reduce(y, group).exp() @ w[:, None]) * reduce(x), w)
+
+    report = check_unchanged(trace(model, *tensors(*[(4, HIDDEN)] * 3, (HIDDEN,))), MOVING)
+    assert "reassociate" not in str(report)
 
 
 def test_report_of_what_moved() -> None:
