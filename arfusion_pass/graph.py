@@ -487,16 +487,24 @@ def owners(node: fx.Node) -> set[fx.Node]:
 
 def is_written(node: fx.Node) -> bool:
     """Whether anybody writes to the memory of ``node``, by itself or by a view of it."""
+    return any(name in mutated_arguments(user) for name, user in _readers(node))
+
+
+def is_returned(node: fx.Node) -> bool:
+    """Whether the memory of ``node`` leaves the graph, by itself or by a view of it."""
+    return any(user.op == "output" for _, user in _readers(node))
+
+
+def _readers(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """Everyone who reads the memory of ``node``, by itself or by a view of it: that name of it, and who reads it."""
     seen, stack = {node}, [node]
     while stack:
         current = stack.pop()
         for user in current.users:
-            if current in mutated_arguments(user):
-                return True
+            yield current, user
             if user not in seen and current in viewed(user):
                 seen.add(user)
                 stack.append(user)
-    return False
 
 
 _FARTHEST_READER = 4

@@ -404,13 +404,21 @@ def static_and_token(y: Tensor, r: Tensor, w: Tensor, s: Tensor) -> Any:
 
 def twins_static(y: Tensor, r: Tensor, w: Tensor, s: Tensor) -> Any:
     h = llama(r + y, w)
-    return static_div(h, s), static_div(h.clone(), s)
+    return static_div(h, s), static_div(h.clone(), s).float()
 
 
 def twins_token(y: Tensor, r: Tensor, w: Tensor, s: Tensor) -> Any:
     """Three linear layers that quantise their input each for itself; one does not read the scales."""
     h = llama(r + y, w)
-    return token(h)[0], token(h), token_apart(h)
+    codes, scales = token_apart(h)
+    return token(h)[0].float(), token(h), codes.float() * scales
+
+
+def twins_returned(y: Tensor, r: Tensor, w: Tensor, s: Tensor) -> Any:
+    """Two of three leave the graph, the last through a view: whoever gets them may write to one."""
+    h = llama(r + y, w)
+    codes, scales = token_apart(h)
+    return token(h)[0].float(), token(h), codes[1:], scales
 
 
 def token_apart(h: Tensor) -> tuple[Tensor, Tensor]:

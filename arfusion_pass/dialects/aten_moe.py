@@ -36,6 +36,7 @@ from arfusion_pass.graph import (
     keeps_rows,
     peel,
     same_shape,
+    source_of,
     statically_equal,
     tensor_of,
 )
@@ -66,9 +67,9 @@ class AtenMoE(Dialect):
     def prologues(self, x: fx.Node) -> Iterable[Prologue | Refused]:
         """The combination that ``x`` is, if it is one."""
         views: list[fx.Node] = []
-        while keeps_rows(x):
+        while keeps_rows(x) and (source := source_of(x)) is not None:
             views.append(x)
-            x = x.args[0]  # type: ignore[assignment]
+            x = source
         found = _combination(x, dtype_of(x))
         if found is not None:
             yield dataclasses.replace(found, nodes=(*found.nodes, *views))

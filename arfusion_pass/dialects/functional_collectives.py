@@ -114,8 +114,9 @@ def _in_place(node: fx.Node, x: fx.Node, group: str) -> Reduced | Refused:
     if owner.op != "call_function" or sources:
         return Refused(f"{describe(node)} reduces {describe(owner)} in place, which others hold as well", node)
     values = [node]
-    for value in (node, x):
-        values += [again for wait in users_of(value, c10d.wait_tensor.default) for again in (wait, *waited_again(wait))]
+    for value in (node, x):  # a wait for x in front of this gives what is reduced
+        waits = [wait for wait in users_of(value, c10d.wait_tensor.default) if wait > node]
+        values += [again for wait in waits for again in (wait, *waited_again(wait))]
     early = late = False
     aliases = [owner]
     while aliases:

@@ -33,6 +33,7 @@ from arfusion_pass.graph import (
     describe,
     dtype_of,
     is_cast,
+    is_returned,
     last_dim,
     path,
     row_views,
@@ -549,7 +550,7 @@ def _find_quantiser(site: RaisedSite) -> None:
                     alike.setdefault(key, []).append((quant, dialect.name))
     for quants in alike.values():
         first, dialect_name = quants[0]
-        twins = [quant for quant, _ in quants[1:] if _same_outputs(first, quant)]
+        twins = _twins(first, [quant for quant, _ in quants[1:]])
         for group in ([first, *twins], [first]):
             reason = _fuse_quantisers(site, group)
             if reason is None:
@@ -608,6 +609,25 @@ def _fuse_quantisers(site: RaisedSite, quants: list[Quantised]) -> str | None:
         site.quant, *twins = (dataclasses.replace(q, nodes=tuple(n for n in q.nodes if n in nodes)) for q in quants)
         site.twins = tuple(twins)
     return reason
+
+
+def _twins(first: Quantised, others: Iterable[Quantised]) -> list[Quantised]:
+    """Those of ``others`` whose readers can have the outputs of ``first``. Of tensors that leave the graph each keeps
+    memory of its own: whoever gets two of them may write to one."""
+    twins = []
+    taken = _returned(first)
+    for other in others:
+        returned = _returned(other)
+        if taken.isdisjoint(returned) and _same_outputs(first, other):
+            taken |= returned
+            twins.append(other)
+    return twins
+
+
+def _returned(quant: Quantised) -> set[str]:
+    """Which of a quantiser's outputs leave the graph."""
+    held = {"codes": quant.codes, "scales": quant.scales}
+    return {role for role, node in held.items() if node is not None and is_returned(node)}
 
 
 def _same_outputs(a: Quantised, b: Quantised) -> bool:

@@ -10,7 +10,7 @@ import torch
 
 from tests import moe_cases
 from tests.models import Tensor, llama, reduce
-from tests.simulate import captured, fused_copy, run
+from tests.simulate import captured, check_fused, fused_copy, run, trace
 
 TOKENS, ROWS, SLOTS, HIDDEN, EPS = 6, 9, 4, 32, 1e-6
 
@@ -201,3 +201,15 @@ def test_read_by_others() -> None:
 
     for each in (model, partly):
         assert fused(each, finalize_inputs(torch.bfloat16)) == ["AllReduceFusedAddRMSNorm"]
+
+
+def test_written_over() -> None:
+    """Contract *sound*: what a combination's tensor was overwritten with is no combination."""
+
+    def model(p: Tensor, index: Tensor, weights: Tensor, shared: Tensor, r: Tensor, w: Tensor) -> Any:
+        x = moe_cases.weighted(p, index, weights, shared)
+        return llama(r + reduce(torch.ops.aten.copy(x, shared)), w, EPS)
+
+    module = trace(model, *finalize_inputs(torch.bfloat16))
+    report = check_fused(module, 1)
+    assert [site.pattern for site in report.sites] == ["AllReduceFusedAddRMSNorm"]

@@ -155,6 +155,7 @@ add("two_scales", q.two_scales, STATIC_NAME, STATIC, "norm quant", scale=[0.37])
 add("static_and_token", q.static_and_token, STATIC_NAME, STATIC, "norm quant", scale=[0.37])
 add("twins_static", q.twins_static, STATIC_NAME, STATIC, "quant", scale=[0.37])
 add("twins_token", q.twins_token, TOKEN_NAME, TOKEN | ON_AMAX, "quant scale")
+add("twins_returned", q.twins_returned, TOKEN_NAME, TOKEN | ON_AMAX, "norm quant scale")
 add("scale_alone", q.scale_alone, GROUP_NAME, GROUP | GROUP_AMAX, "quant scale")
 
 # Left alone: the norm is fused, and the report says what stood in the way.
@@ -195,6 +196,7 @@ class Outcome:
     geometry: list[tuple[Any, Any]]
     codes: list[torch.Tensor]
     differ: list[int]
+    shared: int
     after: str
 
 
@@ -251,6 +253,7 @@ def run_case(case: Case, rank: int) -> Outcome:
         geometry=[(geometry(a), geometry(b)) for a, b in zip(got, wanted, strict=True)],
         codes=[tensor.contiguous() for tensor in got],
         differ=[replay.compare(a, b).mismatched for a, b in zip(got, wanted, strict=True)],
+        shared=len(got) - len({tensor.untyped_storage().data_ptr() for tensor in got}),
         after=after,
     )
 
@@ -295,6 +298,7 @@ def test_case(name: str, outcomes: list[dict[str, Outcome]]) -> None:
         assert all(ok for ok, _ in outcome.checks), outcome.checks
         assert len(outcome.checks) == (3 if case.dynamic else 1)
         assert all(got == wanted for got, wanted in outcome.geometry), outcome.geometry
+        assert outcome.shared == 0  # no model returns one tensor's memory twice
         if case.exact and not (case.folds and FOLDS_CASTS):
             assert outcome.differ == [0] * len(outcome.differ)
     assert "_c10d_functional" not in one.after

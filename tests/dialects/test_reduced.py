@@ -256,6 +256,17 @@ def test_in_place_beside_readers(model: Callable[..., Any]) -> None:
     check_unchanged(in_place(model))
 
 
+def waited_for_before(x: Tensor, w: Tensor, r: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+    y = c10d.all_reduce(F.linear(x, w), "sum", "0")
+    first = ending(wait(y), r, g)
+    return *first, reduce_(y)
+
+
+def test_in_place_waited_for_before() -> None:
+    """Contract *sound*: a wait in front of an all-reduce in place gives what it was given, not its sum."""
+    check_unchanged(in_place(waited_for_before))
+
+
 # fp32 around 16-bit values -------------------------------------------------------------------------------------------
 
 
