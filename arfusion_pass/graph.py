@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -123,6 +124,27 @@ def same_rows(a: Any, b: Any) -> bool:
         while shape and len(shape) > 1 and _is_one(shape[0]):
             del shape[0]
     return len(sizes[0]) == len(sizes[1]) and all(map(statically_equal, *sizes))
+
+
+def as_many_rows(a: Any, b: Any) -> bool:
+    """Whether two nodes' ``[..., H]`` tensors have the same number of rows for sure; adds no guard.
+
+    A view with the last dimension of its source, or a cast, has as many rows as that, however its sizes are called:
+    where ``y.view(r.shape)`` was guarded on, the sizes of ``y`` and those of ``r`` have other symbols, and the product
+    of the former is known to be that of the latter, but not that of the view's.
+    """
+    return any(statically_equal(rows, others) for rows in _row_counts(a) for others in _row_counts(b))
+
+
+def _row_counts(node: Any) -> list[Any]:
+    """How many rows a node has, by its own shape and by that of everything that it is a view or a cast of."""
+    counts: list[Any] = []
+    hidden = last_dim(node)
+    while (tensor := tensor_of(node)) is not None and tensor.dim() > 0:
+        if last_dim(node) == hidden and (hidden is not None or not counts):
+            counts.append(math.prod(tensor.shape[:-1]))
+        node = node.args[0] if is_cast(node) else source_of(node)
+    return counts
 
 
 def same_size(a: Any, b: Any) -> bool:

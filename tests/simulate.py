@@ -149,13 +149,15 @@ def tensors(*shapes: Sequence[int], dtype: torch.dtype = torch.bfloat16) -> list
     return [torch.empty(tuple(shape), dtype=dtype) for shape in shapes]
 
 
-def symbolic(*shapes: Sequence[int | str], dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:
+def symbolic(
+    *shapes: Sequence[int | str], dtype: torch.dtype = torch.bfloat16, hints: dict[str, int] | None = None
+) -> list[torch.Tensor]:
     """Like :func:`tensors`, but a size that is a string is a symbol of that name: ``("s", 32)``. All in one fake mode.
 
-    A name stands for one symbol by its hint: equal hints give one symbol, as they do in Dynamo.
+    A name stands for one symbol by its hint, which may be given: equal hints give one symbol, as they do in Dynamo.
     """
     mode = FakeTensorMode(shape_env=ShapeEnv())
-    hints: dict[str, int] = {}
+    hints = {} if hints is None else dict(hints)
     made = []
     for shape in shapes:
         sizes = [size if isinstance(size, int) else hints.setdefault(size, 5 + 2 * len(hints)) for size in shape]

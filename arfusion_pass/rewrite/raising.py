@@ -30,6 +30,7 @@ from arfusion_pass.config import FusionConfig, canonical_epsilon
 from arfusion_pass.dialects import DIALECTS, Norm, Prologue, Quantised, Reduced, Refused, Scattered, norms_of
 from arfusion_pass.dialects.reading.operands import is_row, sums, widens_beside
 from arfusion_pass.graph import (
+    as_many_rows,
     describe,
     dtype_of,
     is_cast,
@@ -40,12 +41,10 @@ from arfusion_pass.graph import (
     same_shape,
     same_size,
     source_of,
-    statically_equal,
     tensor_of,
     views_of,
     without_views,
 )
-from arfusion_pass.ops.layouts import token_count
 from arfusion_pass.ops.spec import Flags, group_fits
 from arfusion_pass.rewrite.gathering import Gathering, gathering
 from arfusion_pass.rewrite.hindrances import Hindrance, Reductions, following, merges, sum_before, why_no_norm
@@ -414,7 +413,7 @@ def _check_norm(reduced: Reduced, norm: Norm, config: FusionConfig) -> str | Non
     if norm.norm is not None and last_dim(norm.norm) != hidden:
         return f"{describe(norm.norm)} normalises rows of {last_dim(norm.norm)}, the all-reduce has rows of {hidden}"
     for node in (norm.norm, norm.total):
-        if node is not None and not _same_rows(node, norm.operand):
+        if node is not None and not as_many_rows(node, norm.operand):
             return f"{describe(node)} is not known to have as many rows as {describe(norm.operand)}"
     if norm.addend is not None and dtype_of(norm.addend) != dtype:
         return f"the addend {describe(norm.addend)} is {dtype_of(norm.addend)}; expected {dtype}"
@@ -444,12 +443,6 @@ def _values(reduced: Reduced, norm: Norm) -> set[fx.Node | None]:
     """What the fused call of a norm can write."""
     values = {*reduced.values, norm.norm, norm.total}
     return values if norm.quant is None else values | {norm.quant.codes, norm.quant.scales}
-
-
-def _same_rows(a: fx.Node, b: fx.Node) -> bool:
-    """Whether two nodes' ``[..., H]`` tensors have the same number of rows for sure."""
-    counts = [None if (tensor := tensor_of(node)) is None else token_count(tensor.shape) for node in (a, b)]
-    return None not in counts and statically_equal(*counts)
 
 
 def _read_inside(nodes: tuple[fx.Node, ...], values: set[fx.Node | None], what: str) -> str | None:

@@ -562,3 +562,20 @@ def test_a_root_by_its_steps(norm: Callable[..., Tensor], flag: Flags, dtype: to
         op="call_function", target=torch.ops.higher_order.auto_functionalized
     )
     assert without_mark(call.kwargs["flags"]) == flag
+
+
+@pytest.mark.parametrize("quantised", [False, True], ids=["norm", "FP8"])
+def test_rows_whose_sizes_have_other_names(quantised: bool) -> None:
+    """Contract *sound*: a residual whose sizes are not the all-reduce's by name has as many rows where the graph's view
+    was guarded on it, whatever their numbers were."""
+
+    def model(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        total = r + reduce(x.reshape(-1, HIDDEN)).view(r.shape)
+        normed = llama(total, w, EPS)
+        return (normed.float() / 0.5).clamp(-448, 448).to(torch.float8_e4m3fn) if quantised else normed, total
+
+    hints = {"a": 6, "b": 2, "c": 3, "d": 4}
+    module = trace(model, *symbolic(("a", "b", HIDDEN), ("c", "d", HIDDEN), (HIDDEN,), hints=hints))
+    fused, report = fused_copy(module)
+    assert report.matched_count == 1, str(report)
+    check_same(module, fused, a=10, b=3, c=5, d=6)
