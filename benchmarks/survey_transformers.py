@@ -129,7 +129,13 @@ def reason_kind(reason: str) -> str:
         return f"{step[1]} in front"
     kinds = {"is fused with": "sum of two, one fused", "throughout": "norm in 16 bits", "one head": "norm of heads"}
     kinds |= {"rounds the sum": "sum rounded", "no RMSNorm": "no RMSNorm follows", "epsilon is": "epsilon no number"}
-    kinds |= {"nobody reads": "not read", "LayerNorm": "LayerNorm", "known RMSNorm": "another norm"}
+    kinds |= {
+        "sums between": "several sums in front",
+        "an L2 norm": "L2 norm",
+        "nobody reads": "not read",
+        "LayerNorm": "LayerNorm",
+        "known RMSNorm": "another norm",
+    }
     return next((kind for words, kind in kinds.items() if words in reason), reason[:60])
 
 

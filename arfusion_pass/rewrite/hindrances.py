@@ -52,6 +52,9 @@ ROOTS = (aten.rsqrt.default, aten.sqrt.default)
 FARTHEST = 24
 """Nodes between an all-reduce and a norm, from which on the norm is somebody else's."""
 
+FARTHEST_SQUARE = 8
+"""Nodes between the root of a norm and what it squares; there are three or four."""
+
 
 class Kind(enum.Enum):
     """Of a linear step, and what is done with it."""
@@ -344,28 +347,54 @@ def _nearest_norm(reduced: Reduced) -> tuple[str, fx.Node | None] | None:
                 while (previous := came[steps[-1]]) is not None and came[previous] is not None:
                     steps.append(previous)
                 return _blame(steps[::-1], norm)
-        for reader, _ in _readers(node):
+        for reader, view in _readers(node):
             other = other or _other_norm(reader)
             computes = reader.op == "call_function" and holds_tensors(reader)
-            ends = str(getattr(reader.target, "namespace", "")).startswith("_c10d") or is_call(reader, *PROJECTIONS)
+            projects = is_call(reader, *PROJECTIONS) and not _is_added_to(reader, view)
+            ends = projects or str(getattr(reader.target, "namespace", "")).startswith("_c10d")
             if computes and not ends and reader not in came:
                 came[reader] = node
                 queue.append(reader)
     return other
 
 
+def _is_added_to(product: fx.Node, operand: fx.Node) -> bool:
+    """Whether a projection adds its product to ``operand``."""
+    return is_call(product, aten.addmm.default) and product.args[0] is operand and operand not in product.args[1:]
+
+
 def _other_norm(node: fx.Node) -> tuple[str, fx.Node] | None:
     """What to say of a norm that is none of ours, from the step that makes it one."""
-    if node.op == "call_function" and node.target in DEVIATIONS:  # with whatever arguments
-        return f"{describe(node)} belongs to a LayerNorm, which subtracts the mean; RMSNorm is fused", node
     power = constant(node.args[1]) if is_call(node, aten.pow.Tensor_Scalar) else None
-    if is_call(node, *ROOTS) or power in (0.5, -0.5):
+    rooted = is_call(node, *ROOTS) or power in (0.5, -0.5)
+    deviates = node.op == "call_function" and node.target in DEVIATIONS  # with whatever arguments
+    if deviates or (rooted and _subtracts_the_mean(node)):
+        return f"{describe(node)} belongs to a LayerNorm, which subtracts the mean; RMSNorm is fused", node
+    if rooted:
         reason = (
             f"{describe(node)} belongs to no known RMSNorm: x * rsqrt(mean(x * x) + epsilon) over the last "
             "dimension, with or without a weight"
         )
         return reason, node
     return None
+
+
+def _subtracts_the_mean(root: fx.Node) -> bool:
+    """Whether a root is taken of what was computed from ``x - mean(x)``: a LayerNorm in single steps."""
+    stack, seen = [root], set[fx.Node]()
+    while stack and len(seen) < FARTHEST_SQUARE:
+        node = stack.pop()
+        if _centres(node):
+            return True
+        if node not in seen:
+            seen.add(node)
+            stack += node.all_input_nodes
+    return False
+
+
+def _centres(step: fx.Node) -> bool:
+    """Whether a step subtracts a mean."""
+    return is_call(step, aten.sub.Tensor) and is_call(without_views(step.args[1]), aten.mean.dim)
 
 
 def _blame(steps: list[fx.Node], norm: Norm | Refused) -> tuple[str, fx.Node | None]:
@@ -376,6 +405,13 @@ def _blame(steps: list[fx.Node], norm: Norm | Refused) -> tuple[str, fx.Node | N
     added = is_call(first, aten.add.Tensor) and same_rows(first, first.all_input_nodes[0])
     behind = [step for step in (rest if added and rest else steps) if not widens(step)]
     step = behind[0] if behind else first
+    sums = [each for each in steps if not widens(each)]
+    count = len(sums) + (norm.residual is not None) + (norm.addend is not None)
+    if count > 1 and all(is_call(each, aten.add.Tensor) for each in sums):
+        nearest = describe(norm.result)
+        return f"{describe(first)} is the first of {count} sums between it and the nearest norm, {nearest}", first
+    if _centres(step):
+        return f"{describe(step)} belongs to a LayerNorm, which subtracts the mean; RMSNorm is fused", step
     if is_cast(step) and added and dtype_of(step.args[0]) == torch.float32:
         reason = (
             f"{describe(step)} rounds the sum with an fp32 residual to {dtype_of(step)} before the norm "

@@ -179,6 +179,24 @@ def dot(h: Tensor) -> Tensor:
     return h.float() * torch.rsqrt(torch.linalg.vecdot(h.float(), h.float())[..., None] + EPS)
 
 
+def centred(h: Tensor) -> Tensor:
+    """Cohere's: a LayerNorm without a bias, in single steps."""
+    centred = h.float() - h.float().mean(-1, keepdim=True)
+    return centred * inverse_of(centred)
+
+
+def centred_twice(h: Tensor) -> Tensor:
+    return (h.float() - h.float().mean(-1, keepdim=True)) * inverse_of(h.float() - h.float().mean(-1, keepdim=True))
+
+
+def l2(h: Tensor) -> Tensor:
+    return h.float() * torch.rsqrt(h.float().pow(2).sum(-1, keepdim=True) + EPS)
+
+
+def half_of_the_mean(h: Tensor) -> Tensor:
+    return h.float() / torch.sqrt(h.float().pow(2).mean(-1, keepdim=True) * 0.5)
+
+
 def of_heads(h: Tensor) -> Tensor:
     heads = h.view(-1, 3, h.shape[-1] // 3).float()
     return heads * inverse_of(heads)
@@ -193,7 +211,11 @@ def of_heads(h: Tensor) -> Tensor:
         (narrow_inverse, "rounds the reciprocal root of a norm to torch.bfloat16"),
         (variance, "(aten.var.correction) belongs to a LayerNorm"),
         (layer_norm, "(aten.var_mean.correction) belongs to a LayerNorm"),
-        (dot, "(aten.rsqrt.default) belongs to no known RMSNorm"),
+        (dot, "(aten.rsqrt.default) takes the root of the sum of a row's squares"),
+        (centred, "(aten.sub.Tensor) belongs to a LayerNorm"),
+        (centred_twice, "(aten.rsqrt.default) belongs to a LayerNorm"),
+        (l2, "(aten.rsqrt.default) takes the root of the sum of a row's squares, as an L2 norm"),
+        (half_of_the_mean, "(aten.sqrt.default) takes the root of 0.5 times the mean of squares"),
         (of_heads, "normalises rows of 16"),
     ],
     ids=lambda value: getattr(value, "__name__", None),

@@ -13,10 +13,10 @@ LAYERS = 2
 TOKENS = 12
 
 SIZES: dict[str, Any] = {
-    **dict.fromkeys(("hidden_size",), 128),
+    **dict.fromkeys(("hidden_size", "n_embd", "rel_extent"), 128),
     **dict.fromkeys(("intermediate_size", "ffn_hidden_size", "intermediate_size_mlp"), 256),
-    **dict.fromkeys(("num_hidden_layers", "num_layers"), LAYERS),
-    **dict.fromkeys(("num_key_value_heads", "num_global_key_value_heads"), 2),
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer"), LAYERS),
+    **dict.fromkeys(("num_key_value_heads", "num_global_key_value_heads", "swa_num_key_value_heads"), 2),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk", "num_experts_per_token", "top_k_experts"), 2),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"), 64),
@@ -24,25 +24,49 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "first_k_dense_replace", "zero_expert_num"), 1),
     **dict.fromkeys(("num_shared_experts", "num_expert_group"), 1),
     **dict.fromkeys(("linear_num_key_heads", "index_n_heads"), 2),
-    **dict.fromkeys(("num_attention_heads", "linear_num_value_heads"), 4),
+    **dict.fromkeys(("num_attention_heads", "linear_num_value_heads", "n_head", "swa_num_attention_heads"), 4),
     **dict.fromkeys(("head_dim", "global_head_dim", "query_pre_attn_scalar", "qk_nope_head_dim", "v_head_dim"), 32),
-    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "kv_lora_rank", "index_head_dim"), 32),
+    **dict.fromkeys(
+        ("linear_key_head_dim", "linear_value_head_dim", "kv_lora_rank", "index_head_dim", "swa_head_dim"), 32
+    ),
     **dict.fromkeys(("q_lora_rank", "sliding_window", "attention_chunk_size"), 64),
-    **dict.fromkeys(("qk_rope_head_dim", "hidden_size_per_layer_input"), 16),
+    **dict.fromkeys(("qk_rope_head_dim", "hidden_size_per_layer_input", "rotary_dim", "hc_lowrank"), 16),
     **dict.fromkeys(("laurel_rank", "index_topk"), 8),
-    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 256),
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size"), 256),
     **dict.fromkeys(("mamba_n_heads", "mamba_num_heads"), 4),
     **dict.fromkeys(("mamba_d_head", "mamba_head_dim"), 64),
     **dict.fromkeys(("mamba_d_state", "ssm_state_size"), 16),
     **dict.fromkeys(("mamba_n_groups", "n_groups"), 1),
     "num_kv_shared_layers": 0,
     "mamba_d_ssm": 256,
-    "max_position_embeddings": 128,
+    **dict.fromkeys(("max_position_embeddings", "n_positions"), 128),
 }
 """Sizes by the names that configurations give them; one gets those that it has."""
 
-ALWAYS = ("head_dim", "num_key_value_heads", "n_routed_experts")
+ALWAYS = ("head_dim", "num_key_value_heads", "n_routed_experts", "num_experts_per_tok", "n_shared_experts")
 """Sizes that some configurations leave open, and their models need."""
+
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 4, 4]}
+_SEES = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "crop_size": 28}
+_HEARS = {"hidden_size": 64, "intermediate_size": 64, "num_blocks": 2, "num_attention_heads": 2, "input_size": 16}
+
+OWN: dict[str, dict[str, Any]] = {
+    "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
+    "doge": {"num_key_value_heads": 4},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "phi4_multimodal": {
+        "vision_config": _SEES | {"image_size": 28},
+        "audio_config": _HEARS | dict.fromkeys(("ext_pw_out_channel", "depthwise_separable_out_channel"), 64),
+    },
+    "qwen4_exp_text": {
+        **dict.fromkeys(("indexer_n_heads", "indexer_compress_ratio"), 2),
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 32,
+        "indexer_budget": 8,
+        "layer_types": ["linear_attention", "indexed_attention"],
+    },
+}
+"""What single configurations leave open that their models need."""
 
 TOKEN_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
@@ -80,7 +104,7 @@ def small_config(model_type: str, **settings: Any) -> Any:
         sizes["head_dim"] = SIZES["qk_rope_head_dim"]
         if written["num_attention_heads"] == written.get("num_key_value_heads"):
             sizes["num_key_value_heads"] = SIZES["num_attention_heads"]
-    return CONFIG_MAPPING[model_type](**(sizes | TOKEN_IDS | settings))
+    return CONFIG_MAPPING[model_type](**(sizes | TOKEN_IDS | OWN.get(model_type, {}) | settings))
 
 
 def sharded(rank: int, model_class: Any, config: Any, folder: str | Path) -> tuple[Any, Any]:

@@ -157,6 +157,19 @@ def transposed(x: Tensor, w: Tensor) -> Tensor:
     return llama(reduce(x.expand(4, HIDDEN)).t().reshape(4, HIDDEN), w, EPS)
 
 
+def added_to_a_product(x: Tensor, w: Tensor) -> Tensor:
+    """Cohere 2 MoE: an expert that is not reduced, in one op with the sum; what follows is still this layer's."""
+    return F.layer_norm(torch.addmm(reduce(x), x @ x.t(), x), (HIDDEN,), w)
+
+
+def post_norm(x: Tensor, w: Tensor) -> Tensor:
+    """OLMo 2: an embedding that nobody normalises, to which normalised values are added."""
+    h = reduce(x)
+    for _ in range(2):
+        h = h + llama((h @ w[:, None]) * w, w, EPS)
+    return llama(h, w, EPS)
+
+
 def dropped(x: Tensor, w: Tensor) -> Tensor:
     reduce(x)
     return w * 2
@@ -187,6 +200,8 @@ CASES: dict[Callable[..., Any], str] = {
     row_of_the_sum: "unbind (aten.unbind.int) stands between it and the norm",
     pair: "max_1 (aten.max.dim) stands between it and the norm",
     transposed: "aten.permute.default",
+    added_to_a_product: "(aten.var_mean.correction) belongs to a LayerNorm",
+    post_norm: "(aten.add.Tensor) is the first of 2 sums between it and the nearest norm",
     dropped: "nobody reads",
 }
 

@@ -79,6 +79,7 @@ def inverses(root: fx.Node) -> Iterator[Inverse | Refused]:
             yield from _inverses(statistic, root)
         else:
             yield from _floored(statistic, root)
+            yield from _of_no_mean(statistic, root)
 
 
 def squares(root: fx.Node) -> Iterator[tuple[fx.Node, ...]]:
@@ -278,6 +279,20 @@ def _floored(statistic: Statistic, root: fx.Node) -> Iterator[Refused]:
                 "to the mean of squares",
                 floor,
             )
+
+
+def _of_no_mean(statistic: Statistic, root: fx.Node) -> Iterator[Refused]:
+    """A root of what is not the mean of squares, such as an L2 norm's of their sum, with or without an epsilon."""
+    is_sum = math.isclose(statistic.factor, last_dim(root) or math.nan, rel_tol=1e-6)
+    what = "the sum of a row's squares, as an L2 norm" if is_sum else f"{statistic.factor:g} times the mean of squares"
+    plus = users_of(statistic.node, aten.add.Tensor, aten.add.Scalar)
+    for node in (statistic.node, *plus) if statistic.power == 1.0 else ():
+        for inverse, *_ in _roots(node):
+            if _divides_by(inverse, root):
+                yield Refused(
+                    f"{describe(inverse)} takes the root of {what}; the fused op takes that of the mean of squares",
+                    inverse,
+                )
 
 
 def _divides_by(node: fx.Node, root: fx.Node) -> bool:
