@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import logging
 import math
@@ -21,6 +22,14 @@ Strategy = Literal["auto", "oneshot", "twoshot", "sharded"]
 BACKENDS: tuple[Backend, ...] = ("auto", "native", "reference", "flashinfer")
 STRATEGIES: tuple[Strategy, ...] = ("auto", "oneshot", "twoshot", "sharded")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+VARIABLES = (
+    *("ARFUSION_CONFIG", "ARFUSION_LOG", "ARFUSION_DUMP", "ARFUSION_AGREEMENT", "ARFUSION_VLLM", "ARFUSION_SGLANG"),
+    *("ARFUSION_SGLANG_COMM", "ARFUSION_CACHE_DIR", "ARFUSION_LIBRARY", "ARFUSION_BUILD", "ARFUSION_ARCH"),
+    *("ARFUSION_NVCC", "ARFUSION_EXPERIMENTAL_SEQUENCE_PARALLEL", "ARFUSION_WORKSPACE_MIB", "ARFUSION_THRESHOLDS"),
+)
+"""Every environment variable of the package."""
+_TESTS = tuple(f"ARFUSION_{suite}_" for suite in ("TEST", "SOAK", "FUZZ"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +103,7 @@ class FusionConfig:
         Raises:
             ValueError: where it is no such object, or a setting is not one of these.
         """
+        _tell_unknown_variables()
         text = os.environ.get("ARFUSION_CONFIG", "").strip()
         if not text:
             return FusionConfig()
@@ -127,6 +137,17 @@ def switch(variable: str, default: bool) -> bool:
         _told.add(variable)
         log.warning("arfusion: %s=%s is none of %s; %d is taken", variable, text, ", ".join(_SWITCHES), default)
     return _SWITCHES.get(text, default)
+
+
+def _tell_unknown_variables() -> None:
+    """Warn, once a process, of each ``ARFUSION_*`` in the environment that is none of :data:`VARIABLES`."""
+    for name in sorted(os.environ):
+        if name.startswith("ARFUSION_") and name not in (*VARIABLES, *_told) and not name.startswith(_TESTS):
+            _told.add(name)
+            words = {known.removeprefix("ARFUSION_"): known for known in VARIABLES}
+            close = difflib.get_close_matches(name.removeprefix("ARFUSION_"), words, 1)
+            hint = f"; did you mean {words[close[0]]}?" if close else "; settings of the pass go into ARFUSION_CONFIG"
+            log.warning("arfusion: there is no variable %s, it is ignored%s", name, hint)
 
 
 def _items(field: str, value: Any) -> tuple[Any, ...]:

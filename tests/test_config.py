@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import arfusion_pass as arf
+from arfusion_pass import config
 from arfusion_pass.config import canonical_epsilon, switch
 
 
@@ -76,3 +77,17 @@ def test_switches(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixt
     assert switch("ARFUSION_BUILD", True)
     assert not switch("ARFUSION_BUILD", False)
     assert caplog.text.count("ARFUSION_BUILD=maybe is none of") == 1
+
+
+def test_a_misspelt_variable_is_named_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Whoever reads the environment's settings hears of a variable that is none of ours, with one it is close to."""
+    monkeypatch.setattr(config, "_told", set())
+    monkeypatch.setattr(logging.getLogger("arfusion_pass"), "propagate", True)
+    for name in ("ARFUSION_VLM", "ARFUSION_REASSOCIATE", "ARFUSION_LOG", "ARFUSION_SOAK_SECONDS"):
+        monkeypatch.setenv(name, "0" if name != "ARFUSION_LOG" else "info")
+    for _ in range(2):
+        arf.FusionConfig.from_env()
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2
+    assert "no variable ARFUSION_REASSOCIATE" in said[0] and "ARFUSION_CONFIG" in said[0]
+    assert "no variable ARFUSION_VLM" in said[1] and "did you mean ARFUSION_VLLM?" in said[1]

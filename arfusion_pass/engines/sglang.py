@@ -36,6 +36,7 @@ from torch._inductor import config as inductor_config
 from arfusion_pass import groups
 from arfusion_pass.config import FusionConfig, switch
 from arfusion_pass.engines.groups import coordinators
+from arfusion_pass.engines.starting import harmless
 from arfusion_pass.fusion_pass import AllReduceFusionPass
 from arfusion_pass.install import HOOK, chained
 
@@ -44,9 +45,9 @@ def register() -> None:
     """What the entry point calls. Calling it again changes nothing that counts."""
     if not switch("ARFUSION_SGLANG", True):
         return
-    enable()
+    harmless("SGLang's compiled graphs", enable)
     if switch("ARFUSION_SGLANG_COMM", False):
-        replace_flashinfer()
+        harmless("SGLang's calls of FlashInfer", replace_flashinfer)
 
 
 def enable(config: FusionConfig | None = None) -> AllReduceFusionPass:

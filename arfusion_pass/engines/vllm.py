@@ -3,8 +3,8 @@
 Entry point ``arfusion`` of the group ``vllm.general_plugins``, called in every process. :func:`register` wraps
 
 * ``PostGradPassManager.configure``, so that each pass manager gets our pass in front of vLLM's own fusions: behind the
-  passes that only canonicalise, before ``AllReduceFusionPass`` and ``RMSNormQuantFusionPass``, and so before vLLM
-  lowers its IR;
+  passes that only canonicalise and those of sequence parallelism, before ``AllReduceFusionPass`` and
+  ``RMSNormQuantFusionPass``, and so before vLLM lowers its IR;
 * ``VllmConfig.compute_hash``, the one key of all of vLLM's caches: compiled graphs, AOT and "mega" artefacts, memory
   plans. vLLM loads them by that key and a graph's index, without asking its passes. With our key in it a run with the
   plug-in, one without it and one of another version never see each other's;
@@ -12,6 +12,9 @@ Entry point ``arfusion`` of the group ``vllm.general_plugins``, called in every 
   (:mod:`arfusion_pass.engines.vllm_reports`);
 
 and tells :mod:`arfusion_pass.groups` where vLLM keeps its groups: a graph from a cache may be the first to need one.
+
+Nothing of this may stop the engine: a vLLM that lacks what is wrapped, or settings that cannot be read, are one line in
+its log, and nothing fuses. So is a configuration that compiles nothing.
 
 Off: ``ARFUSION_VLLM=0``, or a ``VLLM_PLUGINS`` that does not name ``arfusion``; vLLM's key is then its own. vLLM's own
 all-reduce fusion finds nothing left to fuse, but allocates its workspace; ``--compilation-config '{"pass_config":
@@ -26,6 +29,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 import os
 from typing import Any
 
@@ -33,31 +37,45 @@ import torch.distributed as dist
 from torch import fx
 
 from arfusion_pass import cache_key, groups
+from arfusion_pass.compilation import known
 from arfusion_pass.config import FusionConfig, switch
 from arfusion_pass.engines import vllm_reports
 from arfusion_pass.engines.groups import coordinators
+from arfusion_pass.engines.starting import harmless
 from arfusion_pass.fusion_pass import AllReduceFusionPass
 from arfusion_pass.publishing import speak_through
 
-CANONICALISING = ("NoOpEliminationPass", "AddRMSNormFusionPass")
-"""vLLM's passes that run before ours: they make graphs easier to read and fuse no collective."""
+log = logging.getLogger("arfusion_pass")
 
-CONFIG = FusionConfig.from_env()
-"""The plug-in's settings: the pass's, and so part of vLLM's key."""
+BEFORE_OURS = ("NoOpEliminationPass", "AddRMSNormFusionPass", "SequenceParallelismPass", "AsyncTPPass")
+"""vLLM's passes that run before ours. Two make graphs easier to read and fuse no collective. Two are those of
+``enable_sp`` (0.26 has them, 0.32 not): vLLM then takes the residual between two pipeline stages for sharded, which it
+is only where its pass has rewritten the all-reduces."""
+
+
+@functools.cache
+def settings() -> FusionConfig:
+    """The plug-in's settings: the pass's, and so part of vLLM's key."""
+    return FusionConfig.from_env()
 
 
 def register() -> None:
     """Let every pass manager that vLLM makes from now on run our pass. Calling it again changes nothing."""
-    if not switch("ARFUSION_VLLM", True):
-        return
+    speak_through("vllm")
+    if switch("ARFUSION_VLLM", True):
+        harmless("vLLM", _wrap)
+
+
+def _wrap() -> None:
+    settings()
     from vllm.compilation.backends import CompilerManager
     from vllm.compilation.caching import VllmSerializableFunction
     from vllm.compilation.passes.pass_manager import PostGradPassManager
     from vllm.config import VllmConfig
 
     groups.add_source(vllm_groups)
-    speak_through("vllm")
     configure, compute_hash = PostGradPassManager.configure, VllmConfig.compute_hash
+    made = VllmConfig.__post_init__
     if getattr(configure, "arfusion", False):
         return
 
@@ -71,28 +89,34 @@ def register() -> None:
     def compute_hash_with_arfusion(self: Any, *args: Any, **kwargs: Any) -> str:
         return keyed(compute_hash(self, *args, **kwargs))
 
+    @functools.wraps(made)
+    def made_with_arfusion(self: Any, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
+        known(lambda: _tell_of_no_graph(self))
+
     configure_with_arfusion.arfusion = True  # type: ignore[attr-defined]
     PostGradPassManager.configure = configure_with_arfusion
     VllmConfig.compute_hash = compute_hash_with_arfusion
+    VllmConfig.__post_init__ = made_with_arfusion
     vllm_reports.keep_beside_graphs(CompilerManager)
     vllm_reports.keep_in_artefact(VllmSerializableFunction)
 
 
 def install(manager: Any, config: FusionConfig | None = None) -> AllReduceFusionPass:
     """Put our pass into one ``PostGradPassManager``; gives the pass, for its reports."""
-    adapter = _adapter(config or CONFIG)
+    adapter = _adapter(config or settings())
     passes = manager.passes
     passes[:] = [
         existing for existing in passes if not isinstance(getattr(existing, "fusion", None), AllReduceFusionPass)
     ]
-    first = next((i for i, each in enumerate(passes) if type(each).__name__ not in CANONICALISING), len(passes))
+    first = next((i for i, each in enumerate(passes) if type(each).__name__ not in BEFORE_OURS), len(passes))
     passes.insert(first, adapter)
     return adapter.fusion
 
 
 def keyed(theirs: str) -> str:
     """vLLM's key with ours in it, as long as theirs: sources, settings and the sizes of vLLM's groups."""
-    both = f"{theirs} {cache_key.engine_key(CONFIG)}"
+    both = f"{theirs} {cache_key.engine_key(settings())}"
     return hashlib.sha256(both.encode()).hexdigest()[: len(theirs)]
 
 
@@ -101,9 +125,17 @@ def vllm_groups() -> dict[str, dist.ProcessGroup]:
     return coordinators("vllm.distributed.parallel_state")
 
 
+def _tell_of_no_graph(config: Any) -> None:
+    """Say, where an engine's configuration is made, that it has all-reduces and that our pass will see none of them."""
+    mode = config.compilation_config.mode.name
+    if config.model_config is not None and config.parallel_config.tensor_parallel_size > 1 and mode != "VLLM_COMPILE":
+        cause = " (--enforce-eager, or -O0)" if mode == "NONE" else ""
+        log.info("arfusion: nothing will fuse: vLLM runs its passes in mode VLLM_COMPILE, this is %s%s", mode, cause)
+
+
 def _own_folder(compilation: Any) -> None:
     """A cache folder that the user names has no key in its path: give our graphs a folder of their own in it."""
-    folder = f"arfusion-{cache_key.engine_key(CONFIG)[:10]}"
+    folder = f"arfusion-{cache_key.engine_key(settings())[:10]}"
     if compilation.cache_dir and os.path.basename(compilation.cache_dir) != folder:
         compilation.cache_dir = os.path.join(compilation.cache_dir, folder)
 

@@ -84,6 +84,68 @@ def test_second_starts(mega: str, tmp_path: pathlib.Path, monkeypatch: pytest.Mo
     assert torch.equal(back["out"], first["out"])
 
 
+def starts(world: int = 2, **environment: str) -> dict[str, Any]:
+    """One start: what its first rank tells, after it was compared with the others."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        outcomes = run_ranks(world, start, timeout=900.0)
+    seen = [
+        (each["loaded"], each["fused_calls"], [{**report, "rank": None} for report in told(each)]) for each in outcomes
+    ]
+    assert seen == [seen[0]] * world, "the ranks are of one mind"
+    assert all(torch.equal(each["out"], outcomes[0]["out"]) for each in outcomes)
+    return outcomes[0]
+
+
+def loaded(outcome: dict[str, Any]) -> bool:
+    """Whether a start took its graphs from a cache: all of them, or none."""
+    all_cached = {report["cached"] for report in outcome["reports"]}
+    assert len(all_cached) == 1, outcome["reports"]
+    return all_cached.pop()
+
+
+@pytest.mark.parametrize("way", ["plain", "mega", "own folder"])
+def test_sizes_on_one_cache(way: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks, four, one, two and four again on one cache root, or in one folder that the user names: each size loads
+    what it wrote itself, fused throughout, equal to the bit; one rank has nothing to fuse, and sees no other's."""
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    monkeypatch.setenv("VLLM_USE_MEGA_AOT_ARTIFACT", str(int(way == "mega")))
+    monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "0")
+    if way == "own folder":
+        monkeypatch.setenv("VLLM_USE_AOT_COMPILE", "0")
+        monkeypatch.setenv("START_CACHE_DIR", str(tmp_path / "named"))
+    firsts: dict[int, dict[str, Any]] = {}
+    for world in (2, 4, 1, 2, 4):
+        outcome = starts(world)
+        assert outcome["fused_calls"] == (LAYERS if world > 1 else 0)
+        assert outcome["missed"] == []
+        assert loaded(outcome) == (world in firsts), (world, outcome)
+        first = firsts.setdefault(world, outcome)
+        assert told(outcome) == told(first)
+        assert torch.equal(outcome["out"], first["out"])
+
+
+def test_settings_on_one_cache(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A setting that changes what is fused is a cache of its own; one that only says how a fused call runs, or what is
+    told of it, shares the cache."""
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    monkeypatch.setenv("VLLM_USE_MEGA_AOT_ARTIFACT", "1")
+    monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "0")
+    first = starts()
+    assert (loaded(first), first["fused_calls"]) == (False, LAYERS)
+    filtered = starts(ARFUSION_CONFIG='{"epsilons": [1e-5]}')
+    assert (loaded(filtered), filtered["fused_calls"], len(filtered["missed"])) == (False, 0, LAYERS), filtered
+    moved = starts(ARFUSION_CONFIG='{"reassociate": true}')
+    assert (loaded(moved), moved["fused_calls"]) == (False, LAYERS)
+    for same in ({}, {"ARFUSION_CONFIG": "{}", "ARFUSION_LOG": "info"}, {"ARFUSION_LIBRARY": "/nowhere.so"}):
+        outcome = starts(**same)
+        assert (loaded(outcome), told(outcome)) == (True, told(first)), same
+        assert torch.equal(outcome["out"], first["out"])
+    again = starts(ARFUSION_CONFIG='{"epsilons": [1e-5]}')
+    assert (loaded(again), again["fused_calls"], again["missed"]) == (True, 0, filtered["missed"])
+
+
 def test_a_quantised_start(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM's per-token FP8 quantiser behind each norm goes into the fused call, and each rank gives what plain torch
     does. (Unfused it does not, probably because vLLM's all-reduce returns its input on the CPU.)"""

@@ -6,8 +6,10 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import inspect
+import logging
 import pathlib
 import re
+import types
 from typing import Any
 
 import pytest
@@ -75,9 +77,43 @@ def test_plugin_is_idempotent_and_first() -> None:
     manager.configure(cpu_config())
     names = [type(each).__name__ for each in manager.passes]
     assert names.count("ArFusionPass") == 1
-    assert set(names[: names.index("ArFusionPass")]) <= set(plugin.CANONICALISING)
+    assert set(names[: names.index("ArFusionPass")]) <= set(plugin.BEFORE_OURS)
     plugin.install(manager)
     assert [type(each).__name__ for each in manager.passes] == names
+
+
+def test_sequence_parallelism_comes_first() -> None:
+    """Where the user has switched on vLLM's sequence parallelism (until 0.31), its passes see the all-reduces before
+    ours: vLLM reads what it hands to the next pipeline stage as sharded."""
+    from arfusion_pass.engines import vllm as plugin
+
+    def named(name: str) -> Any:
+        return type(name, (), {})()
+
+    theirs = [named(name) for name in (*plugin.BEFORE_OURS, "AllReduceFusionPass", "RMSNormQuantFusionPass")]
+    manager = types.SimpleNamespace(passes=list(theirs))
+    plugin.install(manager)
+    assert [type(each).__name__ for each in manager.passes[4:6]] == ["ArFusionPass", "AllReduceFusionPass"]
+
+
+def test_a_start_without_graphs_is_told(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``--enforce-eager`` and ``-O0`` with more than one rank: one line where the engine's configuration is made."""
+    from vllm.config import CompilationMode, ParallelConfig, VllmConfig
+
+    from arfusion_pass.engines import vllm as plugin
+
+    plugin.register()
+    assert hasattr(VllmConfig.__post_init__, "__wrapped__")
+    log = logging.getLogger("arfusion_pass")
+    monkeypatch.setattr(log, "parent", logging.getLogger())
+    monkeypatch.setattr(log, "level", logging.INFO)
+    config = cpu_config()
+    config.model_config, config.parallel_config = object(), ParallelConfig(tensor_parallel_size=2)
+    for mode in (CompilationMode.NONE, CompilationMode.VLLM_COMPILE):
+        config.compilation_config.mode = mode
+        plugin._tell_of_no_graph(config)
+    (record,) = caplog.records
+    assert record.getMessage().endswith("this is NONE (--enforce-eager, or -O0)")
 
 
 def test_pass_manager_key_follows_ours(monkeypatch: pytest.MonkeyPatch) -> None:

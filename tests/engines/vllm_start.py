@@ -77,7 +77,9 @@ def start(rank: int, world: int) -> dict[str, Any]:
     with set_current_vllm_config(config):
         parallel_state.init_distributed_environment(world, rank, local_rank=rank, backend="gloo")
         parallel_state.initialize_model_parallel(world, backend="gloo")
-        model = support_torch_compile(dynamic_arg_dims={"x": 0, "positions": 0})(_toy(quantised))(vllm_config=config)
+        model = support_torch_compile(dynamic_arg_dims={"x": 0, "positions": 0})(_toy(quantised, world))(
+            vllm_config=config
+        )
         x = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(0)).bfloat16()
         with torch.no_grad(), set_forward_context(None, config, num_tokens=TOKENS):
             out = model(x.clone(), torch.arange(TOKENS))
@@ -124,7 +126,7 @@ def _stub_the_gpu() -> None:
         pass_manager.FixFunctionalizationPass.__call__ = lambda self, graph: None
 
 
-def _toy(quantised: bool) -> type:
+def _toy(quantised: bool, world: int) -> type:
     from vllm import ir
 
     class Layer(torch.nn.Module):
@@ -139,7 +141,9 @@ def _toy(quantised: bool) -> type:
         def forward(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             attended = torch.empty_like(x)
             torch.ops.toy.attention(x, attended)
-            reduced = torch.ops.vllm.all_reduce(attended @ self.weight, group_name="tp:0")
+            reduced = attended @ self.weight
+            if world > 1:  # as tensor_model_parallel_all_reduce has it
+                reduced = torch.ops.vllm.all_reduce(reduced, group_name="tp:0")
             x, residual = ir.ops.fused_add_rms_norm(reduced, residual, self.norm, 1e-6)
             if quantised:
                 codes = torch.empty_like(x, dtype=torch.float8_e4m3fn)
