@@ -27,7 +27,7 @@ def _agree(group: str, mark: int) -> None:
 def _compiled(group: str, mark: int, steps: tuple[marks.Step, ...]) -> None:
     from arfusion_pass.runtime import one_graph
 
-    one_graph.publish_missed(group, mark, steps)
+    one_graph.publish_missed(group, steps)
 
 
 def _make_workspace(group: str, device: int, tokens: int, hidden: int, dtype: int) -> object:

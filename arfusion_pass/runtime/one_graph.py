@@ -6,8 +6,12 @@ through the group's store: nothing on the device, nothing in a replayed CUDA gra
 set. What the ranks have in common is the order of a group's fused and missed all-reduces; what is fused around them,
 which outputs are written and where a graph ends may differ.
 
-A rank without a fused call never comes here: what its pass missed it leaves in the store, for the error of those that
-wait for it. ``ARFUSION_AGREEMENT=0``, on all ranks, switches the comparison off.
+A rank that stands in an all-reduce which it missed does not come here before the timeout: what its pass missed it
+leaves in the store, for the warning and the error of those that wait for it. That a rank missed something is no proof
+that it will not come, so nobody stops waiting for it: it may be compiling still, the note may be of an earlier graph,
+a cache hit leaves none, and an engine compiles all pieces before it runs the first. Nor do torch's sequence numbers
+prove that it went past: sends and receives of a group count in them, on two of its ranks only.
+``ARFUSION_AGREEMENT=0``, on all ranks, switches the comparison off.
 """
 
 from __future__ import annotations
@@ -63,16 +67,16 @@ def agree(name: str, mark: int) -> None:
         raise RuntimeError(problem)
 
 
-def publish_missed(name: str, mark: int, steps: tuple[Step, ...]) -> None:
-    """A graph was compiled: where nothing of the group's was fused in it, leave a note for those that wait."""
-    if mark or not dist.is_available() or not dist.is_initialized():
+def publish_missed(name: str, steps: tuple[Step, ...]) -> None:
+    """A graph was compiled: where an all-reduce of the group's was missed in it, leave a note for those that wait."""
+    missed = "; ".join(step.text for step in steps if not step.fused)
+    if not missed or not dist.is_available() or not dist.is_initialized():
         return
     group = find_group(name)
     if group is None or group.size() == 1 or is_fake(group):
         return
     try:
-        text = "; ".join(step.text for step in steps)
-        dist.distributed_c10d._get_process_group_store(group).set(_note(name, group.rank()), text)
+        dist.distributed_c10d._get_process_group_store(group).set(_note(name, group.rank()), missed)
     except Exception as error:  # the note only explains an error of others: never a reason to fail a compilation
         log.debug("arfusion: what was missed could not be left in the store of group %r: %s", name, error)
 
@@ -150,5 +154,5 @@ def _why_absent(name: str, group: dist.ProcessGroup, rank: int) -> str:
     except Exception:  # the store may be gone with the rank that kept it
         note = None
     if note is not None:
-        return f". It has compiled a graph without a fused call: {note}"
+        return f". It has compiled a graph in which it left alone {note}"
     return ". All ranks have to run one graph, and to come to it within the group's timeout"
