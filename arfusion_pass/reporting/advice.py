@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import fx
 
 from arfusion_pass.compilation import GraphBreak, inference_leaf
-from arfusion_pass.graph import aten, is_call, last_dim, other_operand, peel, tensor_of
+from arfusion_pass.graph import aten, is_call, is_cast, last_dim, other_operand, peel, tensor_of, viewed
 
 NO_GRAD = (
     "this is a training graph: call the model under torch.no_grad() or torch.inference_mode(), or freeze it with "
@@ -20,6 +20,7 @@ BEFORE = f"add the bias {ONE_RANK}"
 BIAS = f"add the bias in the tensor's dtype, or {ONE_RANK}"
 AVERAGE = "reduce by 'sum' and divide by the group's size before the all-reduce"
 FUNCTIONAL = "make the graph functional first: ExportedProgram.run_decompositions() does, and so does AOT autograd"
+NO_NORM = "no RMSNorm over its last dimension follows"
 WHOLE = "compile the module that holds the norm in the same graph as the all-reduce"
 BREAK = (
     "the graph ends there, at a graph break: {where}; take that out of the compiled region, or put it behind the norm"
@@ -44,7 +45,7 @@ def advise(all_reduce: fx.Node, culprit: fx.Node | None, reason: str, broken: Gr
         return None
     if is_call(culprit, aten.copy_.default) and culprit.args[0].op == "call_function":  # type: ignore[union-attr]
         return FUNCTIONAL
-    if culprit.op == "output" or is_call(culprit, aten.copy_.default):
+    if culprit.op == "output" or is_call(culprit, aten.copy_.default) or (NO_NORM in reason and _leaves(all_reduce)):
         return WHOLE if broken is None else BREAK.format(where=broken)
     if adds_bias(culprit):
         return BIAS if "reassociate" in reason else BEFORE
@@ -64,6 +65,16 @@ def adds_bias(node: fx.Node) -> bool:
         vector, rows = tensor_of(peel(operand)), other_operand(node, operand)
         if vector is not None and vector.dim() == 1 and tensor_of(rows) is not None:
             return tensor_of(rows).dim() > 1 and last_dim(rows) == last_dim(operand)  # type: ignore[union-attr]
+    return False
+
+
+def _leaves(node: fx.Node, added: bool = False) -> bool:
+    """Whether what an all-reduce gives leaves the graph, as it is or behind one sum, the residual add."""
+    for user in node.users:
+        adds = is_call(user, aten.add.Tensor)
+        on = is_cast(user) or node in viewed(user) or (adds and not added)
+        if user.op == "output" or (on and _leaves(user, added or adds)):
+            return True
     return False
 
 
