@@ -216,12 +216,23 @@ def merges(hindrance: Hindrance | None, reduced: Reduced, reductions: Reductions
     """Whether moving a hindrance ends in one all-reduce for two: their sum is it, or stands behind what moves there."""
     if hindrance is None or hindrance.kind != Kind.ADDEND:
         return hindrance is not None and hindrance.kind == Kind.MERGE
-    behind = following(hindrance.step)
-    if behind is None or linear(*behind, reduced.group, reductions) != Kind.MERGE:
-        return False
-    other = reductions[without_views(other_operand(*behind))]
+    step, operand = hindrance.step, hindrance.operand
+    if narrowed(step) is None or _summed(step, operand) not in reductions:
+        behind = following(step)
+        if behind is None or linear(*behind, reduced.group, reductions) != Kind.MERGE:
+            return False
+        step, operand = behind
+    other = reductions[_summed(step, operand)]
     alike = other.group == reduced.group and dtype_of(other.x) == dtype_of(reduced.x)
-    return alike and mergeable(*behind, reductions) and _in_one(reduced, other)
+    return alike and mergeable(step, operand, reductions) and _in_one(reduced, other)
+
+
+def _summed(step: fx.Node, operand: fx.Node) -> Any:
+    """What a sum adds to ``operand``, without views and lossless casts."""
+    node, inner = other_operand(step, operand), None
+    while inner is not node:
+        inner, node = node, without_views(peel(node))
+    return node
 
 
 def _may_join(step: fx.Node, group: str, reductions: Reductions) -> bool:
@@ -239,8 +250,7 @@ def narrowed(step: fx.Node) -> fx.Node | None:
 
 def mergeable(step: fx.Node, operand: fx.Node, reductions: Reductions) -> bool:
     """Whether nobody but ``step`` reads the all-reduce that it adds to ``operand``."""
-    other = other_operand(step, operand)
-    return _only_read_by(step, other, reductions[without_views(other)])
+    return _only_read_by(step, other_operand(step, operand), reductions[_summed(step, operand)])
 
 
 def linear(step: fx.Node, operand: fx.Node, group: str, reductions: Reductions) -> Kind | None:

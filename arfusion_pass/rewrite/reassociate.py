@@ -28,6 +28,7 @@ from arfusion_pass.config import FusionConfig
 from arfusion_pass.dialects import Reduced
 from arfusion_pass.dialects.reading.operands import is_row
 from arfusion_pass.graph import (
+    VIEWS,
     aten,
     constant,
     describe,
@@ -270,9 +271,11 @@ class _Mover:
         addend, cast = other_operand(step, hindrance.operand), narrowed(step)
         if cast is None or dtype_of(cast) != dtype_of(value) or is_written(addend):
             return False
+        wide = addend
         if dtype_of(addend) != dtype_of(value):
             arguments = (addend, dtype_of(value))
-            addend = _insert_before(self.graph, step, prims.convert_element_type.default, arguments, step)
+            given = self._unwidened(addend, step, dtype_of(value))
+            addend = given or _insert_before(self.graph, step, prims.convert_element_type.default, arguments, step)
         total = _insert_before(self.graph, step, aten.add.Tensor, (value, addend), step)
         self.moves.note(reduced, step, f"in {dtype_of(value)}")
         self.moves.origins[total] = self.moves.describe(step)
@@ -281,7 +284,23 @@ class _Mover:
         for node in (cast, step, *_casts(value, hindrance.operand)):
             if not node.users:
                 self.graph.erase_node(node)
+        while not wide.users and (widens(wide) or wide.target in VIEWS):
+            unread, wide = wide, wide.args[0]
+            self.gone.add(unread)
+            self.graph.erase_node(unread)
         return True
+
+    def _unwidened(self, node: fx.Node, place: fx.Node, dtype: Any) -> fx.Node | None:
+        """What ``node`` is the lossless cast of, over views of it, in ``node``'s shape; None if it is none."""
+        views: list[fx.Node] = []
+        while dtype_of(node) != dtype:
+            if not widens(node) and node.target not in VIEWS:
+                return None
+            views += [] if widens(node) else [node]
+            node = node.args[0]  # type: ignore[assignment]
+        for view in reversed(views):
+            node = _insert_before(self.graph, place, view.target, (node, *view.args[1:]), view)
+        return node
 
     def _merge(self, reduced: Reduced, hindrance: Hindrance, first: Reduced) -> bool:
         """``all_reduce(a) + all_reduce(b)`` to ``all_reduce(a + b)`` in the place of the second."""
@@ -380,9 +399,9 @@ class _Mover:
 
 
 def _between(start: fx.Node, end: fx.Node) -> tuple[fx.Node, ...]:
-    """The views and lossless casts from ``start`` to ``end``, ``end`` included."""
+    """The views and lossless casts from ``start`` to ``end``, ``end`` included; up to one that a move has erased."""
     nodes: list[fx.Node] = []
-    while end is not start:
+    while end is not start and end is not None:
         nodes.append(end)
         end = end.args[0]  # type: ignore[assignment]
     return tuple(reversed(nodes))

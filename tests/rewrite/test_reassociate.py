@@ -84,6 +84,12 @@ def experts_before(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, 
     return norm(total, w), total
 
 
+def experts_in_fp32(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    """Hunyuan's: 16-bit values that are added in fp32 and rounded, as one add in 16 bits does."""
+    total = r + (reduce(x).float() + reduce(y).view(1, *y.shape).float().view(y.shape)).to(x.dtype)
+    return norm(total, w), total
+
+
 def experts_3d(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
     rows = r.view(1, *r.shape)
     total = rows + (reduce(y.view(1, *y.shape)) + reduce(x).view(1, *x.shape))
@@ -323,6 +329,7 @@ PAIRS = [
     (divided, divided_before),
     (embedding, embedding_before),
     (experts, experts_before),
+    (experts_in_fp32, experts_before),
     (experts_3d, experts_3d_before),
 ]
 
