@@ -63,7 +63,7 @@ class Program:
     def site(self, choose: random.Random, rows: list[Tensor], a: Tensor, b: Tensor, w: Tensor) -> None:
         epsilon, norm = choose.choice(EPSILONS), NORMS[choose.choice(EXACT)]
         y = reduce(a)
-        form = choose.choice(("plain", "left", "right", "fp32 sum", "fp32 residual", "late"))
+        form = choose.choice(("plain", "left", "right", "fp32 sum", "fp32 residual", "late", "gate"))
         if form == "plain":
             total = y
         elif form == "left":
@@ -72,6 +72,8 @@ class Program:
             total = y + b
         elif form == "late":
             total = y + torch.tanh(b)
+        elif form == "gate":
+            total = b + torch.sigmoid(choose.choice(rows) @ w[:, None]) * y
         elif form == "fp32 sum":
             n, total = unrounded_sum(y, b, w, epsilon, fp32_result)
             rows += [n, total]
