@@ -78,7 +78,7 @@ def speak() -> None:
     log.setLevel(level.upper())
     if not log.handlers:
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(levelname)s %(asctime)s arfusion: %(message)s", "%m-%d %H:%M:%S"))
+        handler.setFormatter(logging.Formatter("%(levelname)s %(asctime)s %(message)s", "%m-%d %H:%M:%S"))
         log.addHandler(handler)
         log.propagate = False
 
@@ -90,7 +90,7 @@ def speak_through(name: str) -> None:
 
 def _log(report: FusionReport) -> None:
     level = logging.INFO if report.sites and report.rank in (None, 0) else logging.DEBUG
-    log.log(level, "%s", log_line(report))
+    log.log(level, "arfusion: %s", log_line(report))
     if report.rank in (None, 0) and NO_GRAD not in _warned and (advice := _training(report)):
         _warned.add(NO_GRAD)  # said aloud once: the pass was asked for, and does nothing
         log.warning("arfusion: %d all-reduces were not fused: %s", len(report.missed), advice)

@@ -49,7 +49,7 @@ def test_a_warm_start_reports_what_the_cold_one_did(tmp_path: Path) -> None:
     assert [report["cached"] for report in second] == [True, True]
     assert [report["matched_count"] for report in second] == [2, 0]
     assert without_time(first) == without_time(second)
-    assert "2 of 2 sites fused in graph 0 (cached)" in warm.stderr
+    assert " arfusion: 2 of 2 sites fused in graph 0 (cached)" in warm.stderr
     assert "1 missed: model.py" in warm.stderr
     assert "arfusion:" not in cold.stderr, "quiet unless asked"
 
@@ -111,7 +111,7 @@ def test_an_engines_logger_shows_our_line_at_its_own_level(monkeypatch: pytest.M
         engine.setLevel(level)
         publishing._log(FusionReport((Site("r", "0", True),), rank=0))
     engine.setLevel(logging.NOTSET)
-    assert lines == ["1 of 1 sites fused in graph 0 (0.0 s)"]
+    assert lines == ["arfusion: 1 of 1 sites fused in graph 0 (0.0 s)"]
 
 
 @pytest.mark.usefixtures("world")

@@ -8,6 +8,7 @@ Entry point ``arfusion`` of the group ``vllm.general_plugins``, called in every 
 * ``VllmConfig.compute_hash``, the one key of all of vLLM's caches: compiled graphs, AOT and "mega" artefacts, memory
   plans. vLLM loads them by that key and a graph's index, without asking its passes. With our key in it a run with the
   plug-in, one without it and one of another version never see each other's;
+* ``VllmBackend``, which takes a cache folder that the user names as it is: there our graphs get one of their own;
 * what compiles, writes and loads graphs, so that a start from these caches reports what was fused in them
   (:mod:`arfusion_pass.engines.vllm_reports`);
 
@@ -68,14 +69,14 @@ def register() -> None:
 
 def _wrap() -> None:
     settings()
-    from vllm.compilation.backends import CompilerManager
+    from vllm.compilation.backends import CompilerManager, VllmBackend
     from vllm.compilation.caching import VllmSerializableFunction
     from vllm.compilation.passes.pass_manager import PostGradPassManager
     from vllm.config import VllmConfig
 
     groups.add_source(vllm_groups)
     configure, compute_hash = PostGradPassManager.configure, VllmConfig.compute_hash
-    made = VllmConfig.__post_init__
+    backend, made = VllmBackend.__init__, VllmConfig.__post_init__
     if getattr(configure, "arfusion", False):
         return
 
@@ -83,7 +84,11 @@ def _wrap() -> None:
     def configure_with_arfusion(self: Any, config: Any) -> None:
         configure(self, config)
         install(self)
-        _own_folder(config.compilation_config)
+
+    @functools.wraps(backend)
+    def backend_with_arfusion(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        _own_folder(vllm_config.compilation_config)
+        backend(self, vllm_config, *args, **kwargs)
 
     @functools.wraps(compute_hash)
     def compute_hash_with_arfusion(self: Any, *args: Any, **kwargs: Any) -> str:
@@ -97,6 +102,7 @@ def _wrap() -> None:
     configure_with_arfusion.arfusion = True  # type: ignore[attr-defined]
     PostGradPassManager.configure = configure_with_arfusion
     VllmConfig.compute_hash = compute_hash_with_arfusion
+    VllmBackend.__init__ = backend_with_arfusion
     VllmConfig.__post_init__ = made_with_arfusion
     vllm_reports.keep_beside_graphs(CompilerManager)
     vllm_reports.keep_in_artefact(VllmSerializableFunction)
@@ -130,11 +136,19 @@ def _tell_of_no_graph(config: Any) -> None:
     mode = config.compilation_config.mode.name
     if config.model_config is not None and config.parallel_config.tensor_parallel_size > 1 and mode != "VLLM_COMPILE":
         cause = " (--enforce-eager, or -O0)" if mode == "NONE" else ""
-        log.info("arfusion: nothing will fuse: vLLM runs its passes in mode VLLM_COMPILE, this is %s%s", mode, cause)
+        _say(f"arfusion: nothing will fuse: vLLM runs its passes in mode VLLM_COMPILE, this is {mode}{cause}")
+
+
+@functools.cache
+def _say(message: str) -> None:
+    log.info("%s", message)  # once a process: a draft model's configuration is made from its engine's
 
 
 def _own_folder(compilation: Any) -> None:
-    """A cache folder that the user names has no key in its path: give our graphs a folder of their own in it."""
+    """A cache folder that the user names has no key in its path: give our graphs a folder of their own in it.
+
+    Before the backend is called, which reads the folder first and configures its passes after that.
+    """
     folder = f"arfusion-{cache_key.engine_key(settings())[:10]}"
     if compilation.cache_dir and os.path.basename(compilation.cache_dir) != folder:
         compilation.cache_dir = os.path.join(compilation.cache_dir, folder)

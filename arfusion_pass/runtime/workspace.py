@@ -501,7 +501,7 @@ def _expired(workspace: Workspace) -> c_api.ErrorRecord | None:
 def _tell(workspace: Workspace) -> None:
     """Say once, on rank 0, that a group does not use the exchange kernels."""
     log.info(
-        "group %r on cuda:%d: %s, %s",
+        "arfusion: group %r on cuda:%d: %s, %s",
         workspace.name,
         workspace.device,
         workspace.decision.backend.value,

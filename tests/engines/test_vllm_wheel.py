@@ -109,7 +109,8 @@ def test_a_start_without_graphs_is_told(caplog: pytest.LogCaptureFixture, monkey
     monkeypatch.setattr(log, "level", logging.INFO)
     config = cpu_config()
     config.model_config, config.parallel_config = object(), ParallelConfig(tensor_parallel_size=2)
-    for mode in (CompilationMode.NONE, CompilationMode.VLLM_COMPILE):
+    plugin._say.cache_clear()
+    for mode in (CompilationMode.NONE, CompilationMode.NONE, CompilationMode.VLLM_COMPILE):
         config.compilation_config.mode = mode
         plugin._tell_of_no_graph(config)
     (record,) = caplog.records
@@ -138,6 +139,7 @@ def test_pass_manager_key_follows_ours(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_key_of_every_cache_follows_ours(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
     """``VllmConfig.compute_hash``, which names all of vLLM's cache folders: its own while the plug-in is off, another
     with it, another again with other sources; and a folder that the user names is divided likewise."""
+    from vllm.compilation.backends import VllmBackend
     from vllm.compilation.passes.pass_manager import PostGradPassManager
     from vllm.config import VllmConfig
 
@@ -145,7 +147,8 @@ def test_the_key_of_every_cache_follows_ours(monkeypatch: pytest.MonkeyPatch, tm
     from arfusion_pass.engines import vllm as plugin
 
     monkeypatch.setattr(VllmConfig, "compute_hash", inspect.unwrap(VllmConfig.compute_hash))
-    monkeypatch.setattr(PostGradPassManager, "configure", inspect.unwrap(PostGradPassManager.configure))
+    for wrapped, name in ((PostGradPassManager, "configure"), (VllmBackend, "__init__"), (VllmConfig, "__post_init__")):
+        monkeypatch.setattr(wrapped, name, inspect.unwrap(getattr(wrapped, name)))
     config = cpu_config()
     theirs = config.compute_hash()
     monkeypatch.setenv("ARFUSION_VLLM", "0")
@@ -163,7 +166,7 @@ def test_the_key_of_every_cache_follows_ours(monkeypatch: pytest.MonkeyPatch, tm
 
     config.compilation_config.cache_dir = str(tmp_path)
     for _ in range(2):
-        PostGradPassManager().configure(config)
+        VllmBackend(config)
         folder = pathlib.Path(config.compilation_config.cache_dir)
         assert folder.parent == tmp_path
         assert folder.name.startswith("arfusion-")
