@@ -224,7 +224,7 @@ def load(path: Path) -> list[FusionReport]:
     Raises:
         ValueError: the file is no report, or a later version's.
     """
-    return [FusionReport.from_dict(data) for data in json.loads(path.read_text())] if path.is_file() else []
+    return [FusionReport.from_dict(data) for data in json.loads(path.read_text())] if os.path.isfile(path) else []
 
 
 speak()

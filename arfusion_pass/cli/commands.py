@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import subprocess
@@ -35,6 +36,9 @@ def _ranks(context: click.Context, parameter: click.Parameter, count: int | None
 @click.version_option(package_name="arfusion-pass")
 def main() -> None:
     """Fuse all-reduce, residual add, RMSNorm and quantisation in models compiled with torch.compile."""
+    for stream in (sys.stdout, sys.stderr):  # tables have rules, and paths any bytes, that a terminal may not encode
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 @main.command()
@@ -90,7 +94,7 @@ def demo(**options: object) -> None:
     exact.
     """
     page = options["html"]
-    if page is not None and not Path(str(page)).absolute().parent.is_dir():
+    if page is not None and not os.path.isdir(Path(str(page)).absolute().parent):
         raise click.BadParameter(f"there is no folder {Path(str(page)).absolute().parent}", param_hint="--html")
     from arfusion_pass.demo.run import Options
     from arfusion_pass.demo.run import main as run
@@ -137,7 +141,7 @@ def explain(
     is seen. Under torchrun, or with --nproc, rank 0 prints. The exit status is the script's own; 2 if it wants ranks
     and was given none.
     """
-    if output is not None and not Path(output).absolute().parent.is_dir():
+    if output is not None and not os.path.isdir(Path(output).absolute().parent):
         raise click.BadParameter(f"there is no folder {Path(output).absolute().parent}", param_hint="--output")
     try:
         arfusion_pass.FusionConfig.from_env()

@@ -169,10 +169,11 @@ def _arch(index: int | None = None) -> str | None:
 
 
 def _library_state() -> LibraryState:
-    path, problem = None, None
+    path, problem, cache = None, None, "none"
     try:
+        cache = str(build.cache_dir())
         path, problem = build.library_path(), build.why_not_installed()
-        if path is not None and path.is_file() and not build.is_usable(path):
+        if path is not None and os.path.isfile(path) and not build.is_usable(path):
             problem = build.distrust(path) or f"{path} is no library, or one that was cut short: `arfusion build`"
     except build.BuildError as error:
         problem = str(error)
@@ -184,7 +185,7 @@ def _library_state() -> LibraryState:
         built=path is not None and build.is_usable(path),
         loaded=None if loaded is None else str(loaded),
         sources=None if sources is None else str(sources),
-        cache=str(build.cache_dir()),
+        cache=cache,
         prebuilt=bool(os.environ.get("ARFUSION_LIBRARY")),
         wheel=prebuilt.version() if path is not None and prebuilt.holds(path) else None,
         problem=problem,

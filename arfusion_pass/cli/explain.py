@@ -105,7 +105,7 @@ def run_script(
     if output is None:
         print(text)
     else:
-        Path(output).write_text(text + "\n")
+        Path(output).write_text(text + "\n", encoding="utf-8")
     if fail_on_missed and status == 0 and (reports.missed or not reports.matched_count):
         if verdict is None:
             return MISSED

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 from arfusion_pass.reporting.reports import FusionReport, Reports
@@ -36,7 +37,7 @@ def read(folder: Path) -> Verdict:
     Raises:
         ValueError: where there is no such folder, or a report in it cannot be read.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise ValueError(f"there is no folder {folder}: start the server with ARFUSION_DUMP={folder}")
     files = sorted([*folder.glob("report.json"), *folder.glob("*/report.json")], key=_by_rank)
     found = {str(path.parent.relative_to(folder)): _load(path) for path in files}

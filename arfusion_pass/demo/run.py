@@ -260,7 +260,8 @@ class _Demo:
                     section("Graph before and after the pass") + graph_diff(report.before, report.after, context=1)
                 )
         if self.options.html and self.rank == 0:
-            Path(self.options.html).write_text(diff_page(reports, replays=replay.verdicts(reports, checks)))
+            page = diff_page(reports, replays=replay.verdicts(reports, checks))
+            Path(self.options.html).write_text(page, encoding="utf-8")
             self._say(f"diff page: {self.options.html}")
 
     def _whole_model(self, eager: Comparison, compiled: Comparison, fused: Comparison) -> None:

@@ -79,7 +79,9 @@ def _rank() -> int | None:
 
 def write_reports(folder: Path, reports: Sequence[FusionReport]) -> None:
     """The report, the graphs and the diff page; see the module's docstring for the files."""
-    (folder / "report.json").write_text(_HEAD + _JOINT.join(map(FusionReport.to_json, reports)) + _TAIL)
+    (folder / "report.json").write_text(
+        _HEAD + _JOINT.join(map(FusionReport.to_json, reports)) + _TAIL, encoding="utf-8"
+    )
     for number, report in enumerate(reports):
         _write_graph(folder, number, report)
     _write_summaries(folder, reports)
@@ -138,14 +140,14 @@ def _append(path: Path, item: str) -> None:
 def _write_graph(folder: Path, number: int, report: FusionReport) -> None:
     if report.before is None or report.after is None:
         return
-    (folder / f"graph_{number}.before.txt").write_text(report.before)
-    (folder / f"graph_{number}.after.txt").write_text(report.after)
-    (folder / f"graph_{number}.diff.txt").write_text(graph_diff(report.before, report.after))
+    (folder / f"graph_{number}.before.txt").write_text(report.before, encoding="utf-8")
+    (folder / f"graph_{number}.after.txt").write_text(report.after, encoding="utf-8")
+    (folder / f"graph_{number}.diff.txt").write_text(graph_diff(report.before, report.after), encoding="utf-8")
 
 
 def _write_summaries(folder: Path, reports: Sequence[FusionReport]) -> None:
-    (folder / "report.txt").write_text(f"{Reports(reports)}\n")
-    (folder / "diff.html").write_text(diff_page(reports))
+    (folder / "report.txt").write_text(f"{Reports(reports)}\n", encoding="utf-8")
+    (folder / "diff.html").write_text(diff_page(reports), encoding="utf-8")
     if _rank() is not None:
         _replace(folder.parent / "index.html", index_page(folder.parent))
 
@@ -153,5 +155,5 @@ def _write_summaries(folder: Path, reports: Sequence[FusionReport]) -> None:
 def _replace(path: Path, text: str) -> None:
     """Write a file that other ranks write too: whole or not at all."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(text)
+    draft.write_text(text, encoding="utf-8")
     draft.replace(path)

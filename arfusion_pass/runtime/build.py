@@ -261,7 +261,7 @@ def is_built(arch: str | None = None) -> bool:
 
 def is_usable(path: Path) -> bool:
     """Whether the library at ``path`` is there, whole, and nobody else's."""
-    return path.is_file() and files.is_whole_library(path) and distrust(path) is None
+    return os.path.isfile(path) and files.is_whole_library(path) and distrust(path) is None
 
 
 def build(
@@ -290,7 +290,7 @@ def build(
     explicit = os.environ.get("ARFUSION_LIBRARY")
     if explicit and not force and output is None:
         path = _path("ARFUSION_LIBRARY", explicit)
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise BuildError(f"ARFUSION_LIBRARY is set to {explicit!r}, which is no file. Correct or unset it.")
         if not files.is_whole_library(path):
             raise BuildError(

@@ -134,7 +134,7 @@ def _find_or_build() -> Path:
         if not torch.cuda.is_available():
             raise NativeUnavailableError("no CUDA device is visible")
         if not switch("ARFUSION_BUILD", True):
-            why = build.distrust(path) if path is not None and path.is_file() else build.why_not_installed()
+            why = build.distrust(path) if path is not None and os.path.isfile(path) else build.why_not_installed()
             raise NativeUnavailableError(
                 f"{(why or f'the kernels are not built ({path})').rstrip('.')}; ARFUSION_BUILD=0 forbids building them "
                 "on first use: run `arfusion build`"

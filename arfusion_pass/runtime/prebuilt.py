@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -146,4 +147,4 @@ def _installed() -> list[Path]:
     except importlib.metadata.PackageNotFoundError:
         return []
     listed = [file for file in distribution.files or () if _NAME.fullmatch(file.name)]
-    return [path for file in listed if (path := Path(str(distribution.locate_file(file)))).is_file()]
+    return [path for file in listed if os.path.isfile(path := Path(str(distribution.locate_file(file))))]

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from arfusion_pass.ops.spec import SHARDED_FLAGS, Flags
-from arfusion_pass.runtime.build import cache_dir
+from arfusion_pass.runtime.build import BuildError, cache_dir
 
 ANY_HIDDEN = "*"
 VERSION = 1
@@ -153,10 +153,17 @@ BUILT_IN = ThresholdTable(_BUILT_IN, "built in", _BUILT_IN_SHARDED)
 
 
 def tuned_path() -> Path:
-    """Where ``arfusion bench --tune`` writes, and :func:`load` looks: ``ARFUSION_THRESHOLDS`` or the cache folder."""
-    if explicit := os.environ.get("ARFUSION_THRESHOLDS"):
-        return Path(explicit).expanduser()
-    return cache_dir() / "thresholds.json"
+    """Where ``arfusion bench --tune`` writes, and :func:`load` looks: ``ARFUSION_THRESHOLDS`` or the cache folder.
+
+    Raises:
+        ThresholdError: it names a home folder of nobody's.
+    """
+    try:
+        if explicit := os.environ.get("ARFUSION_THRESHOLDS"):
+            return Path(explicit).expanduser()
+        return cache_dir() / "thresholds.json"
+    except (BuildError, RuntimeError) as error:
+        raise ThresholdError(f"there is no place for a threshold file: {error}") from None
 
 
 def load(path: Path | None = None) -> ThresholdTable:
@@ -165,9 +172,15 @@ def load(path: Path | None = None) -> ThresholdTable:
     Raises:
         ThresholdError: if the file is not a threshold table, or ``ARFUSION_THRESHOLDS`` names none.
     """
-    file = tuned_path() if path is None else path
-    if not file.is_file():
-        if path is not None or os.environ.get("ARFUSION_THRESHOLDS"):
+    named = path is not None or os.environ.get("ARFUSION_THRESHOLDS")
+    try:
+        file = tuned_path() if path is None else path
+    except ThresholdError:
+        if named:
+            raise
+        return BUILT_IN  # what is wrong with the cache folder, the kernel library's own search says
+    if not os.path.isfile(file):  # nor where it cannot be looked at: a home folder of another user's
+        if named:
             raise ThresholdError(f"there is no threshold file {file} (ARFUSION_THRESHOLDS)")
         return BUILT_IN
     try:

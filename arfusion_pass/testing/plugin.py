@@ -35,11 +35,11 @@ def golden(request: pytest.FixtureRequest) -> Callable[[Path, str], None]:
     def compare(path: Path, text: str) -> None:
         if request.config.getoption("--update-golden"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
+            path.write_text(text, encoding="utf-8")
             return
         if not path.is_file():
             pytest.fail(f"there is no {path}: pytest --update-golden writes it")
-        wanted = path.read_text()
+        wanted = path.read_text(encoding="utf-8")
         if text != wanted:
             lines = difflib.unified_diff(wanted.splitlines(), text.splitlines(), str(path), "now", lineterm="")
             pytest.fail("\n".join([f"{path} differs (pytest --update-golden writes it anew)", *lines]))

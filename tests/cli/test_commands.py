@@ -95,6 +95,14 @@ def test_doctor_names_a_backend_and_why() -> None:
     assert facts["reason"]
 
 
+def test_a_terminal_that_knows_latin_letters_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What it cannot show is a question mark, and no traceback."""
+    monkeypatch.setenv("ARFUSION_CACHE_DIR", str(tmp_path / "cach\u0113"))
+    result = CliRunner(charset="latin-1").invoke(main, ["doctor"])
+    assert result.exit_code == 0, result.exception
+    assert "cach?" in result.output
+
+
 def test_bench_outside_a_checkout_says_where_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(commands, "__file__", str(tmp_path / "arfusion_pass" / "cli" / "commands.py"))
     result = CliRunner().invoke(main, ["bench"])

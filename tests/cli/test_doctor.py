@@ -7,7 +7,7 @@ import torch
 
 from arfusion_pass.cli import doctor
 from arfusion_pass.cli.doctor import Device, LibraryState
-from arfusion_pass.runtime import native
+from arfusion_pass.runtime import build, native, thresholds
 
 HOPPER = (Device(0, "NVIDIA H200", "9.0", "90a", 140.0, 132),)
 LIBRARY = LibraryState("90a", "/cache/x.so", False, None, "/src", "/cache", False)
@@ -53,3 +53,17 @@ def test_bad_threshold_file_is_a_problem(monkeypatch, tmp_path):
     monkeypatch.setenv("ARFUSION_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("ARFUSION_THRESHOLDS", raising=False)
     assert any("thresholds.json" in problem for problem in doctor.collect().problems)
+
+
+@pytest.mark.parametrize("folder", ["x" * 300, "~nobody-has-this-name/x"])
+def test_a_cache_folder_that_cannot_be_looked_at(monkeypatch, tmp_path, folder):
+    """As a home of another user's, for which Python's Path raises: there is no library and no table in it, said once
+    by whoever wants to build there. (Root may look anywhere, so it is a name that no file can have.)"""
+    monkeypatch.setenv("ARFUSION_CACHE_DIR", folder if folder[0] == "~" else str(tmp_path / folder / "arfusion"))
+    monkeypatch.delenv("ARFUSION_THRESHOLDS", raising=False)
+    monkeypatch.delenv("ARFUSION_LIBRARY", raising=False)
+    monkeypatch.setenv("ARFUSION_ARCH", "90a")
+    assert thresholds.load() is thresholds.BUILT_IN
+    assert not doctor.collect().library.built
+    with pytest.raises(build.BuildError, match=r"cannot create the cache folder|home directory"):
+        build.build("90a")
