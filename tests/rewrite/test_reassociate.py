@@ -718,6 +718,24 @@ def test_write_between_two_merged() -> None:
         torch.testing.assert_close(got, wanted)
 
 
+@pytest.mark.parametrize("written", ["weight", "stream"])
+def test_write_in_front_of_a_gate(written: str) -> None:
+    """What a gate reads is written behind the all-reduce that it would have to precede: it stays."""
+
+    def model(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        h = reduce(y).exp()
+        early = reduce(x)
+        torch.ops.aten.mul_.Tensor((w if written == "weight" else h).view(-1), 0.5)
+        total = r + torch.sigmoid(h @ w[:, None]) * early
+        return norm(total, w), total
+
+    module = trace(model, *tensors(*((4, HIDDEN),) * 3, (HIDDEN,), dtype=torch.float32), functional=False)
+    fused, report = fused_copy(module, MOVING)
+    assert not any(site.moved for site in report.sites) and "reassociate" not in str(report)
+    for wanted, got in zip(run(module, inputs := random_inputs(module)), run(fused, inputs), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
 def test_a_chain_of_more_addends_than_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is left of it hinders the site; the graph computes what it did, and compiling ends."""
     monkeypatch.setattr("arfusion_pass.rewrite.reassociate.SWEEPS", 2)
