@@ -41,7 +41,7 @@ from arfusion_pass.graph import (
     without_views,
 )
 from arfusion_pass.rewrite.reductions import in_whole_rows, row_lengths
-from arfusion_pass.rewrite.replicated import Reductions, is_factor
+from arfusion_pass.rewrite.replicated import Reductions, is_factor, is_shaped_like_one
 
 PROJECTIONS = (aten.mm.default, aten.addmm.default, aten.linear.default, aten._scaled_mm.default)
 """Behind one of these another layer begins."""
@@ -124,7 +124,9 @@ def why_no_norm(reduced: Reduced, reductions: Reductions, moved: bool) -> tuple[
     readers = dict(_readers(*reduced.values))
     found = _nearest_norm(reduced)
     if found is not None:
-        return None, *found
+        reason, culprit = found
+        stays = "" if culprit not in readers else _why_it_stays(culprit, readers[culprit], reduced, reductions)
+        return None, reason + stays, culprit
     described = list(dict.fromkeys(map(describe, readers)))
     listed = ", ".join(described[:3]) + (", ..." if len(described) > 3 else "")
     reason = (
@@ -142,6 +144,19 @@ def _why_inexact(step: fx.Node, operand: fx.Node, reduced: Reduced) -> str:
         return f": its sum is float32, and the fused op rounds to {dtype} between two adds"
     added = dtype_of(peel(other_operand(step, operand)))
     return "" if added == dtype else f": it adds what is {added}, and the fused op takes a second tensor in {dtype}"
+
+
+def _why_it_stays(step: fx.Node, operand: fx.Node, reduced: Reduced, reductions: Reductions) -> str:
+    """Why a product that is linear in the all-reduce is not taken before it."""
+    if not is_call(step, aten.mul.Tensor, aten.div.Tensor) or not _only_read_by(step, operand, reduced):
+        return ""
+    factor = other_operand(step, operand)
+    if not is_shaped_like_one(factor, operand) or (step.target is aten.div.Tensor and step.args[1] is operand):
+        return ""
+    if not is_factor(factor, operand, reduced.group, reductions):
+        return f": nothing says that {describe(factor)} is the same on all ranks"
+    late = computed_late(factor, reduced) is None
+    return f": {describe(factor)} exists only behind another collective" if late else ""
 
 
 def sum_before(norm: Norm, reduced: Reduced, reductions: Reductions) -> Hindrance | None:

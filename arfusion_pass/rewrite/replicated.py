@@ -65,13 +65,17 @@ FARTHEST = 256
 def is_factor(node: Any, operand: fx.Node, group: str, reductions: Reductions) -> bool:
     """Whether ``node`` is one element, an ``[H]`` vector or one element for each row of ``operand``, and the same on
     all ranks of ``group``."""
-    hidden, tensor = last_dim(operand), tensor_of(node)
-    if tensor is None:
-        return False
-    if is_learned(node, hidden):
-        return True
-    sizes = [size for size in tensor.shape if not statically_equal(size, 1)]
-    return (sizes in ([], [hidden]) or is_row_factor(node, operand)) and is_replicated(node, hidden, group, reductions)
+    hidden = last_dim(operand)
+    return is_shaped_like_one(node, operand) and (
+        is_learned(node, hidden) or is_replicated(node, hidden, group, reductions)
+    )
+
+
+def is_shaped_like_one(node: Any, operand: fx.Node) -> bool:
+    """Whether ``node`` is one element, an ``[H]`` vector or one element for each row of ``operand``."""
+    tensor = tensor_of(node)
+    sizes = [] if tensor is None else [size for size in tensor.shape if not statically_equal(size, 1)]
+    return tensor is not None and (sizes in ([], [last_dim(operand)]) or is_row_factor(node, operand))
 
 
 def is_row_factor(node: Any, operand: fx.Node) -> bool:

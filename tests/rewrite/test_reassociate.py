@@ -570,6 +570,21 @@ def test_not_moved(model: Callable[..., Any]) -> None:
     assert not any("reassociate" in f"{site.reason}{site.advice}" for site in report.missed), report
 
 
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (gate_of_own_rows, ": nothing says that sigmoid (aten.sigmoid.default) is the same on all ranks"),
+        (computed_vector, ": nothing says that amax (aten.amax.default) is the same on all ranks"),
+        (gate_behind_a_later_one, ": sigmoid (aten.sigmoid.default) exists only behind another collective"),
+    ],
+    ids=lambda each: getattr(each, "__name__", None),
+)
+def test_why_a_factor_stays(model: Callable[..., Any], reason: str) -> None:
+    """Contract *clear*: a product that is linear and stays all the same says which condition its factor misses."""
+    report = check_unchanged(trace(model, *tensors(*[(4, HIDDEN)] * 3, (HIDDEN,))))
+    assert reason in str(report.missed[0].reason)
+
+
 def bias_behind_a_reduced_embedding(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
     h = reduce(x)
     return (norm(h + (reduce(norm(h, w)) + w), w),)
