@@ -93,7 +93,7 @@ def _log(report: FusionReport) -> None:
     log.log(level, "arfusion: %s", log_line(report))
     if report.rank in (None, 0) and NO_GRAD not in _warned and (advice := _training(report)):
         _warned.add(NO_GRAD)  # said aloud once: the pass was asked for, and does nothing
-        log.warning("arfusion: %d all-reduces were not fused: %s", len(report.missed), advice)
+        log.warning("arfusion: all-reduces not fused: %d; %s", len(report.missed), advice)
 
 
 def _training(report: FusionReport) -> str | None:
