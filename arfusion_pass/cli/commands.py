@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -180,11 +181,19 @@ def _on_ranks(nproc: int, options: list[str], fail_on_missed: bool, script: list
 
 
 def _wait(process: subprocess.Popen[bytes]) -> int:
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            pass  # the ranks got it as well: they print what they have and end
+    """The exit status of a child that starts others and ends them when it is told to: SIGTERM and SIGHUP, which whoever
+    started this command sends to it alone, are passed on."""
+    signals = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(each, lambda number, _: process.send_signal(number)) for each in signals]
+    try:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:
+                pass  # the ranks got it as well: they print what they have and end
+    finally:
+        for each, handler in zip(signals, before, strict=True):
+            signal.signal(each, handler)
 
 
 @main.command()
@@ -292,4 +301,6 @@ def bench(arguments: tuple[str, ...]) -> None:
     site = arguments[:1] == ("site",)
     command = [sys.executable, "-m", "benchmarks.bench_site" if site else "benchmarks.bench_allreduce"]
     command += arguments[site:]
-    sys.exit(subprocess.run(command, cwd=root, check=False).returncode)
+    with subprocess.Popen(command, cwd=root) as process:
+        status = _wait(process)
+    sys.exit(status)

@@ -102,10 +102,14 @@ def run_script(
         if not as_json:
             return status
     text = json.dumps([report.to_dict() for report in reports], indent=2) if as_json else str(reports)
+    try:
+        if output is not None:
+            Path(output).write_text(text + "\n", encoding="utf-8")
+    except OSError as error:  # what a long run has found is not lost
+        print(f"{output} cannot be written ({error}): the report goes to stdout", file=sys.stderr)
+        output, status = None, status or 1
     if output is None:
         print(text)
-    else:
-        Path(output).write_text(text + "\n", encoding="utf-8")
     if fail_on_missed and status == 0 and (reports.missed or not reports.matched_count):
         if verdict is None:
             return MISSED

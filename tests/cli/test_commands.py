@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -173,6 +174,34 @@ def test_explain_prints_its_report_on_ctrl_c(tmp_path: Path) -> None:
     )
     assert done.returncode == 130, done.stderr
     assert [graph["matched_count"] for graph in json.loads(done.stdout)] == [0]
+
+
+STOPPED = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))
+while True:
+    os.kill(os.getppid(), signal.SIGTERM)
+    time.sleep(0.05)
+"""
+
+
+def test_whoever_is_told_to_end_ends_the_ranks_first() -> None:
+    """SIGTERM, sent to the command alone, reaches torchrun: no rank is left behind."""
+    ignored = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        with subprocess.Popen([sys.executable, "-c", STOPPED]) as process:
+            assert commands._wait(process) == 5
+    finally:
+        signal.signal(signal.SIGTERM, ignored)
+
+
+def test_a_report_that_cannot_be_written_is_printed(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("pass")
+    result = CliRunner().invoke(main, ["explain", "-o", "/dev/full", str(script)])
+    assert result.exit_code == 1
+    assert "/dev/full cannot be written" in result.output
+    assert "AllReduce fusion: the pass has seen no graph" in result.output
 
 
 def test_explain_on_several_ranks_starts_itself_under_torchrun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
