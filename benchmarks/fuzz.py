@@ -1,9 +1,11 @@
-"""Fuzz: random graphs over every dialect, random chains, and mutants of graphs that fuse, for a night or for a minute.
+"""Fuzz: random graphs over every dialect, random chains, and graphs that fuse with one condition broken, or with a
+writer to one of their tensors, for a night or for a minute.
 
-    python -m benchmarks.fuzz --seed 1 --sites 5000 --chains 5000 --mutants 20000        # in a checkout
+    python -m benchmarks.fuzz --seed 1 --sites 5000 --chains 5000 --mutants 20000 --writings 20000    # in a checkout
 
 Each graph is fused in this process on simulated ranks and must then lint, pass the ops' own fakes, and compute the bits
-that it computed before, in every output and in every input that is written to. A graph that does not run by itself is
+that it computed before, in every output and in every input that is written to, none of which shares memory with another
+that it did not share it with. A graph that does not run by itself is
 no case. Prints every failure with its seed, and a table; the exit status is 1 where there is a failure.
 """
 
@@ -25,13 +27,14 @@ import torch._inductor.config
 import arfusion_pass as arf
 from arfusion_pass.inspection.graph_diff import print_graph
 from tests import mutants, random_sites
-from tests.simulate import copied, fake_world, run, tensors, trace
+from tests.simulate import copied, fake_world, run, shared_memory, tensors, trace
 from tests.test_random_graphs import HIDDEN, Program
 from tests.test_random_sites import WORLD, check_graph, register_groups
 
 STRICT = arf.FusionConfig(raise_errors=True)
 MOVING = arf.FusionConfig(raise_errors=True, reassociate=True)
 Counts = collections.Counter[str]
+Change = Callable[[torch.fx.GraphModule, random.Random], "tuple[torch.fx.GraphModule, str] | None"]
 
 
 def same(wanted: list[Any], got: list[Any], bits: bool) -> str | None:
@@ -67,7 +70,10 @@ def compare(module: torch.fx.GraphModule, inputs: list[Any], config: arf.FusionC
         counts.update(graphs=1, sites=len(report.sites), fused=report.matched_count)
         counts["quantised"] += sum(site.quantiser is not None for site in report.fused)
         try:
-            difference = same(wanted, run(fused, inputs), bits=not config.reassociate)
+            got = run(fused, inputs)
+            difference = same(wanted, got, bits=not config.reassociate)
+            if more := shared_memory(got) - shared_memory(wanted):
+                difference = difference or f"outputs {more} share memory"
         except Exception:
             difference = f"the fused graph does not run\n{traceback.format_exc(limit=-4)}"
     if difference is None and not all(site.reason for site in report.missed):
@@ -105,14 +111,23 @@ _originals: dict[int, torch.fx.GraphModule] = {}
 
 def one_mutant(seed: int, counts: Counts) -> str | None:
     """A graph that fuses with one or two conditions broken; 25 of each original."""
+    return _changed(seed, mutants.mutate, counts)
+
+
+def one_writing(seed: int, counts: Counts) -> str | None:
+    """A graph that fuses with one or two writers in it; 25 of each original."""
+    return _changed(seed, mutants.write, counts)
+
+
+def _changed(seed: int, change: Change, counts: Counts) -> str | None:
     number = seed // 25
     if number not in _originals:
         _originals.clear()
         _originals[number] = mutants.original(random.Random(number))
     choose = random.Random(seed)
-    made = mutants.mutate(_originals[number], choose)
+    made = change(_originals[number], choose)
     if made is not None and choose.random() < 0.25:
-        again = mutants.mutate(made[0], choose)
+        again = change(made[0], choose)
         made = made if again is None else (again[0], f"{made[1]}; {again[1]}")
     if made is None:
         counts["no graph"] += 1
@@ -126,6 +141,7 @@ KINDS: dict[str, Callable[[int, Counts], str | None]] = {
     "sites": one_of_sites,
     "chains": one_chain,
     "mutants": one_mutant,
+    "writings": one_writing,
 }
 
 

@@ -224,10 +224,10 @@ OTHERS: dict[Any, tuple[Any, ...]] = {
     aten.rsqrt.default: (aten.sqrt.default, aten.exp.default),
     aten.mean.dim: (aten.sum.dim_IntList,),
     aten.sum.dim_IntList: (aten.mean.dim,),
-    aten.amax.default: (aten.amin.default,),
-    aten.abs.default: (aten.neg.default, aten.relu.default),
-    aten.add.Tensor: (aten.sub.Tensor, aten.maximum.default),
-    aten.mul.Tensor: (aten.div.Tensor, aten.add.Tensor),
+    aten.amax.default: (aten.amin.default, aten.logsumexp.default),
+    aten.abs.default: (aten.neg.default, aten.relu.default, aten.nan_to_num.default),
+    aten.add.Tensor: (aten.sub.Tensor, aten.maximum.default, aten.copy.default, aten.rsub.Tensor, aten.hypot.default),
+    aten.mul.Tensor: (aten.div.Tensor, aten.add.Tensor, aten.copy.default, aten.fmod.Tensor),
     aten.div.Tensor: (aten.mul.Tensor,),
     aten.round.default: (aten.floor.default, aten.trunc.default),
     aten.ceil.default: (aten.floor.default, aten.round.default),
@@ -346,6 +346,70 @@ def _scaled(graph: fx.Graph, choose: random.Random) -> str | None:
     for reader in readers if choose.random() < 0.5 else readers[:1]:
         reader.replace_input_with(node, scaled)
     return f"{node} scaled"
+
+
+def write(module: fx.GraphModule, choose: random.Random) -> tuple[fx.GraphModule, str] | None:
+    """``module`` with somebody who writes to one of its tensors, in one of the ways of ``WRITES``, at any place behind
+    it; None where that makes no graph."""
+    mutant = copied(module)
+    nodes = [node for node in mutant.graph.nodes if _floating(node) and node.meta["val"].itemsize > 1]
+    node, name = choose.choice(nodes), choose.choice(tuple(WRITES))
+    later = [other for other in mutant.graph.nodes if node < other and other.op != "placeholder"]
+    place = choose.choice(later[: choose.choice((6, 24, 60))])
+    while place.op == "call_function" and place.target is operator.getitem:
+        place = place.next
+    try:
+        with mutant.graph.inserting_before(place):
+            WRITES[name](mutant.graph.call_function, node, node.meta["val"])
+        mutant.graph.lint()
+        propagate(mutant)
+    except Exception:
+        return None
+    mutant.recompile()
+    return mutant, f"{node} written by {name} in front of {place}"
+
+
+Call = Callable[..., fx.Node]
+Write = Callable[[Call, fx.Node, Tensor], Any]
+
+
+def _to(view: Callable[[Call, fx.Node, Tensor], fx.Node]) -> Write:
+    return lambda call, node, value: call(aten.mul_.Tensor, (view(call, node, value), 3.0))
+
+
+def _part(call: Call, split: Any, *arguments: Any) -> fx.Node:
+    return call(operator.getitem, (call(split, arguments), 0))
+
+
+def _reduced_again(call: Call, node: fx.Node, value: Tensor) -> None:
+    call(c10d.wait_tensor.default, (call(c10d.all_reduce_.default, (node, "sum", "0")),))
+
+
+WRITES: dict[str, Write] = {
+    "mul_": _to(lambda call, node, value: node),
+    "imul": lambda call, node, value: call(operator.imul, (node, 2.0)),
+    "setitem": lambda call, node, value: call(operator.setitem, (node, 0, 3.0)),
+    "method": lambda call, node, value: node.graph.call_method("mul_", (node, 2.0)),
+    "copy_": lambda call, node, value: call(aten.copy_.default, (node, call(aten.neg.default, (node,)))),
+    "set_": lambda call, node, value: call(aten.set_.source_Tensor, (node, call(aten.neg.default, (node,)))),
+    "out": lambda call, node, value: call(aten.add.out, (node, node), {"out": node}),
+    "foreach": lambda call, node, value: call(aten._foreach_mul_.Scalar, ([node], 2.0)),
+    "all_reduce_": _reduced_again,
+    "select": _to(lambda call, node, value: call(aten.select.int, (node, -1, 0))),
+    "slice": _to(lambda call, node, value: call(aten.slice.Tensor, (node, 0, 0, 1))),
+    "permute": _to(lambda call, node, value: call(aten.permute.default, (node, [*range(value.dim())][::-1]))),
+    "split": _to(lambda call, node, value: _part(call, aten.split.Tensor, node, (value.shape[-1] + 1) // 2, -1)),
+    "unbind": _to(lambda call, node, value: _part(call, aten.unbind.int, node)),
+    "diagonal": _to(lambda call, node, value: call(aten.diagonal.default, (node,))),
+    "as_strided": _to(lambda call, node, value: call(aten.as_strided.default, (node, [value.numel()], [1], 0))),
+    "detach": _to(lambda call, node, value: call(aten.detach.default, (node,))),
+    "unsqueeze": _to(lambda call, node, value: call(aten.unsqueeze.default, (node, 0))),
+    "bits": lambda call, node, value: call(
+        aten.bitwise_xor_.Scalar,
+        (call(aten.view.dtype, (node, torch.int16 if value.itemsize == 2 else torch.int32)), 2),
+    ),
+}  # fmt: skip
+"""Ways to write to a tensor, or to a part of it."""
 
 
 MUTATIONS: dict[str, Callable[[fx.Graph, random.Random], str | None]] = {

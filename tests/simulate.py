@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -215,6 +216,15 @@ def run(module: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
     return [*results, *own]  # what was written to an input counts as well
 
 
+def shared_memory(values: Sequence[Any]) -> set[tuple[int, int]]:
+    """The pairs of ``values`` that are tensors in one storage: whoever gets both and writes to one writes to both."""
+    where: dict[int, list[int]] = {}
+    for index, value in enumerate(values):
+        if isinstance(value, torch.Tensor) and value.numel():
+            where.setdefault(value.untyped_storage().data_ptr(), []).append(index)
+    return {pair for indices in where.values() for pair in itertools.combinations(indices, 2)}
+
+
 def fused_copy(module: fx.GraphModule, config: arf.FusionConfig = STRICT) -> tuple[fx.GraphModule, arf.FusionReport]:
     """A fused copy of ``module``, linted, and its report."""
     fused = copied(module)
@@ -224,7 +234,8 @@ def fused_copy(module: fx.GraphModule, config: arf.FusionConfig = STRICT) -> tup
 
 
 def check_same(module: fx.GraphModule, fused: fx.GraphModule, seed: int = 0, ulps: int = 0, **symbols: int) -> None:
-    """Every output and every input afterwards agrees bit for bit, in dtype, shape and value.
+    """Every output and every input afterwards agrees bit for bit, in dtype, shape and value, and has memory of its own
+    where it had.
 
     On the CPU reference, fused and unfused are the same torch ops, so this is stricter than the *exact* contract;
     ``ulps`` is for a graph that spells the root otherwise.
@@ -232,6 +243,7 @@ def check_same(module: fx.GraphModule, fused: fx.GraphModule, seed: int = 0, ulp
     inputs = random_inputs(module, seed, **symbols)
     wanted, got = run(module, inputs), run(fused, inputs)
     assert len(wanted) == len(got)
+    assert shared_memory(got) <= shared_memory(wanted), print_graph(fused.graph)
     for index, (a, b) in enumerate(zip(wanted, got, strict=True)):
         if not isinstance(a, torch.Tensor):
             assert a == b

@@ -27,6 +27,12 @@ def test_mutant(seed: int) -> None:
     assert fuzz.one_mutant(seed, collections.Counter()) is None
 
 
+@pytest.mark.parametrize("seed", [1835, *range(1000, 1010)])
+def test_writing(seed: int) -> None:
+    """Contract *sound* (1835 once failed: an all-reduce in place behind the wait for its tensor)."""
+    assert fuzz.one_writing(seed, collections.Counter()) is None
+
+
 def test_engine_norm_of_a_widened_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sum that is widened for an engine's norm is no error of the pass (a drawn graph that once failed)."""
     monkeypatch.setattr(groups, "_registered", {})

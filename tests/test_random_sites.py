@@ -31,7 +31,7 @@ from arfusion_pass.inspection.graph_diff import print_graph
 from tests import random_sites as rs
 from tests.helpers import run_ranks
 from tests.models import OTHER_ROOTS
-from tests.simulate import STRICT, Interpreter, captured, copied, fake_world, simulated_ranks
+from tests.simulate import STRICT, Interpreter, captured, copied, fake_world, shared_memory, simulated_ranks
 
 GRAPHS = int(os.environ.get("ARFUSION_FUZZ_GRAPHS", "50"))
 SECONDS = float(os.environ.get("ARFUSION_FUZZ_SECONDS", "120"))
@@ -113,6 +113,7 @@ def check_graph(graph: rs.Graph, counts: collections.Counter[str]) -> None:
     for tokens in (rs.TOKENS, 3) if graph.dynamic else (rs.TOKENS,):
         inputs = graph_inputs(module, graph, tokens)
         wanted, got = run(module, inputs), run(fused, inputs)
+        assert shared_memory(got) <= shared_memory(wanted), text
         exact = all(site.norm not in OTHER_ROOTS for site in graph.sites)  # its root is spelled otherwise
         for index, (a, b) in enumerate(zip(wanted, got, strict=True)):
             assert (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride()), f"output {index}\n{text}"
