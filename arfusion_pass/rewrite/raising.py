@@ -43,6 +43,7 @@ from arfusion_pass.graph import (
     source_of,
     tensor_of,
     views_of,
+    widens,
     without_views,
 )
 from arfusion_pass.ops.spec import Flags, group_fits
@@ -242,6 +243,8 @@ def _adds_reduced(norm: Norm, reductions: Reductions) -> bool:
     for node in (norm.addend, norm.residual) if norm.addend is not None else ():
         other = reductions.get(without_views(node))
         read = None if other is None else following(other.value)
+        while read is not None and widens(read[0]):
+            read = following(read[0])
         if read is not None and read[0] in norm.nodes:
             return True
     return False

@@ -52,7 +52,6 @@ _HEARS = {"hidden_size": 64, "intermediate_size": 64, "num_blocks": 2, "num_atte
 
 OWN: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
-    "doge": {"num_key_value_heads": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "phi4_multimodal": {
         "vision_config": _SEES | {"image_size": 28},

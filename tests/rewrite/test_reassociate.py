@@ -90,6 +90,13 @@ def experts_in_fp32(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor,
     return norm(total, w), total
 
 
+def experts_in_fp32_as_rows(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    """The same where the second one is an addend already, without the setting."""
+    rows = r.view(1, *r.shape)
+    total = rows + (reduce(x).float() + reduce(y).float()).to(x.dtype).view(rows.shape)
+    return norm(total, w), total
+
+
 def experts_3d(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
     rows = r.view(1, *r.shape)
     total = rows + (reduce(y.view(1, *y.shape)) + reduce(x).view(1, *x.shape))
@@ -330,6 +337,7 @@ PAIRS = [
     (embedding, embedding_before),
     (experts, experts_before),
     (experts_in_fp32, experts_before),
+    (experts_in_fp32_as_rows, experts_3d_before),
     (experts_3d, experts_3d_before),
 ]
 
