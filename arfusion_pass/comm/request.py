@@ -40,6 +40,9 @@ class Quantised:
 
 NOT_QUANTISED = Quantised(NO_QUANT)
 
+_FP32_ZERO = 2.0**-150
+"""The largest number that fp32 rounds to 0."""
+
 _packed = functools.cache(QuantSpec.pack)
 """A handful of specs, each packed once: packing costs as much as all checks of a tensor."""
 
@@ -179,8 +182,8 @@ class Request:
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             self.fail(f"{name} is needed ({what}), a float or a tensor of one element, got {value!r}")
         number = real(self.api, name, value)
-        if not 0.0 < number < math.inf:  # comparisons, which a symbolic float of the compiler has too
-            self.fail(f"{name} must be positive and finite ({what}), got {number}")
+        if not _FP32_ZERO < number < math.inf:  # comparisons, which a symbolic float of the compiler has too
+            self.fail(f"{name} must be positive and finite in fp32 ({what}), got {number}")
         return None, number
 
     def _scales(self, spec: QuantSpec, scale_out: Any) -> torch.Tensor:

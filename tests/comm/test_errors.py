@@ -79,6 +79,7 @@ WRONG: list[tuple[int, dict[str, Any], str]] = [
     (1, {"weight_bias": "1"}, "weight_bias must be a number, got '1'"),
     (2, {"scale_factor": None}, r"scale_factor is needed \(the dequantisation scale\), a float or a tensor of one"),
     (2, {"scale_factor": 0.0}, "scale_factor must be positive and finite .*, got 0.0"),
+    (2, {"scale_factor": 2.0**-150}, "scale_factor must be positive and finite in fp32 .*, got 7.0"),
     (2, {"scale_factor": float("nan")}, "scale_factor must be positive and finite .*, got nan"),
     (2, {"scale_factor": torch.ones(2)}, r"scale_factor must have one element .*, got shape \[2\]"),
     (2, {"scale_factor": torch.ones(1, dtype=torch.int32)}, "scale_factor must be .*, got int32"),
