@@ -115,6 +115,7 @@ def test_sizes_on_one_cache(way: str, tmp_path: pathlib.Path, monkeypatch: pytes
     if way == "own folder":
         monkeypatch.setenv("VLLM_USE_AOT_COMPILE", "0")
         monkeypatch.setenv("START_CACHE_DIR", str(tmp_path / "named"))
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))  # with AOT artefacts vLLM sets it
     firsts: dict[int, dict[str, Any]] = {}
     for world in (2, 4, 1, 2, 4):
         outcome = starts(world)
