@@ -10,9 +10,10 @@ from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import arfusion_pass.ops  # noqa: F401  (a compiled artefact imports nothing: the ops must exist before it runs)
-from arfusion_pass import cache_key, provenance, publishing
+from arfusion_pass import cache_key, provenance, publishing, written_order
 from arfusion_pass.compilation import compile_id, graph_break
 from arfusion_pass.config import FusionConfig
+from arfusion_pass.graph import tensor_of
 from arfusion_pass.reporting.printing import print_graph, readable
 from arfusion_pass.reporting.reports import FusionReport, Reports
 from arfusion_pass.reporting.sites import Site
@@ -135,6 +136,8 @@ def run(graph: fx.Graph, config: FusionConfig) -> FusionReport:
             if recorder is not None:
                 taken = [recorder.take(plan) for plan in plans]
             written = committer.apply()
+            if any(map(_on_cpu, written)):
+                written_order.keep()
             committer.erase()
             chains = find_chains([call for _, call in written], config)
             mark_chains(chains)
@@ -175,6 +178,11 @@ def run(graph: fx.Graph, config: FusionConfig) -> FusionReport:
     if recorder is not None:
         recorder.add(report, taken)
     return report
+
+
+def _on_cpu(written: tuple[Plan, fx.Node]) -> bool:
+    tensors = map(tensor_of, written[1].all_input_nodes)
+    return any(tensor is not None and tensor.device.type == "cpu" for tensor in tensors)
 
 
 def _reject_unmatched(sites: list[RaisedSite], matched: set[int]) -> None:
