@@ -34,7 +34,7 @@ MODELS = {
     "qwen3_moe": Model(2 * LAYERS + 1),
     "mixtral": Model(2 * LAYERS + 1),
     # Norms behind attention and MLP, before the residual add: the embedding's all-reduce feeds no norm.
-    "olmo2": Model(2 * LAYERS, ("stands between it and the norm",)),
+    "olmo2": Model(2 * LAYERS, ("is the first of 4 sums between it and the nearest norm",)),
     # Norms on both sides.
     "glm4": Model(2 * LAYERS + 1),
     # residual + 0.22 * all_reduce, which fuses with the setting alone.
