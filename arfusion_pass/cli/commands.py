@@ -182,8 +182,8 @@ def _on_ranks(nproc: int, options: list[str], fail_on_missed: bool, script: list
 
 def _wait(process: subprocess.Popen[bytes]) -> int:
     """The exit status of a child that starts others and ends them when it is told to: SIGTERM and SIGHUP, which whoever
-    started this command sends to it alone, are passed on."""
-    signals = (signal.SIGTERM, signal.SIGHUP)
+    started this command sends to it alone, are passed on, unless they are ignored here, as under nohup."""
+    signals = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) is not signal.SIG_IGN]
     before = [signal.signal(each, lambda number, _: process.send_signal(number)) for each in signals]
     try:
         while True:

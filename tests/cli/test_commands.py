@@ -195,6 +195,17 @@ def test_whoever_is_told_to_end_ends_the_ranks_first() -> None:
         signal.signal(signal.SIGTERM, ignored)
 
 
+def test_what_this_command_ignores_it_does_not_pass_on() -> None:
+    """Under nohup SIGHUP is ignored: the ranks go on too."""
+    told = "import os, signal; signal.signal(signal.SIGHUP, signal.SIG_DFL); os.kill(os.getppid(), signal.SIGHUP)"
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with subprocess.Popen([sys.executable, "-c", f"{told}; import time; time.sleep(0.3)"]) as process:
+            assert commands._wait(process) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_report_that_cannot_be_written_is_printed(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text("pass")
