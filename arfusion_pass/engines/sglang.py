@@ -55,20 +55,26 @@ def enable(config: FusionConfig | None = None) -> AllReduceFusionPass:
     groups.add_source(sglang_groups)
     fusion = AllReduceFusionPass(config)
     setattr(inductor_config, HOOK, chained(getattr(inductor_config, HOOK), fusion))
+    harmless("SGLang's piecewise graphs", lambda: _wrap_pass_managers(fusion))
+    return fusion
+
+
+def _wrap_pass_managers(fusion: AllReduceFusionPass) -> None:
     try:
         manager = importlib.import_module("sglang.srt.compilation.pass_manager").PostGradPassManager
-    except ImportError:
-        return fusion  # an SGLang without piecewise graphs
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("sglang"):
+            return  # an SGLang without piecewise graphs
+        raise
     init = getattr(manager.__init__, "arfusion", manager.__init__)
 
     @functools.wraps(init)
     def init_with_arfusion(self: Any, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
-        install(self, fusion)
+        harmless("SGLang's piecewise graphs", lambda: install(self, fusion))
 
     init_with_arfusion.arfusion = init  # type: ignore[attr-defined]
     manager.__init__ = init_with_arfusion
-    return fusion
 
 
 def install(manager: Any, fusion: AllReduceFusionPass) -> None:

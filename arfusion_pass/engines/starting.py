@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Callable
 
 log = logging.getLogger("arfusion_pass")
 
 
-def harmless(engine: str, start: Callable[[], object]) -> None:
-    """Call ``start``; what it raises is one line at ERROR (its traceback at DEBUG), and the engine goes on unfused.
+def harmless(engine: str, start: Callable[[], object]) -> bool:
+    """Call ``start``, give whether it did; what it raises is one line at ERROR (its traceback at DEBUG), and the engine
+    goes on unfused.
 
     A server may serve without fusion. Without the line nobody would know that it does.
     """
     try:
         start()
     except Exception as error:
-        log.error("arfusion: nothing will fuse in %s: %s", engine, " ".join(str(error).split()))
+        why = "".join(traceback.format_exception_only(error))
+        log.error("arfusion: nothing will fuse in %s: %s", engine, " ".join(why.split()))
         log.debug("arfusion: why", exc_info=True)
+        return False
+    return True

@@ -30,9 +30,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import logging
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import fx
@@ -47,6 +49,7 @@ from arfusion_pass.fusion_pass import AllReduceFusionPass
 from arfusion_pass.publishing import speak_through
 
 log = logging.getLogger("arfusion_pass")
+T = TypeVar("T")
 
 BEFORE_OURS = ("NoOpEliminationPass", "AddRMSNormFusionPass", "SequenceParallelismPass", "AsyncTPPass")
 """vLLM's passes that run before ours. Two make graphs easier to read and fuse no collective. Two are those of
@@ -68,9 +71,11 @@ def register() -> None:
 
 
 def _wrap() -> None:
+    """Wrap what the module's first lines name; where one of it is missing, nothing that counts."""
     settings()
     from vllm.compilation.backends import CompilerManager, VllmBackend
     from vllm.compilation.caching import VllmSerializableFunction
+    from vllm.compilation.passes.inductor_pass import InductorPass  # noqa: F401  (needed once a graph is compiled)
     from vllm.compilation.passes.pass_manager import PostGradPassManager
     from vllm.config import VllmConfig
 
@@ -79,20 +84,24 @@ def _wrap() -> None:
     backend, made = VllmBackend.__init__, VllmConfig.__post_init__
     if getattr(configure, "arfusion", False):
         return
+    vllm_reports.keep_beside_graphs(CompilerManager)  # without our pass these keep nothing
+    vllm_reports.keep_in_artefact(VllmSerializableFunction)
+    signature, guard = inspect.signature(backend), _Guard()
 
     @functools.wraps(configure)
-    def configure_with_arfusion(self: Any, config: Any) -> None:
-        configure(self, config)
-        install(self)
+    def configure_with_arfusion(self: Any, *args: Any, **kwargs: Any) -> None:
+        configure(self, *args, **kwargs)
+        guard(lambda: install(self))
 
     @functools.wraps(backend)
-    def backend_with_arfusion(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        _own_folder(vllm_config.compilation_config)
-        backend(self, vllm_config, *args, **kwargs)
+    def backend_with_arfusion(self: Any, *args: Any, **kwargs: Any) -> None:
+        guard(lambda: _own_folder(signature.bind(self, *args, **kwargs).arguments["vllm_config"].compilation_config))
+        backend(self, *args, **kwargs)
 
     @functools.wraps(compute_hash)
     def compute_hash_with_arfusion(self: Any, *args: Any, **kwargs: Any) -> str:
-        return keyed(compute_hash(self, *args, **kwargs))
+        theirs: str = compute_hash(self, *args, **kwargs)
+        return guard(lambda: keyed(theirs)) or theirs
 
     @functools.wraps(made)
     def made_with_arfusion(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -104,8 +113,19 @@ def _wrap() -> None:
     VllmConfig.compute_hash = compute_hash_with_arfusion
     VllmBackend.__init__ = backend_with_arfusion
     VllmConfig.__post_init__ = made_with_arfusion
-    vllm_reports.keep_beside_graphs(CompilerManager)
-    vllm_reports.keep_in_artefact(VllmSerializableFunction)
+
+
+class _Guard:
+    """Calls what the wraps do while vLLM runs, until one of it fails: from then on nothing fuses, because a graph that
+    was fused without our key, or outside of our folder, could be loaded by a start that must not have it."""
+
+    def __init__(self) -> None:
+        self.whole = True
+
+    def __call__(self, do: Callable[[], T]) -> T | None:
+        out: list[T] = []
+        self.whole = self.whole and harmless("vLLM", lambda: out.append(do()))
+        return out[0] if out else None
 
 
 def install(manager: Any, config: FusionConfig | None = None) -> AllReduceFusionPass:

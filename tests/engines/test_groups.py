@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import types
 import weakref
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -20,7 +21,7 @@ MODULE = "an_engine.parallel_state"
 class Coordinator:
     """What the engines keep weak references to."""
 
-    def __init__(self, world_size: int, device_group: dist.ProcessGroup | None):
+    def __init__(self, world_size: int, device_group: Any):
         self.world_size, self.device_group = world_size, device_group
 
 
@@ -37,6 +38,17 @@ def test_coordinators(monkeypatch: pytest.MonkeyPatch) -> None:
         assert coordinators(MODULE) == {"tp:0": world}
         del alive["tp:0"]
         assert coordinators(MODULE) == {}
+
+
+@pytest.mark.parametrize(
+    "table", [None, [], {"tp:0": None}, {"tp:0": lambda: Coordinator(2, "a group")}, {3: 4}.items()]
+)
+def test_a_table_of_another_kind(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that keeps its groups otherwise has none for us; nothing raises."""
+    engine = types.ModuleType(MODULE)
+    engine._groups = table  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, MODULE, engine)
+    assert coordinators(MODULE) == {}
 
 
 @pytest.mark.parametrize(

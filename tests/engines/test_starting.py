@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
+import types
 from typing import Any
 
 import pytest
+from torch._inductor import config as inductor_config
 
 from arfusion_pass.config import FusionConfig
 from arfusion_pass.engines import sglang, vllm
+from arfusion_pass.install import HOOK
 
 
 @pytest.fixture
@@ -49,6 +52,150 @@ def test_an_engine_of_another_make(said: Any, monkeypatch: pytest.MonkeyPatch) -
     vllm.register()
     (line,) = said()
     assert "vllm" in line.split(": ", 2)[2]
+
+
+def vllm_without(part: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A vLLM of stand-ins with everything that the plug-in touches but ``part``; gives its modules."""
+
+    class InductorPass:
+        pass
+
+    class PostGradPassManager:
+        def configure(self, config: Any) -> None:
+            self.passes = ["theirs"]
+            if part == "passes":
+                del self.passes
+
+    class Compilation:
+        def __init__(self) -> None:
+            self.mode, self.cache_dir = None, "/named"
+            if part == "cache_dir":
+                del self.cache_dir
+
+    class VllmConfig:
+        def __init__(self) -> None:
+            self.compilation_config = Compilation()
+            if part == "compilation_config":
+                del self.compilation_config
+            self.__post_init__()
+
+        def __post_init__(self) -> None:
+            self.made = True
+
+        def compute_hash(self) -> Any:
+            return 7 if part == "a key that is text" else "theirs"
+
+    class VllmBackend:
+        def __init__(self, vllm_config: Any, prefix: str = "") -> None:
+            self.manager = PostGradPassManager()
+            self.manager.configure(vllm_config)
+
+    class OtherBackend:
+        def __init__(self, config: Any, prefix: str = "") -> None:
+            self.manager = PostGradPassManager()
+            self.manager.configure(config)
+
+    class CompilerManager:
+        def compile(self, graph: Any, compile_range: Any) -> Any: ...
+
+    class VllmSerializableFunction:
+        @classmethod
+        def serialize_compile_artifacts(cls, compiled: Any) -> bytes: ...  # type: ignore[empty-body]
+
+        @classmethod
+        def deserialize_compile_artifacts(cls, data: bytes) -> Any: ...
+
+    engine = types.SimpleNamespace(backend=OtherBackend if part == "vllm_config" else VllmBackend, config=VllmConfig)
+    contents: dict[str, list[Any]] = {
+        "vllm.compilation.passes.inductor_pass": [InductorPass],
+        "vllm.compilation.passes.pass_manager": [PostGradPassManager],
+        "vllm.compilation.backends": [CompilerManager, engine.backend],
+        "vllm.compilation.caching": [VllmSerializableFunction],
+        "vllm.config": [VllmConfig],
+    }
+    for name in ("vllm", "vllm.compilation", "vllm.compilation.passes", *contents):
+        module = types.ModuleType(name)
+        monkeypatch.setitem(sys.modules, name, module)
+        for each in contents.get(name, ()):
+            attribute = "VllmBackend" if each is OtherBackend else each.__name__
+            if part != attribute:
+                setattr(module, attribute, each)
+            if part in vars(each):
+                delattr(each, part)
+    if part.startswith("vllm."):
+        monkeypatch.setitem(sys.modules, part, None)
+    return engine
+
+
+AT_THE_START = (
+    *("vllm.config", "vllm.compilation.backends", "vllm.compilation.caching", "vllm.compilation.passes.pass_manager"),
+    *("vllm.compilation.passes.inductor_pass", "InductorPass", "PostGradPassManager", "configure", "VllmConfig"),
+    *("VllmBackend", "CompilerManager", "compile", "VllmSerializableFunction"),
+    *("serialize_compile_artifacts", "deserialize_compile_artifacts", "compute_hash", "__post_init__"),
+)
+LATER = ("passes", "cache_dir", "compilation_config", "vllm_config", "a key that is text")
+
+
+@pytest.mark.parametrize("part", ["", *AT_THE_START, *LATER])
+def test_a_vllm_that_lacks_a_part(part: str, said: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the plug-in touches, taken away or called otherwise: one line, and an engine with its passes and key.
+    With everything there, both are ours."""
+    monkeypatch.delenv("ARFUSION_CONFIG", raising=False)
+    engine = vllm_without(part, monkeypatch)
+    vllm.register()
+    assert len(said()) == (part in AT_THE_START), said()
+    if part in ("configure", "compute_hash", "__post_init__"):
+        return  # not even this stand-in runs without
+    for _ in range(2):
+        config = engine.config()
+        key, backend = config.compute_hash(), engine.backend(config)
+        passes = [type(each).__name__ for each in getattr(backend.manager, "passes", ["str"])]
+        assert (passes == ["str"]) == bool(part), passes
+    assert (key in ("theirs", 7)) == bool(part)
+    lines = said()
+    assert len(lines) == bool(part), lines
+    assert all(line.startswith("arfusion: nothing will fuse in vLLM: ") for line in lines)
+
+
+@pytest.mark.parametrize("part", ["", "no module", "PostGradPassManager", "a module of theirs", "InductorPass", "add"])
+def test_an_sglang_that_lacks_a_part(part: str, said: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its piecewise graphs' pass manager, taken away or changed: one line, none where this SGLang has no such graphs;
+    what ``--enable-torch-compile`` compiles has the pass all the same."""
+    monkeypatch.delenv("ARFUSION_CONFIG", raising=False)
+
+    class PostGradPassManager:
+        def __init__(self) -> None:
+            self.passes: list[Any] = []
+
+        def add(self, each: Any) -> None:
+            self.passes.append(each)
+
+    if part == "add":
+        del PostGradPassManager.add
+    managers, passes = (
+        types.ModuleType(f"sglang.srt.compilation.{name}") for name in ("pass_manager", "inductor_pass")
+    )
+    if part != "PostGradPassManager":
+        managers.PostGradPassManager = PostGradPassManager  # type: ignore[attr-defined]
+    if part != "InductorPass":
+        passes.InductorPass = type("InductorPass", (), {})  # type: ignore[attr-defined]
+    for name in ("sglang", "sglang.srt", "sglang.srt.compilation"):
+        package = types.ModuleType(name)
+        package.__path__ = []
+        monkeypatch.setitem(sys.modules, name, package)
+    monkeypatch.setitem(sys.modules, passes.__name__, passes)
+    if part == "a module of theirs":
+        monkeypatch.setattr(importlib, "import_module", lambda name: importlib.__import__("a_library_of_sglangs"))
+    elif part != "no module":
+        monkeypatch.setitem(sys.modules, managers.__name__, managers)
+    with inductor_config.patch({HOOK: None}):
+        sglang.register()
+        assert type(getattr(inductor_config, HOOK)).__name__ == "AllReduceFusionPass"
+    made = [type(each).__name__ for each in PostGradPassManager().passes]
+    assert made == ([] if part else ["ArFusionPass"])
+    lines = said()
+    assert len(lines) == (part not in ("", "no module")), lines
+    assert all(line.startswith("arfusion: nothing will fuse in SGLang's piecewise graphs: ") for line in lines)
 
 
 def test_importing_a_plugin_reads_no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
