@@ -118,11 +118,16 @@ def _json(report: FusionReport) -> str:
 
 
 def _dump(report: FusionReport) -> None:
-    if dumping():
-        folder = Path(os.environ["ARFUSION_DUMP"]) / (
-            f"process{os.getpid()}" if report.rank is None else f"rank{report.rank}"
-        )
+    if not dumping():
+        return
+    asked = os.environ["ARFUSION_DUMP"]
+    folder = Path(asked) / (f"process{os.getpid()}" if report.rank is None else f"rank{report.rank}")
+    try:
         importlib.import_module(_DUMPER).follow(folder, all_reports)
+    except OSError as error:
+        if "ARFUSION_DUMP" not in _warned:
+            _warned.add("ARFUSION_DUMP")
+            log.warning("arfusion: ARFUSION_DUMP=%s is not complete: %s", asked, error)
 
 
 # Warm starts. On a hit in a compile cache the pass is not called, but it is asked for its key. So each key that is

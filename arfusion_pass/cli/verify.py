@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from pathlib import Path
 
 from arfusion_pass.reporting.reports import FusionReport, Reports
@@ -54,9 +55,8 @@ def read(folder: Path) -> Verdict:
     return Verdict(first, names, tuple(problems))
 
 
-def _by_rank(path: Path) -> tuple[int, str]:
-    digits = "".join(filter(str.isdigit, path.parent.name))
-    return int(digits or 0), path.parent.name
+def _by_rank(path: Path) -> tuple[list[int], str]:
+    return [int(digits) for digits in re.findall(r"\d+", path.parent.name)], path.parent.name
 
 
 def _load(path: Path) -> Reports:

@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
+import itertools
 import logging
 import multiprocessing.util
 import os
@@ -89,42 +91,72 @@ def write_reports(folder: Path, reports: Sequence[FusionReport]) -> None:
 
 @dataclasses.dataclass
 class _Dump:
-    """What a growing dump's folder holds: of how many reports the JSON, and of how many the summaries."""
+    """A growing dump: its folder, and of how many reports there is the JSON, and of how many the summaries."""
 
+    folder: Path
     reports: list[FusionReport]
     written: int
     summarised: int
 
 
 _dumps: dict[Path, _Dump] = {}
+_locks: dict[Path, int] = {}
 
 
 def follow(folder: Path, reports: list[FusionReport]) -> None:
     """:func:`write_reports` for a list that has grown: what is new goes behind what is there.
 
     ``report.json`` and the graphs are complete at once. The summaries (``report.txt``, the pages) follow when the list
-    has grown by a quarter, and when the process ends.
+    has grown by a quarter, and when the process ends. Where another process writes to ``folder``, as the same rank of
+    another engine does (data parallel replicas), ``folder-2`` is taken, or the next that is free.
     """
     dump = _dumps.get(folder)
-    if dump is None or not (folder / "report.json").is_file():  # somebody may have emptied it
-        folder.mkdir(parents=True, exist_ok=True)
-        write_reports(folder, reports)
-        _dumps[folder] = _Dump(reports, len(reports), len(reports))
+    if dump is None or not (dump.folder / "report.json").is_file():  # somebody may have emptied it
+        own = _own(folder)
+        write_reports(own, reports)
+        _dumps[folder] = _Dump(own, reports, len(reports), len(reports))
         multiprocessing.util.Finalize(None, _finish, (folder,), exitpriority=0)  # in multiprocessing's children too
         return
-    for number in range(dump.written, len(reports)):
-        _append(folder / "report.json", reports[number].to_json())
-        _write_graph(folder, number, reports[number])
+    try:
+        for number in range(dump.written, len(reports)):
+            _append(dump.folder / "report.json", reports[number].to_json())
+            _write_graph(dump.folder, number, reports[number])
+    except OSError:
+        del _dumps[folder]  # written anew the next time
+        raise
     dump.written = len(reports)
     if len(reports) >= GROWTH * dump.summarised:
         _finish(folder)
 
 
+def _own(folder: Path) -> Path:
+    """``folder``, made, or the first of ``folder-2``, ``folder-3``, ... that no other process writes to.
+
+    A lock that ends with the process says so: an earlier process' folder is written anew.
+    """
+    if (held := _locks.pop(folder, None)) is not None:
+        os.close(held)
+    for number in itertools.count(1):
+        mine = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+        mine.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(mine / ".writer", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            continue
+        except OSError:
+            pass  # a file system without locks
+        _locks[folder] = descriptor
+        return mine
+    raise AssertionError
+
+
 def _finish(folder: Path) -> None:
-    dump = _dumps[folder]
-    if dump.summarised < len(dump.reports) and folder.is_dir():
+    dump = _dumps.get(folder)
+    if dump is not None and dump.summarised < len(dump.reports) and dump.folder.is_dir():
         dump.summarised = len(dump.reports)
-        _write_summaries(folder, dump.reports)
+        _write_summaries(dump.folder, dump.reports)
 
 
 _HEAD, _JOINT, _TAIL = "[\n", ",\n", "\n]\n"

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import arfusion_pass as arf
+from arfusion_pass import publishing
 from arfusion_pass.cli import verify
 from arfusion_pass.inspection import dump
 from arfusion_pass.reporting.reports import FusionReport
@@ -113,6 +116,61 @@ def test_a_growing_dumps_pages_are_finished_when_its_process_ends(tmp_path: Path
     assert done.returncode == 0, done.stderr
     for name in ("a", "b"):
         assert "6 of 6 sites fused" in (tmp_path / name / "report.txt").read_text()
+
+
+def _engine(folder: Path, turn: Any) -> None:
+    reports: list[FusionReport] = []
+    for number in range(3):
+        turn.recv()
+        reports.append(report(number))
+        dump.follow(folder, reports)
+        turn.send(None)
+
+
+def test_two_engines_with_one_rank_dump_beside_each_other(tmp_path: Path) -> None:
+    """Data parallel replicas are engines whose ranks have the same numbers: each has a folder, and both are read. What
+    an earlier process left is written anew."""
+    fork = multiprocessing.get_context("fork")
+    for folders in (["rank0", "rank0-2"], ["rank0"]):
+        pipes = [fork.Pipe() for _ in folders]
+        engines = [fork.Process(target=_engine, args=(tmp_path / "rank0", theirs)) for _, theirs in pipes]
+        for engine in engines:
+            engine.start()
+        for _ in range(3):
+            for turn, _ in pipes:
+                turn.send(None)
+                assert turn.poll(60)
+                turn.recv()
+        for engine in engines:
+            engine.join()
+        for name in folders:
+            assert len(json.loads((tmp_path / name / "report.json").read_text())) == 3
+    verdict = verify.read(tmp_path)
+    assert (verdict.ranks, verdict.problems) == (("rank0", "rank0-2"), ())
+
+
+def test_a_full_disk_is_told_and_written_to_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One line; once there is room the dump is whole, in the same folder."""
+    monkeypatch.setenv("ARFUSION_DUMP", str(tmp_path))
+    monkeypatch.setattr(publishing, "all_reports", reports := [report(0)])
+    monkeypatch.setattr(publishing, "_warned", set())
+    name = f"process{os.getpid()}"
+    with monkeypatch.context() as patch:
+        patch.setattr(dump, "_write_graph", lambda *args: (_ for _ in ()).throw(OSError("no space left")))
+        for _ in range(2):
+            publishing._dump(reports[0])
+    publishing._dump(reports[0])
+    reports.append(report(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(dump, "_write_graph", lambda *args: (_ for _ in ()).throw(OSError("no space left")))
+        publishing._dump(reports[1])
+    publishing._dump(reports[1])
+    assert [path.name for path in tmp_path.glob("*")] == [name]
+    assert len(json.loads((tmp_path / name / "report.json").read_text())) == 2
+    (line,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert line == f"arfusion: ARFUSION_DUMP={tmp_path} is not complete: no space left"
 
 
 def test_without_depyf_there_is_everything_else(
