@@ -67,6 +67,10 @@ OWN: dict[str, dict[str, Any]] = {
 }
 """What single configurations leave open that their models need."""
 
+AS_LOADED = ("sarvam_moe",)
+"""Models whose checkpoints transformers cannot convert where they are sharded (5.24 splits one rank's part of a fused
+QKV by the sizes of all ranks'): written in the form that they are loaded into."""
+
 TOKEN_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
@@ -122,7 +126,8 @@ def sharded(rank: int, model_class: Any, config: Any, folder: str | Path) -> tup
         for parameter in model.parameters():
             if parameter.dim() == 1:  # norms other than the identity
                 torch.nn.init.normal_(parameter, 0.5, 0.2)
-        model.save_pretrained(folder)
+        as_published = config.model_type not in AS_LOADED
+        model.save_pretrained(folder, **({} if as_published else {"save_original_format": False}))
     dist.barrier()
     exact = model_class.from_pretrained(folder, dtype=torch.float32).eval()
     return exact, model_class.from_pretrained(folder, tp_plan="auto", dtype=torch.bfloat16).eval()
