@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
+import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ import pytest
 import torch
 
 import arfusion_pass
+from arfusion_pass.cli.streams import ended_by_signals
 from arfusion_pass.demo import run
 from arfusion_pass.demo.model import NORMS, Decoder, ModelConfig, initialise
 from arfusion_pass.demo.run import Options, Result
@@ -36,6 +41,35 @@ def test_two_ranks_fuse_everything_exactly(capsys: pytest.CaptureFixture[str], t
         r"sites fused +5 of 5\ncalls exact +5 of 5\na step, unfused +[\d.]+ ms\na step, fused +[\d.]+ ms", text
     )
     assert page.read_text().count(">exact</span>") == 5, "the page shows what each site's replay found"
+
+
+def _waits(rank: int, options: Options, folder: str) -> None:
+    """A rank in a collective whose peer never comes."""
+    Path(options.html or "", f"rank{rank}").write_text(str(os.getpid()))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # which it gets when its parent dies: C code does not see it
+    time.sleep(300)
+
+
+def test_whoever_ends_the_demo_ends_its_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM, as `timeout` sends it: no rank and no folder is left behind."""
+    monkeypatch.setattr(run, "_rank_main", _waits)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    def end() -> None:
+        while len([file for file in tmp_path.glob("rank*") if file.read_text()]) < 2:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=end, daemon=True).start()
+    with pytest.raises(SystemExit) as ended, ended_by_signals():
+        run.main(dataclasses.replace(CPU, html=str(tmp_path)))
+    assert ended.value.code == 128 + signal.SIGTERM
+    for file in tmp_path.glob("rank*"):
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(file.read_text()), 0)
+    assert not list(tmp_path.glob("arfusion-demo-*"))
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def test_dynamic_token_counts(capsys: pytest.CaptureFixture[str]) -> None:

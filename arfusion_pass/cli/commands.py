@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import os
 import signal
@@ -15,6 +14,7 @@ from pathlib import Path
 import click
 
 import arfusion_pass
+from arfusion_pass.cli.streams import Commands, ended_by_signals
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -33,13 +33,10 @@ def _ranks(context: click.Context, parameter: click.Parameter, count: int | None
     return count
 
 
-@click.group(context_settings=_CONTEXT)
+@click.group(cls=Commands, context_settings=_CONTEXT)
 @click.version_option(package_name="arfusion-pass")
 def main() -> None:
     """Fuse all-reduce, residual add, RMSNorm and quantisation in models compiled with torch.compile."""
-    for stream in (sys.stdout, sys.stderr):  # tables have rules, and paths any bytes, that a terminal may not encode
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
 
 
 @main.command()
@@ -103,7 +100,8 @@ def demo(**options: object) -> None:
     if options["hidden"] % 8:  # type: ignore[operator]
         raise click.BadParameter(f"{options['hidden']} is no multiple of 8", param_hint="--hidden")
     try:
-        status = run(Options(**options))  # type: ignore[arg-type]
+        with ended_by_signals():
+            status = run(Options(**options))  # type: ignore[arg-type]
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     sys.exit(status)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from arfusion_pass.cli.streams import ended_by_signals
 from arfusion_pass.reporting.reports import Reports
 
 MISSED = 3
@@ -59,7 +60,8 @@ def run_script(
         verdict: file that rank 0 writes that status into, to give 0 itself (torchrun makes 1 of every status); or None.
 
     Returns:
-        the script's exit status; 1 if it raised, 130 if it was interrupted (Ctrl-C), :data:`NO_RANKS`, :data:`MISSED`.
+        the script's exit status; 1 if it raised, 130 if it was interrupted (Ctrl-C), 143 and 129 if it was told to end
+        (SIGTERM, SIGHUP), :data:`NO_RANKS`, :data:`MISSED`.
     """
     import arfusion_pass as arf
 
@@ -76,6 +78,7 @@ def run_script(
             if dump is not None:
                 stack.enter_context(arf.inspection.debug_dump(dump))
             stack.enter_context(arf.enable())
+            stack.enter_context(ended_by_signals())
             runpy.run_path(script, run_name="__main__")
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)

@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import json
 import math
+import multiprocessing
 import os
 import statistics
 import sys
@@ -97,7 +98,13 @@ def main(options: Options) -> int:
     with tempfile.TemporaryDirectory(prefix="arfusion-demo-") as folder:
         # Before a rank's torch is imported, which warns of a missing NumPy and of drivers: nothing to the demo.
         os.environ.setdefault("PYTHONWARNINGS", "ignore")
-        mp.spawn(_rank_main, (options, folder), nprocs=options.world)
+        others = set(multiprocessing.active_children())
+        try:
+            mp.spawn(_rank_main, (options, folder), nprocs=options.world)
+        finally:  # nobody waits for a rank that waits for another
+            for process in set(multiprocessing.active_children()) - others:
+                process.kill()
+                process.join()
         results = [Result(**json.loads(_result_path(folder, rank).read_text())) for rank in range(options.world)]
     print("\n".join(results[0].text))
     failures = list(dict.fromkeys(failure for result in results for failure in result.failures))

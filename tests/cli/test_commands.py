@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from arfusion_pass.cli import commands, main
+from arfusion_pass.cli.streams import ended_by_signals
 from arfusion_pass.demo import run
 from arfusion_pass.runtime import agreement, build
 
@@ -156,24 +157,56 @@ def test_explain_runs_the_script_as_main_and_reports(tmp_path: Path) -> None:
     assert [graph["matched_count"] for graph in json.loads(done.stdout)] == [0]
 
 
-def test_explain_prints_its_report_on_ctrl_c(tmp_path: Path) -> None:
-    """What was compiled until then is reported; the exit status is a shell's for SIGINT."""
+@pytest.mark.parametrize(("number", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_explain_prints_its_report_when_it_is_ended(number: str, status: int, tmp_path: Path) -> None:
+    """By Ctrl-C, or by `timeout 60 arfusion explain server.py`: what was compiled until then is reported, and a second
+    signal does not end the report. The exit status is a shell's for the signal."""
     script = tmp_path / "script.py"
-    interrupt = (
+    end = (
         "import os, signal\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it\n"
-        "os.kill(os.getpid(), signal.SIGINT)\n"
+        "import atexit; atexit.register(print, 'at exit', file=sys.stderr)\n"
+        f"try: os.kill(os.getpid(), signal.{number})\n"
+        "finally: signal.getsignal(signal.SIGTERM) == signal.SIG_IGN and os.kill(os.getpid(), signal.SIGTERM)\n"
     )
-    script.write_text(SCRIPT.replace("sys.exit(", interrupt + "sys.exit("))
-    done = subprocess.run(
-        [sys.executable, "-m", "arfusion_pass.cli", "explain", "--json", str(script), "3"],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
-    )
-    assert done.returncode == 130, done.stderr
+    script.write_text(SCRIPT.replace("sys.exit(", end + "sys.exit("))
+    done = started("explain", "--json", str(script), "3")
+    assert done.returncode == status, done.stderr
     assert [graph["matched_count"] for graph in json.loads(done.stdout)] == [0]
+    assert "at exit" in done.stderr
+
+
+def test_a_forked_child_ends_at_once_when_it_is_told_to() -> None:
+    """It does not wait, as this process does, for the interpreter's turn, which a child in C code never gives."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with ended_by_signals():
+            assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+            if (child := os.fork()) == 0:
+                os._exit(signal.getsignal(signal.SIGTERM) != signal.SIG_DFL)
+            assert os.waitpid(child, 0)[1] == 0
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_stdout_that_is_closed_or_full(tmp_path: Path) -> None:
+    """`>&-` is nobody who reads; a full disk is one line. Neither is a traceback, and no file gets what is printed."""
+    script = tmp_path / "script.py"
+    script.write_text("print('said')")
+    done = started("explain", "--json", str(script), preexec_fn=lambda: os.close(1), stdout=None)
+    assert (done.returncode, done.stderr) == (0, "said\n")
+    with open("/dev/full", "w") as full:
+        done = started("doctor", stdout=full)
+    assert (done.returncode, done.stderr) == (1, "Error: stdout cannot be written: No space left on device\n")
+
+
+def started(*arguments: str, **settings: Any) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    command = [sys.executable, "-m", "arfusion_pass.cli", *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **settings}
+    return subprocess.run(command, text=True, check=False, env=environment, timeout=120, **pipes)
 
 
 STOPPED = """
