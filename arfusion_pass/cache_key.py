@@ -22,11 +22,14 @@ OUTSIDE_THE_REWRITE = (
 
 @functools.cache
 def source_hash() -> str:
-    """Hash over every source file of the package that shapes the rewrite or the ops in it."""
+    """Hash over every source file of the package that shapes the rewrite or the ops in it.
+
+    Over the compiled files where an image was stripped of its sources (``compileall -b``).
+    """
     digest = hashlib.sha256()
-    for path in sorted(PACKAGE.rglob("*.py")):
+    for path in sorted(PACKAGE.rglob("*.py")) or sorted(PACKAGE.rglob("*.pyc")):
         relative = path.relative_to(PACKAGE)
-        if relative.parts[0] not in OUTSIDE_THE_REWRITE:
+        if relative.parts[0].replace(".pyc", ".py") not in OUTSIDE_THE_REWRITE:
             digest.update(str(relative).encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import json
 import os
 import pathlib
@@ -123,6 +124,22 @@ def test_every_rewriting_source_counts(tmp_path: pathlib.Path, monkeypatch: pyte
         outside = path.relative_to(copy).parts[0] in cache_key.OUTSIDE_THE_REWRITE
         assert (hashed() == before) == outside, path
         path.write_text(text)
+
+
+def test_an_installation_without_sources_has_a_key_too(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image may hold compiled files alone: another version is another key there as well."""
+    monkeypatch.setattr(cache_key, "PACKAGE", tmp_path)
+    keys = []
+    for version in ("a = 1", "a = 12"):
+        (tmp_path / "ops").mkdir(exist_ok=True)
+        for name in ("ops/library.py", "publishing.py"):
+            (tmp_path / name).write_text(version)
+        assert compileall.compile_dir(tmp_path, legacy=True, force=True, quiet=1)
+        for path in tmp_path.rglob("*.py"):
+            path.unlink()
+        keys.append(cache_key.source_hash.__wrapped__())
+    (tmp_path / "publishing.pyc").unlink()
+    assert keys[0] != keys[1] == cache_key.source_hash.__wrapped__(), "what only tells stays outside"
 
 
 def test_each_folder_is_on_the_right_side() -> None:
