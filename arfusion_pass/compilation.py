@@ -64,13 +64,18 @@ def inference_leaf() -> str | None:
 
 
 def breaks_at_collectives() -> list[str]:
-    """Where the graph that Dynamo is compiling goes on after a graph break: this process' breaks at collectives, in its
-    words."""
-    if not known(_resumes):
-        return []
-    words = re.compile(r"collective|all_?reduce|reduce_?scatter|all_?gather|process_?group|c10d|async_op", re.I)
-    reasons = known(lambda: list(torch._dynamo.utils.counters["graph_break"])) or []
-    return [*dict.fromkeys(reason.strip().splitlines()[0] for reason in reasons if words.search(reason))]
+    """What this process' compilations met at collectives, in Dynamo's words: where the graph that it is compiling goes
+    on after a graph break, the breaks; else what it raised there, for which it left whole functions to Python."""
+    resumes = known(_resumes)
+    counted = known(lambda: list(torch._dynamo.utils.counters["graph_break" if resumes else "unimplemented"])) or []
+    reasons = counted if resumes else [found[1] for reason in counted if (found := _RAISED.search(reason))]
+    return [*dict.fromkeys(reason.strip().splitlines()[0] for reason in reasons if _COLLECTIVE.search(reason))]
+
+
+_COLLECTIVE = re.compile(
+    r"collective|all_?reduce|reduce_?scatter|all_?gather|process_?group|c10d|async_op|torch\.distributed", re.I
+)
+_RAISED = re.compile(r"raised exception \w+\(['\"](.*)['\"]\)")
 
 
 def graph_key(*parts: Any) -> str | None:

@@ -25,11 +25,20 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from arfusion_pass.compilation import compile_id, graph_key, known, on_compile_end
+from arfusion_pass.compilation import (
+    GraphBreak,
+    breaks_at_collectives,
+    compile_id,
+    graph_break,
+    graph_key,
+    known,
+    on_compile_end,
+)
 from arfusion_pass.provenance import rank
-from arfusion_pass.reporting.advice import NO_GRAD
+from arfusion_pass.reporting.advice import BREAK, NO_GRAD, WHOLE
 from arfusion_pass.reporting.reports import FusionReport
 from arfusion_pass.reporting.tables import place
+from arfusion_pass.rewrite.absence import BROKEN, broken
 
 log = logging.getLogger("arfusion_pass")
 
@@ -138,6 +147,8 @@ def _dump(report: FusionReport) -> None:
 class _Waiting:
     key: str
     receive: Callable[[FusionReport], None]
+    broken: GraphBreak | None = None
+    breaks: list[str] = dataclasses.field(default_factory=list)
     reports: list[FusionReport] = dataclasses.field(default_factory=list)
 
 
@@ -153,7 +164,7 @@ def expect(pass_key: Any, receive: Callable[[FusionReport], None]) -> None:
         return
     key = graph_key(pass_key)
     if key is not None:
-        _compilations[name] = _Waiting(key, receive)
+        _compilations[name] = _Waiting(key, receive, graph_break(), breaks_at_collectives())
 
 
 _elsewhere: contextvars.ContextVar[bool] = contextvars.ContextVar("arfusion_reports_elsewhere", default=False)
@@ -183,8 +194,23 @@ def settle() -> None:
     _compilations.clear()
     for waiting in ended:
         if not waiting.reports:
-            for report in recall(known(lambda waiting=waiting: load(_path(waiting.key))) or ()):  # type: ignore[misc]
+            stored = known(lambda waiting=waiting: load(_path(waiting.key))) or []  # type: ignore[misc]
+            for report in recall(_ended_here(report, waiting) for report in stored):
                 waiting.receive(report)
+
+
+def _ended_here(report: FusionReport, waiting: _Waiting) -> FusionReport:
+    """A report of an equal graph, which may have ended elsewhere, or nowhere, with the breaks of this compilation."""
+    here = WHOLE if waiting.broken is None else BREAK.format(where=waiting.broken)
+    advice = {WHOLE: here, BREAK.format(where=report.graph_break): here}
+    return dataclasses.replace(
+        report,
+        graph_break=None if waiting.broken is None else str(waiting.broken),
+        note=broken(waiting.breaks) if (report.note or "").startswith(BROKEN) else report.note,
+        sites=tuple(
+            dataclasses.replace(site, advice=advice.get(site.advice or "", site.advice)) for site in report.sites
+        ),
+    )
 
 
 def recall(stored: Iterable[FusionReport]) -> list[FusionReport]:

@@ -34,6 +34,7 @@ _PLUMBING = (
     "/accelerate/hooks.py",
     "/sglang/srt/distributed/",
     "/transformers/integrations/",
+    "/typing_extensions.py",
     "/vllm/distributed/",
 )
 """Frames of files with one of these in their path carry an all-reduce out for somebody: the caller is what to show."""

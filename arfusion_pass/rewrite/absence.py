@@ -14,6 +14,7 @@ from arfusion_pass.compilation import breaks_at_collectives
 from arfusion_pass.graph import aten, describe, is_call
 
 _ROOTS = (aten.rsqrt.default, aten.sqrt.default, aten._fused_rms_norm.default, aten.rms_norm.default)
+BROKEN = "no all-reduce: Dynamo broke the graph at a collective:"
 _NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "symm_mem")
 
 
@@ -23,9 +24,7 @@ def why_no_all_reduce(graph: fx.Graph) -> str | None:
     found = [node for node in graph.nodes if _is_collective(node)]
     if not found:
         norm = any(is_call(node, *_ROOTS) or "rms_norm" in str(node.target) for node in graph.nodes)
-        breaks = breaks_at_collectives() if norm else []
-        broke = f"no all-reduce: Dynamo broke the graph at a collective: {'; '.join(breaks[:3])}"
-        return f"{broke}; a blocking call of it, or the functional one, stays in the graph" if breaks else None
+        return broken(breaks_at_collectives()) if norm else None
     eager = [node for node in found if node.target._schema.name == "c10d::allreduce_"]  # type: ignore[union-attr]
     if eager:
         return (
@@ -34,6 +33,12 @@ def why_no_all_reduce(graph: fx.Graph) -> str | None:
         )
     listed = ", ".join(dict.fromkeys(str(node.target) for node in found))
     return f"no all-reduce: its collectives are {listed} (first {describe(found[0])}), and only all-reduces are fused"
+
+
+def broken(breaks: list[str]) -> str | None:
+    """The sentence on what Dynamo met at collectives; None where it met nothing."""
+    met = "; ".join(each.removesuffix(".") for each in breaks[:3])
+    return f"{BROKEN} {met}; a blocking call of it, or the functional one, stays in the graph" if breaks else None
 
 
 def _is_collective(node: fx.Node) -> bool:

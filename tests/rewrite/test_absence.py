@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional as nn_functional
 
 import arfusion_pass as arf
 from tests import post_grad
@@ -38,6 +39,24 @@ def test_graph_break_at_a_collective() -> None:
     fusion = arf.AllReduceFusionPass(STRICT)
     post_grad.compiled(model, fusion)(torch.randn(4, 32).bfloat16(), torch.ones(32).bfloat16())
     assert "async_op=True" in str(fusion.report)
+
+
+@pytest.mark.skipif(not hasattr(nn_functional, "_not_supported_under_compile"), reason="this torch traces it")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_collective_that_raises_while_it_is_traced() -> None:
+    """Dynamo leaves the whole function to Python, and compiles the norm by itself: its report says what it met."""
+
+    def model(x: Tensor, w: Tensor) -> Tensor:
+        return llama(nn_functional.all_reduce(x), w, 1e-6)
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    fusion = arf.AllReduceFusionPass(STRICT)
+    with torch.no_grad():
+        post_grad.compiled(model, fusion)(torch.randn(4, 32).bfloat16(), torch.ones(32).bfloat16())
+    (report,) = fusion.reports
+    assert "torch.distributed.nn.functional.all_reduce is not supported under torch.compile" in str(report.note)
+    assert "_functional_collectives.all_reduce" in str(report.note), "what to call instead"
 
 
 def test_nothing_to_say() -> None:
