@@ -71,22 +71,30 @@ def register() -> None:
 
 
 def _wrap() -> None:
-    """Wrap what the module's first lines name; where one of it is missing, nothing that counts."""
+    """Wrap what the module's first lines name; where one of it is missing, nothing that counts.
+
+    What the wraps need later is tried here: a run that keyed vLLM's caches as ours and then fused nothing would leave
+    plain graphs for the next one.
+    """
     settings()
     from vllm.compilation.backends import CompilerManager, VllmBackend
     from vllm.compilation.caching import VllmSerializableFunction
-    from vllm.compilation.passes.inductor_pass import InductorPass  # noqa: F401  (needed once a graph is compiled)
     from vllm.compilation.passes.pass_manager import PostGradPassManager
-    from vllm.config import VllmConfig
+    from vllm.config import CompilationConfig, VllmConfig
 
     groups.add_source(vllm_groups)
     configure, compute_hash = PostGradPassManager.configure, VllmConfig.compute_hash
     backend, made = VllmBackend.__init__, VllmConfig.__post_init__
     if getattr(configure, "arfusion", False):
         return
+    install(PostGradPassManager())
+    read = {"vllm_config": VllmBackend, "compilation_config": VllmConfig, "cache_dir": CompilationConfig}
+    for name, owner in read.items():
+        if name not in inspect.signature(owner).parameters:
+            raise AttributeError(f"this vLLM's {owner.__name__} takes no {name}")
+    signature, guard = inspect.signature(backend), _Guard()
     vllm_reports.keep_beside_graphs(CompilerManager)  # without our pass these keep nothing
     vllm_reports.keep_in_artefact(VllmSerializableFunction)
-    signature, guard = inspect.signature(backend), _Guard()
 
     @functools.wraps(configure)
     def configure_with_arfusion(self: Any, *args: Any, **kwargs: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import logging
 import sys
@@ -61,29 +62,29 @@ def vllm_without(part: str, monkeypatch: pytest.MonkeyPatch) -> Any:
         pass
 
     class PostGradPassManager:
-        def configure(self, config: Any) -> None:
-            self.passes = ["theirs"]
+        def __init__(self) -> None:
+            self.passes: list[Any] = []
             if part == "passes":
                 del self.passes
 
-    class Compilation:
-        def __init__(self) -> None:
-            self.mode, self.cache_dir = None, "/named"
-            if part == "cache_dir":
-                del self.cache_dir
+        def configure(self, config: Any) -> None:
+            if part != "passes":
+                self.passes += ["theirs"]
 
-    class VllmConfig:
-        def __init__(self) -> None:
-            self.compilation_config = Compilation()
-            if part == "compilation_config":
-                del self.compilation_config
-            self.__post_init__()
+    fields = [(name, Any, dataclasses.field(default=None)) for name in ("mode", "cache_dir") if name != part]
+    CompilationConfig = dataclasses.make_dataclass("CompilationConfig", fields)
 
+    class Hashed:
         def __post_init__(self) -> None:
             self.made = True
 
         def compute_hash(self) -> Any:
             return 7 if part == "a key that is text" else "theirs"
+
+    compilation = ("compilation_config", Any, dataclasses.field(default_factory=CompilationConfig))
+    VllmConfig = dataclasses.make_dataclass(
+        "VllmConfig", [compilation] if part != compilation[0] else [], namespace=dict(vars(Hashed))
+    )
 
     class VllmBackend:
         def __init__(self, vllm_config: Any, prefix: str = "") -> None:
@@ -111,7 +112,7 @@ def vllm_without(part: str, monkeypatch: pytest.MonkeyPatch) -> Any:
         "vllm.compilation.passes.pass_manager": [PostGradPassManager],
         "vllm.compilation.backends": [CompilerManager, engine.backend],
         "vllm.compilation.caching": [VllmSerializableFunction],
-        "vllm.config": [VllmConfig],
+        "vllm.config": [VllmConfig, CompilationConfig],
     }
     for name in ("vllm", "vllm.compilation", "vllm.compilation.passes", *contents):
         module = types.ModuleType(name)
@@ -131,12 +132,12 @@ AT_THE_START = (
     *("vllm.config", "vllm.compilation.backends", "vllm.compilation.caching", "vllm.compilation.passes.pass_manager"),
     *("vllm.compilation.passes.inductor_pass", "InductorPass", "PostGradPassManager", "configure", "VllmConfig"),
     *("VllmBackend", "CompilerManager", "compile", "VllmSerializableFunction"),
-    *("serialize_compile_artifacts", "deserialize_compile_artifacts", "compute_hash", "__post_init__"),
+    *("serialize_compile_artifacts", "deserialize_compile_artifacts", "compute_hash", "__post_init__", "passes"),
+    *("CompilationConfig", "cache_dir", "compilation_config", "vllm_config"),
 )
-LATER = ("passes", "cache_dir", "compilation_config", "vllm_config", "a key that is text")
 
 
-@pytest.mark.parametrize("part", ["", *AT_THE_START, *LATER])
+@pytest.mark.parametrize("part", ["", *AT_THE_START, "a key that is text"])
 def test_a_vllm_that_lacks_a_part(part: str, said: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the plug-in touches, taken away or called otherwise: one line, and an engine with its passes and key.
     With everything there, both are ours."""
