@@ -122,7 +122,7 @@ def why_no_norm(reduced: Reduced, reductions: Reductions, moved: bool) -> tuple[
     if not readers:
         return None, "nobody reads its result", None
     readers = dict(_readers(*reduced.values))
-    found = _nearest_norm(reduced)
+    found = _nearest_norm(reduced, reductions)
     if found is not None:
         reason, culprit = found
         stays = "" if culprit not in readers else _why_it_stays(culprit, readers[culprit], reduced, reductions)
@@ -357,9 +357,9 @@ def _readers(*nodes: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
                     yield user, view
 
 
-def _nearest_norm(reduced: Reduced) -> tuple[str, fx.Node | None] | None:
+def _nearest_norm(reduced: Reduced, reductions: Reductions) -> tuple[str, fx.Node | None] | None:
     """Of the norms that follow an all-reduce within a few nodes the nearest, and the first step on the way to it that
-    no fused call has: the residual add itself is none."""
+    no fused call has: the residual add itself is none. What goes through another all-reduce has none of its own."""
     came: dict[fx.Node, fx.Node | None] = dict.fromkeys(reduced.values)
     queue = collections.deque(came)
     lengths = row_lengths(reduced.x)
@@ -376,7 +376,7 @@ def _nearest_norm(reduced: Reduced) -> tuple[str, fx.Node | None] | None:
             other = other or _other_norm(reader)
             computes = reader.op == "call_function" and holds_tensors(reader)
             projects = is_call(reader, *PROJECTIONS) and not _is_added_to(reader, view)
-            ends = projects or str(getattr(reader.target, "namespace", "")).startswith("_c10d")
+            ends = projects or str(getattr(reader.target, "namespace", "")).startswith("_c10d") or reader in reductions
             if computes and not ends and reader not in came:
                 came[reader] = node
                 queue.append(reader)

@@ -154,8 +154,10 @@ def in_whole_rows(norm: Norm | Refused, value: fx.Node, lengths: set[int] | None
             f"{describe(cut)} cuts rows of {hidden} from the all-reduce's of {max(lengths)}: cut them before it",
             cut,
         )
+    longest = max(lengths, default=0)
+    parts = f"such as one head's, parts of the all-reduce's of {longest}"
     return Refused(
-        f"the norm {describe(norm.result)} normalises rows of {hidden} in {describe(value)}, such as one head's, parts "
-        f"of the all-reduce's of {max(lengths)}",
+        f"the norm {describe(norm.result)} normalises rows of {hidden} in {describe(value)}, "
+        + (parts if hidden < longest else f"the all-reduce has rows of {longest}"),
         norm.result,
     )

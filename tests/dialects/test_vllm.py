@@ -385,6 +385,16 @@ def unknown_group(x, r, w):  # type: ignore[no-untyped-def]
     return ir_add(torch.ops.vllm.all_reduce(x, "pp:0"), r, w)
 
 
+def f_lora_sharded(x, r, w):  # type: ignore[no-untyped-def]
+    """Fully sharded LoRA: its own few columns are reduced, go into the projection's, and those are reduced."""
+    low = reduce(x[:, :8])
+    return ir_add(reduce(x + low.repeat(1, HIDDEN // 8)), r, w)
+
+
+def f_longer_rows(x, r, w):  # type: ignore[no-untyped-def]
+    return torch.ops.vllm_ir.rms_norm(reduce(x[:, :8]).repeat(1, HIDDEN // 8), w, EPSILON)
+
+
 def fp32_residual() -> tuple[torch.Tensor, ...]:
     x, r, w = standard()
     return x, r.float(), w
@@ -404,6 +414,8 @@ NORM_CASES = {
     "ir_variance_size": Case(f_ir_variance_size, standard, missed=("variance over 64 columns",)),
     "aten_add": Case(f_aten_add, standard, (ADD,)),
     "aten_norm": Case(f_aten_norm, standard, (ADD,)),
+    "lora_sharded": Case(f_lora_sharded, standard, (ADD,), missed=("no RMSNorm over its last dimension follows",)),
+    "longer_rows": Case(f_longer_rows, standard, missed=(f"rows of {HIDDEN} in",)),
     "unknown_group": Case(unknown_group, standard, missed=("register_group('pp:0', group)",)),
     "c_plain": Case(f_c_plain, standard, (PLAIN,)),
     "c_add": Case(f_c_add, standard, (ADD,)),
