@@ -13,7 +13,7 @@ import arfusion_pass.ops  # noqa: F401  (a compiled artefact imports nothing: th
 from arfusion_pass import cache_key, provenance, publishing, written_order
 from arfusion_pass.compilation import compile_id, graph_break
 from arfusion_pass.config import FusionConfig
-from arfusion_pass.graph import tensor_of
+from arfusion_pass.graph import tensor_of, trains
 from arfusion_pass.reporting.printing import print_graph, readable
 from arfusion_pass.reporting.reports import FusionReport, Reports
 from arfusion_pass.reporting.sites import Site
@@ -84,11 +84,29 @@ def fuse(graph_module: fx.GraphModule, config: FusionConfig | None = None) -> Fu
     """
     if not isinstance(graph_module, fx.GraphModule):
         raise ValueError(f"fuse: expected a torch.fx.GraphModule, got {type(graph_module).__name__}")
+    names = [node.name for node in _outputs(graph_module.graph)]
     report = run(graph_module.graph, _checked("fuse", config))
     publishing.publish(report)
     if report.matched_count:
+        _keep_names(graph_module.graph, names)
         graph_module.recompile()
     return report
+
+
+def _outputs(graph: fx.Graph) -> list[fx.Node]:
+    """What a graph returns, in order."""
+    found: list[fx.Node] = []
+    fx.map_arg([output.args for output in graph.find_nodes(op="output")], found.append)
+    return found
+
+
+def _keep_names(graph: fx.Graph, names: list[str]) -> None:
+    """Call what a graph returns as it was called: an exported program's signature names its outputs' nodes."""
+    taken = {node.name for node in graph.nodes}
+    for node, name in zip(_outputs(graph), names, strict=True):
+        if name not in taken:
+            node.name = name
+            taken.add(name)
 
 
 def _checked(what: str, config: FusionConfig | None) -> FusionConfig:
@@ -118,7 +136,7 @@ def run(graph: fx.Graph, config: FusionConfig) -> FusionReport:
     taken: list[Any] = []
     moves = Moves()
     try:
-        if config.reassociate:
+        if config.reassociate and not trains(graph):
             moves = reassociate(graph, config)
         found = find_sites(graph, config)
         described = [

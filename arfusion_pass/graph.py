@@ -607,3 +607,8 @@ def same_geometry(shape: Sequence[Any], strides: Sequence[Any], tensor: torch.Te
         known(size == its_size) and (known(size == 1) or known(stride == its_stride))
         for size, its_size, stride, its_stride in zip(shape, tensor.shape, strides, tensor.stride(), strict=True)
     )
+
+
+def trains(graph: fx.Graph) -> bool:
+    """Whether a graph is half of a training step: AOT autograd names its inputs so."""
+    return any(node.name.startswith(("primals_", "tangents_")) for node in graph.find_nodes(op="placeholder"))

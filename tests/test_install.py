@@ -255,6 +255,21 @@ def test_fuse_then_run_the_module(world: None) -> None:
     assert arf.fuse(module).sites == ()  # a second time there is nothing left
 
 
+def test_fuse_an_exported_program(world: None, tmp_path: Path) -> None:
+    """Its signature names the nodes that it returns: it can be saved, and loaded, after ``fuse``."""
+
+    class Model(torch.nn.Module):
+        def forward(self, x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            total = x + reduce(x)
+            return llama(total, w, 1e-6), total
+
+    program = torch.export.export(Model(), (torch.randn(4, 32), torch.ones(32))).run_decompositions()
+    assert arf.fuse(program.graph_module).matched_count == 1
+    torch.export.save(program, tmp_path / "program.pt2")
+    loaded = torch.export.load(tmp_path / "program.pt2")
+    assert "allreduce_rms_norm" in loaded.module().code
+
+
 @pytest.fixture(autouse=True)
 def _nothing_left_behind() -> Iterator[None]:
     before = installed()

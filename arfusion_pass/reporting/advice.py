@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import fx
 
 from arfusion_pass.compilation import GraphBreak, inference_leaf
-from arfusion_pass.graph import aten, is_call, is_cast, last_dim, other_operand, peel, tensor_of, viewed
+from arfusion_pass.graph import aten, is_call, is_cast, last_dim, other_operand, peel, tensor_of, trains, viewed
 
 NO_GRAD = (
     "this is a training graph: call the model under torch.no_grad() or torch.inference_mode(), or freeze it with "
@@ -50,11 +50,6 @@ def advise(all_reduce: fx.Node, culprit: fx.Node | None, reason: str, broken: Gr
     if adds_bias(culprit):
         return BIAS if "reassociate" in reason else BEFORE
     return None
-
-
-def trains(graph: fx.Graph) -> bool:
-    """Whether a graph is half of a training step: AOT autograd names its inputs so."""
-    return any(node.name.startswith(("primals_", "tangents_")) for node in graph.find_nodes(op="placeholder"))
 
 
 def adds_bias(node: fx.Node) -> bool:

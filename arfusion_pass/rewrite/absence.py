@@ -31,8 +31,20 @@ def why_no_all_reduce(graph: fx.Graph) -> str | None:
             f"no functional all-reduce: {describe(eager[0])} was traced as it runs eagerly, in place; call "
             "torch.distributed._functional_collectives.all_reduce, or let torch.compile trace the call"
         )
+    own = [node for node in found if _is_own_all_reduce(node)]
+    if own:
+        return (
+            f"no all-reduce that the pass knows: {describe(own[0])} is an op of its own; "
+            "call torch.distributed._functional_collectives.all_reduce"
+        )
     listed = ", ".join(dict.fromkeys(str(node.target) for node in found))
     return f"no all-reduce: its collectives are {listed} (first {describe(found[0])}), and only all-reduces are fused"
+
+
+def _is_own_all_reduce(node: fx.Node) -> bool:
+    """Whether a collective is somebody's op named like an all-reduce, and not like one that is fused already."""
+    name = str(node.target)
+    return node.target.namespace not in _NAMESPACES and re.search(r"all_?reduce(?!.*norm)", name) is not None  # type: ignore[union-attr]
 
 
 def broken(breaks: list[str]) -> str | None:

@@ -10,6 +10,7 @@ import collections
 import dataclasses
 import enum
 import itertools
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import fx
 
 from arfusion_pass.dialects import Norm, Reduced, Refused, norms_of
+from arfusion_pass.dialects.reading.op_calls import op_name
 from arfusion_pass.graph import (
     aten,
     constant,
@@ -390,6 +392,9 @@ def _is_added_to(product: fx.Node, operand: fx.Node) -> bool:
 
 def _other_norm(node: fx.Node) -> tuple[str, fx.Node] | None:
     """What to say of a norm that is none of ours, from the step that makes it one."""
+    if _names_norm(node):
+        known = "the pass knows RMSNorm written in torch, and the engines' ops in the README"
+        return f"{describe(node)} is an op that the pass does not know; {known}", node
     power = constant(node.args[1]) if is_call(node, aten.pow.Tensor_Scalar) else None
     rooted = is_call(node, *ROOTS) or power in (0.5, -0.5)
     deviates = node.op == "call_function" and node.target in DEVIATIONS  # with whatever arguments
@@ -402,6 +407,12 @@ def _other_norm(node: fx.Node) -> tuple[str, fx.Node] | None:
         )
         return reason, node
     return None
+
+
+def _names_norm(node: fx.Node) -> bool:
+    """Whether a node calls somebody's op, functionalised or not, that is named like an RMSNorm."""
+    name = op_name(node) or ""
+    return not name.startswith(("aten::", "prims::")) and re.search(r"rms_?norm", name, re.I) is not None
 
 
 def _subtracts_the_mean(root: fx.Node) -> bool:

@@ -42,6 +42,7 @@ from arfusion_pass.graph import (
     same_size,
     source_of,
     tensor_of,
+    trains,
     views_of,
     widens,
     without_views,
@@ -229,6 +230,9 @@ def find_sites(graph: fx.Graph, config: FusionConfig) -> list[RaisedSite]:
     for site in sites:
         if site.reason is None and not any(site.outside_readers.values()):
             site.reason = "nobody reads its norm or anything else that the fused call would produce"
+    if trains(graph):  # one that keeps nothing of the inside of a norm: its backward computes the norm again
+        for site in sites:
+            site.reason = site.reason or "its graph is half of a training step, and only inference graphs are fused"
     return sites
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import fx
 
+import arfusion_pass as arf
 from arfusion_pass.fusion_pass import run
 from arfusion_pass.reporting.reports import FusionReport
 from tests.models import reduce
@@ -23,12 +26,12 @@ class Seen(Exception):
     """Ends a compilation."""
 
 
-def report_of(model: Callable[..., Any], *inputs: torch.Tensor) -> FusionReport:
+def report_of(model: Callable[..., Any], *inputs: torch.Tensor, config: arf.FusionConfig = STRICT) -> FusionReport:
     """What the pass says inside torch.compile, which ends there."""
     reports: list[FusionReport] = []
 
     def look(graph: fx.Graph) -> None:
-        reports.append(run(graph, STRICT))
+        reports.append(run(graph, config))
         raise Seen
 
     torch._dynamo.reset()
@@ -71,3 +74,19 @@ def test_a_sum_that_leaves_the_graph(behind: Callable[..., tuple[torch.Tensor, .
     with torch.no_grad():
         (site,) = report_of(layer, x, x).missed
     assert (site.advice is not None and "in the same graph" in site.advice) == whole
+
+
+def test_a_training_step_that_would_fuse_is_left_alone() -> None:
+    """With activation checkpoints the forward keeps nothing of the inside of a norm, and its backward computes all of
+    it again, unfused."""
+
+    def model(x: torch.Tensor) -> Any:
+        return torch.utils.checkpoint.checkpoint(whole, x, use_reentrant=False)
+
+    whole = Model(plain)
+    for config in (STRICT, dataclasses.replace(STRICT, reassociate=True)):
+        missed = report_of(model, tokens(), config=config).missed
+        assert {site.reason for site in missed} == {
+            "its graph is half of a training step, and only inference graphs are fused"
+        }
+        assert all((site.advice or "").startswith("this is a training graph: ") for site in missed)

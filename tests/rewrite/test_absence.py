@@ -9,7 +9,7 @@ import torch.distributed.nn.functional as nn_functional
 
 import arfusion_pass as arf
 from tests import post_grad
-from tests.models import Tensor, llama
+from tests.models import Tensor, llama, reduce
 from tests.simulate import STRICT, c10d, check_unchanged, tensors, trace
 
 pytestmark = pytest.mark.usefixtures("world")
@@ -57,6 +57,21 @@ def test_a_collective_that_raises_while_it_is_traced() -> None:
     (report,) = fusion.reports
     assert "torch.distributed.nn.functional.all_reduce is not supported under torch.compile" in str(report.note)
     assert "_functional_collectives.all_reduce" in str(report.note), "what to call instead"
+
+
+def test_ops_of_somebodys_own() -> None:
+    """A collective or a norm that the pass does not know is called that, and not by what is missing."""
+    library = torch.library.Library("arfusion_test_own", "DEF")
+    library.define("all_reduce(Tensor x) -> Tensor")
+    library.define("rms_norm(Tensor x, Tensor w) -> Tensor")
+    own = torch.ops.arfusion_test_own
+    for name in ("all_reduce", "rms_norm"):
+        torch.library.register_fake(f"arfusion_test_own::{name}", lambda x, w=None: torch.empty_like(x), lib=library)
+    report = check_unchanged(trace(lambda x, w: llama(own.all_reduce(x), w, 1e-6), *tensors((4, 32), (32,))))
+    assert "no all-reduce that the pass knows: all_reduce (arfusion_test_own.all_reduce" in str(report.note)
+    report = check_unchanged(trace(lambda x, w: own.rms_norm(x + reduce(x), w), *tensors((4, 32), (32,))))
+    (site,) = report.missed
+    assert "rms_norm (arfusion_test_own.rms_norm.default) is an op that the pass does not know" in str(site.reason)
 
 
 def test_nothing_to_say() -> None:
