@@ -64,12 +64,25 @@ def inference_leaf() -> str | None:
 
 
 def breaks_at_collectives() -> list[str]:
-    """What this process' compilations met at collectives, in Dynamo's words: where the graph that it is compiling goes
-    on after a graph break, the breaks; else what it raised there, for which it left whole functions to Python."""
-    resumes = known(_resumes)
-    counted = known(lambda: list(torch._dynamo.utils.counters["graph_break" if resumes else "unimplemented"])) or []
-    reasons = counted if resumes else [found[1] for reason in counted if (found := _RAISED.search(reason))]
-    return [*dict.fromkeys(reason.strip().splitlines()[0] for reason in reasons if _COLLECTIVE.search(reason))]
+    """Where the graph that Dynamo is compiling goes on after a graph break: this process' breaks at collectives, in its
+    words."""
+    return _met("graph_break") if known(_resumes) else []
+
+
+def raised_at_collectives() -> list[str]:
+    """While Dynamo compiles: what it raised at collectives in this process, for which it left functions to Python."""
+    if compile_id() is None:
+        return []
+    return [
+        found[1].removesuffix(".") for reason in _met("unimplemented", first=False) if (found := _RAISED.search(reason))
+    ]
+
+
+def _met(counter: str, first: bool = True) -> list[str]:
+    """Dynamo's reasons that speak of collectives, each whole or its first line."""
+    reasons = known(lambda: list(torch._dynamo.utils.counters[counter])) or []
+    reasons = [reason.strip().splitlines()[0] if first else reason for reason in reasons if _COLLECTIVE.search(reason)]
+    return [*dict.fromkeys(reasons)]
 
 
 _COLLECTIVE = re.compile(

@@ -27,7 +27,6 @@ from typing import Any
 
 from arfusion_pass.compilation import (
     GraphBreak,
-    breaks_at_collectives,
     compile_id,
     graph_break,
     graph_key,
@@ -38,7 +37,7 @@ from arfusion_pass.provenance import rank
 from arfusion_pass.reporting.advice import BREAK, NO_GRAD, WHOLE
 from arfusion_pass.reporting.reports import FusionReport
 from arfusion_pass.reporting.tables import place
-from arfusion_pass.rewrite.absence import BROKEN, broken
+from arfusion_pass.rewrite.absence import MET, met_by_dynamo
 
 log = logging.getLogger("arfusion_pass")
 
@@ -148,7 +147,7 @@ class _Waiting:
     key: str
     receive: Callable[[FusionReport], None]
     broken: GraphBreak | None = None
-    breaks: list[str] = dataclasses.field(default_factory=list)
+    met: str | None = None
     reports: list[FusionReport] = dataclasses.field(default_factory=list)
 
 
@@ -164,7 +163,7 @@ def expect(pass_key: Any, receive: Callable[[FusionReport], None]) -> None:
         return
     key = graph_key(pass_key)
     if key is not None:
-        _compilations[name] = _Waiting(key, receive, graph_break(), breaks_at_collectives())
+        _compilations[name] = _Waiting(key, receive, graph_break(), known(met_by_dynamo))
 
 
 _elsewhere: contextvars.ContextVar[bool] = contextvars.ContextVar("arfusion_reports_elsewhere", default=False)
@@ -206,7 +205,7 @@ def _ended_here(report: FusionReport, waiting: _Waiting) -> FusionReport:
     return dataclasses.replace(
         report,
         graph_break=None if waiting.broken is None else str(waiting.broken),
-        note=broken(waiting.breaks) if (report.note or "").startswith(BROKEN) else report.note,
+        note=waiting.met if (report.note or "").startswith(MET) else report.note,
         sites=tuple(
             dataclasses.replace(site, advice=advice.get(site.advice or "", site.advice)) for site in report.sites
         ),

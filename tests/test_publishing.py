@@ -22,7 +22,7 @@ from arfusion_pass.compilation import GraphBreak
 from arfusion_pass.reporting.advice import BREAK, WHOLE
 from arfusion_pass.reporting.reports import FusionReport
 from arfusion_pass.reporting.sites import Site
-from arfusion_pass.rewrite.absence import BROKEN, broken
+from arfusion_pass.rewrite.absence import MET
 from arfusion_pass.source import Source
 from tests.models import Tensor, llama, reduce
 from tests.simulate import STRICT, fused_copy, tensors, trace
@@ -189,17 +189,17 @@ def test_a_stored_report_of_an_equal_graph_that_ended_elsewhere(
     """Two functions may begin alike: the graph comes from the cache, its end is this compilation's own."""
     there = GraphBreak("another", Source("then.py", 1, "work.wait()"))
     site = dataclasses.replace(missed_site("r", "why", "layers.0"), advice=BREAK.format(where=there))
-    stored = FusionReport((site,), graph_break=str(there), note=f"{BROKEN} async_op=True")
+    stored = FusionReport((site,), graph_break=str(there), note=f"{MET[0]} async_op=True")
     received: list[FusionReport] = []
     monkeypatch.setattr(publishing, "load", lambda path: [stored])
-    waiting = publishing._Waiting("key", received.append, here, [] if here is None else ["all_reduce"])
+    waiting = publishing._Waiting("key", received.append, here, None if here is None else "met here")
     monkeypatch.setitem(publishing._compilations, "0/0", waiting)
     publishing.settle()
     (report,) = received
     assert "then.py" not in str(report)
     assert report.graph_break == (None if here is None else str(here))
     assert report.sites[0].advice == (WHOLE if here is None else BREAK.format(where=here))
-    assert report.note == broken(waiting.breaks)
+    assert report.note == waiting.met
 
 
 def test_a_report_goes_through_json() -> None:

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import fx
 
+from arfusion_pass.graph import aten, source_of
 from arfusion_pass.groups import resolve_group
 from arfusion_pass.ops import record
 from arfusion_pass.ops.reference import ordered_all_reduce, rows_of_owners, scatter_rows
@@ -201,8 +202,12 @@ def _subgraph(
         stack = [node]
         while stack:
             current = stack[-1]
-            missing = [inner for inner in current.all_input_nodes if inner not in env]
+            copied = source_of(current) if current.target is aten.copy.default else None
+            missing = [inner for inner in ([copied] if copied else current.all_input_nodes) if inner not in env]
             if current in env:
+                stack.pop()
+            elif copied in env:  # what it is written over, with the same dtype and shape, may be anybody's
+                env[current] = env[copied]
                 stack.pop()
             elif current.op == "placeholder" or current.op == "get_attr":
                 if isinstance(current.meta.get("val"), torch.SymInt):

@@ -10,11 +10,16 @@ import re
 
 from torch import fx
 
-from arfusion_pass.compilation import breaks_at_collectives
+from arfusion_pass.compilation import breaks_at_collectives, raised_at_collectives
 from arfusion_pass.graph import aten, describe, is_call
 
 _ROOTS = (aten.rsqrt.default, aten.sqrt.default, aten._fused_rms_norm.default, aten.rms_norm.default)
-BROKEN = "no all-reduce: Dynamo broke the graph at a collective:"
+MET = (
+    "no all-reduce: Dynamo broke the graph at a collective:",
+    "no all-reduce; in this process Dynamo left a function to Python at a collective:",
+)
+"""How the sentences begin on what Dynamo met in this process, which no later process should repeat."""
+
 _NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "symm_mem")
 
 
@@ -24,7 +29,7 @@ def why_no_all_reduce(graph: fx.Graph) -> str | None:
     found = [node for node in graph.nodes if _is_collective(node)]
     if not found:
         norm = any(is_call(node, *_ROOTS) or "rms_norm" in str(node.target) for node in graph.nodes)
-        return broken(breaks_at_collectives()) if norm else None
+        return met_by_dynamo() if norm else None
     eager = [node for node in found if node.target._schema.name == "c10d::allreduce_"]  # type: ignore[union-attr]
     if eager:
         return (
@@ -47,10 +52,14 @@ def _is_own_all_reduce(node: fx.Node) -> bool:
     return node.target.namespace not in _NAMESPACES and re.search(r"all_?reduce(?!.*norm)", name) is not None  # type: ignore[union-attr]
 
 
-def broken(breaks: list[str]) -> str | None:
-    """The sentence on what Dynamo met at collectives; None where it met nothing."""
-    met = "; ".join(each.removesuffix(".") for each in breaks[:3])
-    return f"{BROKEN} {met}; a blocking call of it, or the functional one, stays in the graph" if breaks else None
+def met_by_dynamo() -> str | None:
+    """Where the all-reduce of the graph that Dynamo compiles may have gone; None where nothing is known of one."""
+    stays = "a blocking call of it, or the functional one, stays in the graph"
+    if breaks := breaks_at_collectives():
+        return f"{MET[0]} {'; '.join(breaks[:3])}; {stays}"
+    if raised := raised_at_collectives():
+        return f"{MET[1]} {'; '.join(raised[:3])}"
+    return None
 
 
 def _is_collective(node: fx.Node) -> bool:

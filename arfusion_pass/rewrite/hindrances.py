@@ -351,11 +351,12 @@ def _norms_of(node: fx.Node, lengths: set[int] | None) -> Iterator[Norm | Refuse
 
 
 def _readers(*nodes: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """Everything that reads a node and is no view of it, with the view that it reads."""
+    """Everything that reads a node and is no view of it, with the view that it reads. A ``copy`` over it does not."""
     for node in nodes:
         for view in views_of(node):
             for user in view.users:
-                if source_of(user) is not view and user not in nodes:
+                overwrites = is_call(user, aten.copy.default) and view not in user.args[1:]
+                if source_of(user) is not view and user not in nodes and not overwrites:
                     yield user, view
 
 

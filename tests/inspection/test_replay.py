@@ -72,6 +72,24 @@ def test_symbol_known_by_its_multiple(world: None, prologue: bool) -> None:
         assert [check.detail for check in recorder.checks()] == ["within the contract"]
 
 
+def test_what_a_tensor_reduced_in_place_was_is_not_replayed(world: None) -> None:
+    """``copy`` leaves nothing of what it writes over: what that was computed of is no input of the site. Nor does it
+    stand between another all-reduce and a norm."""
+
+    def model(x: Tensor, other: Tensor, r: Tensor, w: Tensor) -> Tensor:
+        before = reduce(x + other)
+        return llama(torch.ops.aten.copy(before, reduce(before * 2)) + r, w, 1e-6)
+
+    inputs = [torch.randn(4, 32), torch.randn(4, 32), torch.randn(4, 32), torch.randn(32)]
+    module = trace(model, *inputs)
+    with replay.recording() as recorder:
+        (missed,) = arf.fuse(module, STRICT).missed
+    assert "copy" not in str(missed.reason)
+    run(module, inputs)
+    with simulated_ranks():
+        assert [check.detail for check in recorder.checks()] == ["within the contract"]
+
+
 def test_a_site_whose_subgraph_reads_more_than_its_call_takes_is_not_run(world: None) -> None:
     """It is told so, once, and its calls are not compared: what it reads is known by its shape alone."""
 
