@@ -378,7 +378,8 @@ def _as_given(fake: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 
 def _concrete(fake: torch.Tensor, real: torch.Tensor, bindings: dict[Any, int]) -> list[int]:
     """The real sizes of a fake tensor, given a real tensor of as many elements; binds symbols and their multiples."""
-    if real.dim() == fake.dim():
+    known = [(size, actual) for size, actual in zip(fake.shape, real.shape, strict=False) if isinstance(size, int)]
+    if real.dim() == fake.dim() and all(size == actual for size, actual in known):  # else the call took a view of it
         for size, actual in zip(fake.shape, real.shape, strict=True):
             _bind(size, actual, bindings)
         return list(real.shape)

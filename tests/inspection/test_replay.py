@@ -90,6 +90,21 @@ def test_what_a_tensor_reduced_in_place_was_is_not_replayed(world: None) -> None
         assert [check.detail for check in recorder.checks()] == ["within the contract"]
 
 
+def test_a_sum_that_the_fused_call_takes_in_another_shape_of_as_many_dimensions(world: None) -> None:
+    """Reduced as a column, and read as the row that it is a view of."""
+
+    def model(x: Tensor, r: Tensor, w: Tensor) -> Tensor:
+        return llama(r + reduce(x.t()).t(), w, 1e-6)
+
+    inputs = [torch.randn(1, 32), torch.randn(1, 32), torch.randn(32)]
+    module = trace(model, *inputs)
+    with replay.recording() as recorder:
+        assert arf.fuse(module, STRICT).matched_count == 1
+    run(module, inputs)
+    with simulated_ranks():
+        assert [check.detail for check in recorder.checks()] == ["within the contract"]
+
+
 def test_a_site_whose_subgraph_reads_more_than_its_call_takes_is_not_run(world: None) -> None:
     """It is told so, once, and its calls are not compared: what it reads is known by its shape alone."""
 
