@@ -106,7 +106,8 @@ ARF_API int arf_group_state(const char* group, int device);
 ARF_API int arf_read_error(const char* group, int device, arf_error_record* out);
 ARF_API int arf_set_timeout(const char* group, int device, int64_t timeout_ns);
 /* At most so many CTAs in a launch of the group, so that other groups' launches, or other kernels, find room beside it; 0: as
- * many as pay. Ranks may differ. */
+ * many as pay. The same on all ranks: a grid that does not fit on its GPU at once, with several rows a CTA, would wait for rows
+ * that a smaller grid elsewhere reaches only behind others that wait for the first. */
 ARF_API int arf_set_max_ctas(const char* group, int device, int ctas);
 
 /* Symmetric memory a rank needs so that messages of `message_bytes` (tokens * hidden * itemsize) go in one piece of

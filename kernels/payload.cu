@@ -12,7 +12,7 @@ constexpr int64_t kNever = int64_t{1} << 62;
 
 /* Kept sharded from this message on, tokens * hidden * itemsize, where a chain's marks allow it: where neither a norm alone nor
  * a quantiser is slower (benchmarks/results/sharded.md). Narrower rows and other worlds were not measured. */
-const arf_threshold kBuiltIn[] = {{2, 0, kNever}, {2, 2048, 4 << 20}, {2, 7168, 7 << 19}};
+const arf_threshold kBuiltIn[] = {{2, 0, kNever}, {2, 2048, 2 << 20}};
 std::mutex table_mutex;
 /* Replaced whole and never freed, so that a launch reads it without a lock. */
 std::atomic<const std::vector<arf_threshold>*> table{nullptr};

@@ -78,15 +78,19 @@ constexpr int kSplitCtas = 264;   /* CTAs that two-shot's split may make: two a 
 /* Warps that a part keeps at least, about: 7168 x 1 among four takes 4.16 us in 7 parts, 4.28 in 4. */
 constexpr int kClusterTiles = 3;
 
-/* More tokens than this, and one lane of a warp polls for all: 16.8 against 18.5 us for 8192 x 256 among two. */
+/* More tokens than this among more than two ranks, and one lane of a warp polls for all, so that polls leave room in L2 for
+ * what arrives. Among two all lanes polling is never slower and gains 0.1 to 0.5 us of one-shot, two-shot and sharded calls of
+ * 96 to 1024 tokens (H200, benchmarks/NOTES.md); more ranks poll as many more vectors, which was not measured. */
 constexpr int kLoudTokens = 64;
 /* CTAs that only push, and for how many tokens (H200, hidden 7168 and 8192): 21.2 against 22.7 us for 7168 x 256 among four
  * in two-shot, 74.0 against 76.7 for 7168 x 1024; 14.5 against 15.2 for 7168 x 256 among two in one-shot, and no gain from
  * 512 tokens on. Narrower rows lose by it: there CTAs that push and CTAs that finish share a multiprocessor anyway. */
 constexpr int kTwoshotPushers = 32, kTwoshotPushTokens = 256;
-/* With a sharded residual as many: 12.7 against 12.8 us without and with them for 7168 x 256 among two (FP8; a norm 14.7 and
- * 15.6), 22.4 against 20.8 for 7168 x 512. */
-constexpr int kShardedPushTokens = 512;
+/* With a sharded residual none: contributions pushed ahead of all rows stand on the link in front of the first codes (7168 x 2048,
+ * static FP8: 77.8 us with 32 such CTAs, 69.7 without). From so many rows a rank a CTA has two, so that one's payload is on its
+ * way while it finishes the other: 68.2 against 69.7 there, 22.0 against 23.4 for 8192 x 512. Not narrower rows: two of their
+ * CTAs share a multiprocessor (4096 x 2048: 41.8 with a row a CTA, 42.3 with two). H200, benchmarks/NOTES.md. */
+constexpr int kShardedPairs = 256;
 constexpr int kOneshotPushers = 16, kOneshotPushTokens = 160, kOneshotPushMost = 448;
 
 /* A FP8 group must be a power of two of lanes within a warp. */
@@ -300,6 +304,7 @@ std::string make_plan(int world, int64_t workspace_bytes, const arf_call& c, boo
   plan->cluster = 1;
   plan->split = 1;
   plan->pushers = 0;
+  plan->rows_each = 1;
   plan->quiet = false;
   plan->common = false;
   plan->family = family_of(c);
@@ -362,11 +367,11 @@ std::string make_plan(int world, int64_t workspace_bytes, const arf_call& c, boo
     split_rows(plan->piece_tokens, major, plan);
   }
   plan->shared_bytes = weight_bytes(c, *plan);
-  plan->quiet = plan->piece_tokens > kLoudTokens;
+  plan->quiet = world > 2 && plan->piece_tokens > kLoudTokens;
   /* Where a multiprocessor holds one row, its CTA's pushes hold up everything behind them, and rows arrive all at the end. */
   if (c.op == ARF_OP_ALLREDUCE && plan->cluster == 1 && plan->threads > kMaxThreads / 2) {
-    const int from = strategy == ARF_SHARDED ? kShardedPushTokens : kTwoshotPushTokens;
-    if (strategy != ARF_ONESHOT && plan->piece_tokens >= from) plan->pushers = kTwoshotPushers;
+    if (strategy == ARF_TWOSHOT && plan->piece_tokens >= kTwoshotPushTokens) plan->pushers = kTwoshotPushers;
+    if (strategy == ARF_SHARDED && (plan->piece_tokens + world - 1) / world >= kShardedPairs) plan->rows_each = 2;
     if (strategy == ARF_ONESHOT && plan->piece_tokens > kOneshotPushTokens && plan->piece_tokens <= kOneshotPushMost &&
         !writes_x(c)) {
       plan->pushers = kOneshotPushers;
@@ -378,6 +383,7 @@ std::string make_plan(int world, int64_t workspace_bytes, const arf_call& c, boo
 int grid_size(const Plan& plan, int world, int64_t tokens, int resident, int allowed) {
   const int64_t rows = plan.strategy == ARF_TWOSHOT || plan.strategy == ARF_SHARDED ? (tokens + world - 1) / world * plan.split
                                                                                     : tokens;
+  const int64_t wanted = (rows + plan.rows_each - 1) / plan.rows_each;
   const int forced = override_ctas.load(std::memory_order_relaxed);
   /* A CTA a row even where not all fit at once: 84.7 us against 93.7 for 4096 x 2048 among four in two-shot, 51.8 against
    * 53.9 among two in one-shot. The local kernel has its next row's loads in flight instead. */
@@ -385,7 +391,7 @@ int grid_size(const Plan& plan, int world, int64_t tokens, int resident, int all
   if (forced) most = std::min<int64_t>(forced, kMaxCtas);
   most = std::min<int64_t>(most, allowed);
   const int64_t fewest = plan.pushers + 1; /* a forced grid, too, has one that finishes rows */
-  return static_cast<int>(std::max(fewest, std::min(rows + plan.pushers, most / plan.cluster))) * plan.cluster;
+  return static_cast<int>(std::max(fewest, std::min(wanted + plan.pushers, most / plan.cluster))) * plan.cluster;
 }
 
 namespace {

@@ -20,6 +20,7 @@ struct Plan {
   int split;
   bool common;  /* what the kernels know of the call (params.h: Calls) */
   int pushers;  /* CTAs that only push */
+  int rows_each; /* rows that a CTA finishes, where there are CTAs enough */
   bool quiet;
   int shared_bytes;
   int64_t piece_tokens;

@@ -80,22 +80,15 @@ struct Sharded {
     const uint32_t beside = begin_alone(p, cta);
     settle(p, link);
     if (beside) poison(p, ARF_OVERLAPPED, link.generation, ARF_AUTO, cta, p.rank);
-    if (cta < p.pushers) {
-      for (uint32_t q = cta; q < rows; q += p.pushers) scatter(sp, link, at, q);
-      return Loop::end_launch(p, link, at, cta, position.ctas);
-    }
-    const uint32_t first = position.first - p.pushers, step = position.step - p.pushers;
-    if (!p.pushers) {
-      for (uint32_t q = first; q < rows; q += step) scatter(sp, link, at, q);
-    }
-    const Given given = Loop::start(p, at, cta - p.pushers, position.ctas - p.pushers);
+    if (cta < rows) scatter(sp, link, at, cta);
+    const Given given = Loop::start(p, at, cta, position.ctas);
     E::await_weight();
-    for (uint32_t q = first; q < rows; q += step) own_row(sp, scratch, link, at, cta, given, q);
-    for (uint32_t q = first; q < rows; q += step) {
-      for (int i = 0; i < Loop::world(p) - 1; ++i) {
-        const uint32_t owner = Loop::peer(p, i), t = token(sp, q, owner);
-        if (t < p.tokens) take_row(sp, scratch, link, at, cta, given, q, t, owner);
-      }
+    /* While a row is finished, the next one's contribution and the payload of the one before are on their way. */
+    const uint32_t step = position.ctas;
+    for (uint32_t q = cta; q < rows + step; q += step) {
+      if (q + step < rows) scatter(sp, link, at, q + step);
+      if (q < rows) own_row(sp, scratch, link, at, cta, given, q);
+      if (q >= step) take_rows(sp, scratch, link, at, cta, given, q - step);
     }
     Loop::end_launch(p, link, at, cta, position.ctas);
   }
@@ -107,6 +100,15 @@ struct Sharded {
   /* Our contribution to every peer's token of row q. */
   ARF_DEVICE static void scatter(const ShardedParams& sp, const Link& link, const Place& at, uint32_t q) {
     Loop::scatter(sp.base, link, at, {q, 0}, [&](uint32_t owner) { return token(sp, q, owner); });
+  }
+
+  /* The others' tokens of row q. */
+  ARF_DEVICE static void take_rows(const ShardedParams& sp, Shared scratch, Link& link, Place& at, uint32_t cta,
+                                   const Given& given, uint32_t q) {
+    for (int i = 0; i < Loop::world(sp.base) - 1; ++i) {
+      const uint32_t owner = Loop::peer(sp.base, i), t = token(sp, q, owner);
+      if (t < sp.base.tokens) take_row(sp, scratch, link, at, cta, given, q, t, owner);
+    }
   }
 
   /* Our token of row q: finished here, then sent. */

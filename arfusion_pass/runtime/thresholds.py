@@ -54,9 +54,7 @@ _MOST_SHARDED = 1024 * 16
 """Bytes of the widest row whose residual a table may have sharded (``keeps_sharded`` in ``kernels/payload.cu``)."""
 
 # kBuiltIn in kernels/payload.cu, which says how it was measured.
-_BUILT_IN_SHARDED: dict[str, dict[str, dict[str, int]]] = {
-    ANY_HIDDEN: {"2": {ANY_HIDDEN: NEVER, "2048": 4 << 20, "7168": 7 << 19}}
-}
+_BUILT_IN_SHARDED: dict[str, dict[str, dict[str, int]]] = {ANY_HIDDEN: {"2": {ANY_HIDDEN: NEVER, "2048": 2 << 20}}}
 
 Rows = Mapping[str, Mapping[str, Mapping[str, int]]]
 

@@ -156,7 +156,8 @@ def prepare(
         max_ctas: of a launch, from :data:`LEAST_CTAS` on, so that kernels beside it find room; 0: as many as pay (the
             default of a new workspace). Two groups whose calls run on two streams at once, in an order of their own on
             each rank, need half of the multiprocessors each: in opposite orders larger launches can each fill a GPU
-            with CTAs that wait for the other group's. The ranks' values may differ.
+            with CTAs that wait for the other group's. The same value on all ranks: a larger grid can wait for rows
+            that a smaller one reaches too late.
 
     Returns:
         The workspace; ``.decision`` says which backend the group uses and why.

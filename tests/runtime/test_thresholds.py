@@ -38,7 +38,7 @@ def test_look_up_takes_the_largest_size_not_above():
 
 def test_sharded_has_its_own_rows():
     assert BUILT_IN.sharded_min_bytes("sm_90", 2, 1024) == thresholds.NEVER, "not measured"
-    assert BUILT_IN.sharded_min_bytes("sm_90", 2, 5120) == BUILT_IN.sharded_min_bytes("sm_90", 2, 4096) == 4 << 20
+    assert BUILT_IN.sharded_min_bytes("sm_90", 2, 5120) == BUILT_IN.sharded_min_bytes("sm_90", 2, 4096) == 2 << 20
     assert BUILT_IN.sharded_min_bytes("sm_90", 4, 4096) == thresholds.NEVER, "no row"
     table = BUILT_IN.with_sharded("sm_90", 4, 7168, 77)
     table.save(thresholds.tuned_path())
