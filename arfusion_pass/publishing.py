@@ -21,6 +21,7 @@ import json
 import logging
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,7 @@ class _Waiting:
     receive: Callable[[FusionReport], None]
     broken: GraphBreak | None = None
     met: str | None = None
+    thread: int = dataclasses.field(default_factory=threading.get_ident)
     reports: list[FusionReport] = dataclasses.field(default_factory=list)
 
 
@@ -187,11 +189,11 @@ def called(report: FusionReport) -> None:
         known(lambda: store(_path(waiting.key), waiting.reports))
 
 
-def settle() -> None:
-    """Deliver the stored reports of the compilations that ended without a call."""
-    ended = list(_compilations.values())
-    _compilations.clear()
-    for waiting in ended:
+def settle(thread: int | None = None) -> None:
+    """Deliver the stored reports of the compilations, of one thread or of all, that ended without a call."""
+    for name, waiting in list(_compilations.items()):
+        if thread not in (None, waiting.thread) or _compilations.pop(name, None) is None:
+            continue
         if not waiting.reports:
             stored = known(lambda waiting=waiting: load(_path(waiting.key))) or []  # type: ignore[misc]
             for report in recall(_ended_here(report, waiting) for report in stored):
@@ -222,9 +224,10 @@ def recall(stored: Iterable[FusionReport]) -> list[FusionReport]:
 
 
 def settle_ended() -> None:
-    """:func:`settle`, for a torch that does not tell when a compilation ends. Nothing while one is running."""
+    """:func:`settle`, for a torch that does not tell when a compilation ends. Nothing while one is running: who asks
+    from another thread (a server's metrics) ends no compilation."""
     if compile_id() is None:
-        settle()
+        settle(threading.get_ident())
 
 
 def _path(key: str) -> Path:

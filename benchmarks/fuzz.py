@@ -1,7 +1,7 @@
-"""Fuzz: random graphs over every dialect, random chains, and graphs that fuse with one condition broken, or with a
-writer to one of their tensors, for a night or for a minute.
+"""Fuzz: random graphs over every dialect, random chains, random functions in eager Python, and graphs that fuse with
+one condition broken, or with a writer to one of their tensors, for a night or for a minute.
 
-    python -m benchmarks.fuzz --seed 1 --sites 5000 --chains 5000 --mutants 20000 --writings 20000    # in a checkout
+    python -m benchmarks.fuzz --seed 1 --sites 5000 --chains 5000 --programs 5000 --mutants 20000 --writings 20000
 
 Each graph is fused in this process on simulated ranks and must then lint, pass the ops' own fakes, and compute the bits
 that it computed before, in every output and in every input that is written to, none of which shares memory with another
@@ -25,9 +25,20 @@ import torch
 import torch._inductor.config
 
 import arfusion_pass as arf
+from arfusion_pass.inspection import replay
 from arfusion_pass.inspection.graph_diff import print_graph
-from tests import mutants, random_sites
-from tests.simulate import copied, fake_world, run, shared_memory, tensors, trace
+from tests import mutants, random_programs, random_sites
+from tests.simulate import (
+    copied,
+    fake_world,
+    fused_copy,
+    random_inputs,
+    run,
+    shared_memory,
+    simulated_ranks,
+    tensors,
+    trace,
+)
 from tests.test_random_graphs import HIDDEN, Program
 from tests.test_random_sites import WORLD, check_graph, register_groups
 
@@ -50,6 +61,20 @@ def same(wanted: list[Any], got: list[Any], bits: bool) -> str | None:
         if not torch.equal(torch.nan_to_num(x, 7), torch.nan_to_num(y, 7)) if x.is_floating_point() else not a.equal(b):
             return f"output {index}: {int((x != y).sum())} of {a.numel()} elements differ"
     return None
+
+
+def one_program(seed: int, counts: Counts) -> str | None:
+    """A function written in eager Python, captured from torch.compile; each fused site is replayed as well."""
+    module = random_programs.Program(seed).graph()
+    inputs = random_inputs(module, seed)
+    if (problem := compare(module, inputs, MOVING if seed % 5 == 4 else STRICT, counts)) is not None:
+        return problem
+    with replay.recording() as recorder:
+        fused, report = fused_copy(module)
+    run(fused, inputs)
+    with simulated_ranks():
+        wrong = [check.detail for check in recorder.checks() if not check.ok]
+    return f"replayed: {wrong}\n{report}\n{print_graph(module.graph)}" if wrong else None
 
 
 def compare(module: torch.fx.GraphModule, inputs: list[Any], config: arf.FusionConfig, counts: Counts) -> str | None:
@@ -140,6 +165,7 @@ def _changed(seed: int, change: Change, counts: Counts) -> str | None:
 KINDS: dict[str, Callable[[int, Counts], str | None]] = {
     "sites": one_of_sites,
     "chains": one_chain,
+    "programs": one_program,
     "mutants": one_mutant,
     "writings": one_writing,
 }

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,18 @@ def test_a_stored_report_of_an_equal_graph_that_ended_elsewhere(
     assert report.graph_break == (None if here is None else str(here))
     assert report.sites[0].advice == (WHOLE if here is None else BREAK.format(where=here))
     assert report.note == waiting.met
+
+
+def test_who_asks_from_another_thread_ends_no_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server's metrics ask for the reports while a worker compiles: what the pass then finds is still stored."""
+    waiting = publishing._Waiting("key", lambda report: None)
+    monkeypatch.setitem(publishing._compilations, "7/0", waiting)
+    monitor = threading.Thread(target=arf.reports)
+    monitor.start()
+    monitor.join()
+    assert publishing._compilations["7/0"] is waiting
+    arf.reports()  # from the thread that compiled: it compiles no more
+    assert "7/0" not in publishing._compilations
 
 
 def test_a_report_goes_through_json() -> None:

@@ -39,7 +39,8 @@ class GraphReport(Protocol):
 
 NO_GRAPH = (
     "AllReduce fusion: the pass has seen no graph.\n"
-    "Nothing was compiled while it was on (torch.compile compiles at the first call), or a compile cache answered that "
+    "Nothing was compiled while it was on (torch.compile compiles at the first call; a process that the program starts "
+    "has it on where it enters arf.enable() itself), or a compile cache answered that "
     "holds no report (TORCHINDUCTOR_FORCE_DISABLE_CACHES=1 compiles every graph again). Inductor runs the pass; "
     "another back-end's graphs are given to arf.fuse()."
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -9,15 +10,19 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 
-from arfusion_pass.cli import commands, main
+import arfusion_pass as arf
+from arfusion_pass.cli import commands, explain, main
 from arfusion_pass.cli.streams import ended_by_signals
 from arfusion_pass.demo import run
+from arfusion_pass.install import HOOK
 from arfusion_pass.runtime import agreement, build
 
 SCRIPT = """\
@@ -188,6 +193,23 @@ def test_a_forked_child_ends_at_once_when_it_is_told_to() -> None:
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_a_thread_that_the_script_starts_compiles_with_the_pass() -> None:
+    """A server's workers do, and torch's settings are each thread's own; a thread started afterwards does not."""
+    seen: list[object] = []
+
+    def look() -> None:
+        seen.append(getattr(torch._inductor.config, HOOK))
+
+    def start() -> None:
+        threading.Thread(target=look).start()
+        concurrent.futures.ThreadPoolExecutor(1).submit(look).result()
+
+    with arf.enable() as fusion, explain._in_threads_too():
+        start()
+    start()
+    assert seen == [fusion, fusion, None, None]
 
 
 def test_a_stdout_that_is_closed_or_full(tmp_path: Path) -> None:
