@@ -68,7 +68,7 @@ def run_script(
     import arfusion_pass as arf
 
     known = len(arf.reports())
-    argv, path = sys.argv, list(sys.path)
+    argv, path, stdout = sys.argv, list(sys.path), sys.stdout
     sys.argv = [script, *arguments]
     sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
     status, failure = 0, None
@@ -92,7 +92,7 @@ def run_script(
     except Exception as error:
         failure, status = error, 1
     finally:
-        sys.argv, sys.path[:] = argv, path
+        sys.argv, sys.path[:], sys.stdout = argv, path, stdout if not stdout.closed else sys.stderr
     if failure is not None and _WANTS_RANKS.search(str(failure)) and "RANK" not in os.environ:
         print(f"{script} wants ranks: start it with `arfusion explain -n 2 {script} ...`", file=sys.stderr)
         return NO_RANKS
@@ -151,13 +151,15 @@ def _in_threads_too() -> Iterator[None]:
 @contextlib.contextmanager
 def _stdout_to_stderr() -> Iterator[None]:
     """What is written to stdout inside, by whomever, goes to stderr."""
-    sys.stdout.flush()
+    stdout = sys.stdout  # which the script may close or replace
+    stdout.flush()
     kept = os.dup(1)
     os.dup2(2, 1)
     try:
         yield
     finally:
-        sys.stdout.flush()
+        if not stdout.closed:
+            stdout.flush()
         os.dup2(kept, 1)
         os.close(kept)
 

@@ -27,7 +27,8 @@ class Commands(click.Group):
             try:
                 return super().invoke(ctx)
             finally:
-                sys.stdout.flush()
+                if not sys.stdout.closed:
+                    sys.stdout.flush()
         except OSError as error:
             if error.errno not in _FULL:
                 raise

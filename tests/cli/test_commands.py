@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import io
 import json
 import os
 import re
@@ -210,6 +211,21 @@ def test_a_thread_that_the_script_starts_compiles_with_the_pass() -> None:
         start()
     start()
     assert seen == [fusion, fusion, None, None]
+
+
+@pytest.mark.parametrize("change", ["sys.stdout = None", "sys.stdout = open('log', 'w')", "sys.stdout.close()"])
+def test_a_script_that_leaves_another_stdout_behind(
+    change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The report goes to this command's own; to stderr where the script closed that."""
+    monkeypatch.chdir(tmp_path)
+    script = tmp_path / "script.py"
+    script.write_text(f"import sys; {change}")
+    for as_json, report in ((False, "the pass has seen no graph"), (True, "[]")):
+        out, error = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+            assert explain.run_script(str(script), [], as_json=as_json) == 0, error.getvalue()
+        assert report in (error.getvalue() if out.closed else out.getvalue())
 
 
 def test_a_stdout_that_is_closed_or_full(tmp_path: Path) -> None:
