@@ -81,13 +81,13 @@ ARF_DEVICE Link open_link(const Params& p, unsigned cta) {
   return {0, generation, poisoned};
 }
 
-/* Whether another launch of this workspace runs at the same time: graphs of one group replayed on two streams, an eager
- * call beside a replay. Both use one generation's slots then. Thread 0 asks with open_link's load, long before it looks. */
-ARF_DEVICE uint32_t* busy_word(const Params& p, unsigned cta) { return reinterpret_cast<uint32_t*>(p.control + 2 * kMaxCtas) + cta; }
+/* A word a CTA for launches of this workspace that run: each adds 1 and takes the lowest bit away at its end, so that it is 0
+ * or 1 but where two ran at once (graphs of one group replayed on two streams, an eager call beside a replay; they use one
+ * generation's slots): then more, from there on. Thread 0 asks with open_link's load and looks behind the last row, which
+ * is no wait; a thread that waits for what the other launch took looks too (give_up). */
+ARF_DEVICE uint32_t* running(const Params& p, unsigned cta) { return reinterpret_cast<uint32_t*>(p.control + 2 * kMaxCtas) + cta; }
 
-ARF_DEVICE uint32_t begin_alone(const Params& p, unsigned cta) {
-  return threadIdx.x == 0 ? atomicExch(busy_word(p, cta), 1u) : 0u;
-}
+ARF_DEVICE uint32_t begin_alone(const Params& p, unsigned cta) { return threadIdx.x == 0 ? atomicAdd(running(p, cta), 1u) : 0u; }
 
 /* Before the first push: called behind the loads of what is pushed, so that they do not wait for open_link's. */
 ARF_DEVICE void settle(const Params& p, Link& link) {
@@ -119,14 +119,6 @@ ARF_DEVICE void rotate(const Params& p, const Link& link, unsigned cta, unsigned
   }
 }
 
-/* Behind the last row. */
-ARF_DEVICE void end_alone(const Params& p, unsigned cta) {
-  if (threadIdx.x != 0) return;
-  asm volatile("st.global.L2::cache_hint.u32 [%0], %1, %2;" /* with this priority in L2 */
-               ::"l"(busy_word(p, cta)), "r"(0u), "l"(l2_priority(p))
-               : "memory");
-}
-
 /* The first error of a workspace is kept, and its launches push and await nothing from now on. */
 static __device__ __noinline__ void poison(const Params& p, uint32_t state, uint32_t generation, uint32_t strategy,
                                            uint32_t token, int peer) {
@@ -143,12 +135,23 @@ static __device__ __noinline__ void poison(const Params& p, uint32_t state, uint
   record->state = state;
 }
 
+/* Behind the last row. `beside`: of begin_alone. */
+ARF_DEVICE void end_alone(const Params& p, const Link& link, unsigned cta, uint32_t beside) {
+  if (threadIdx.x != 0) return;
+  if (beside) poison(p, ARF_OVERLAPPED, link.generation, ARF_AUTO, cta, p.rank);
+  atomicAnd(running(p, cta), ~1u); /* nobody reads its result: no wait */
+}
+
 /* After kPollsPerCheck misses: whether this thread must give up, because the workspace is poisoned or because this CTA's
  * first such look in this launch lies timeout_ns back. Out of line and without state in registers: it is rare, and inlined
  * it made the polls spill. The first look's time lies behind the control pairs, tagged with the launch's generation. */
 static __device__ __noinline__ bool give_up(const Params& p, unsigned cta, uint32_t generation, uint32_t strategy,
                                             uint32_t token, int peer) {
   if (static_cast<const volatile Control*>(p.control)[cta].poisoned) return true;
+  if (*static_cast<const volatile uint32_t*>(running(p, cta)) > 1) {
+    poison(p, ARF_OVERLAPPED, generation, ARF_AUTO, cta, p.rank);
+    return true;
+  }
   /* {~generation, microseconds modulo 2^32} in one word of 8 bytes: all threads of a CTA write and read it, and the time
    * of another launch under this one's tag would end a wait that has only begun. */
   volatile uint64_t* first_look = reinterpret_cast<volatile uint64_t*>(p.control + kMaxCtas + cta);

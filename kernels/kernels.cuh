@@ -123,8 +123,7 @@ struct Kernel {
     if (cta < p.pushers) { /* then clusters are of one CTA */
       settle(p, link);
       push_rows(p, link, at, cta);
-      if (beside) poison(p, ARF_OVERLAPPED, link.generation, ARF_AUTO, cta, p.rank);
-      return end_launch(p, link, at, cta, ctas);
+      return end_launch(p, link, at, cta, ctas, beside);
     }
     const uint32_t first = position.first - p.pushers, step = position.step - p.pushers;
     Own own = load_own(p, at, first);
@@ -141,7 +140,6 @@ struct Kernel {
     __syncthreads(); /* all have read the pair; while the first row is on its way this and the stores cost nothing */
     E::know(scratch, at);
     rotate(p, link, cta, ctas);
-    if (beside) poison(p, ARF_OVERLAPPED, link.generation, ARF_AUTO, cta, p.rank);
     for (uint32_t t = first; t < p.tokens; t += step, ++at.row) {
       if (t != first) {
         own = load_own(p, at, t);
@@ -174,7 +172,7 @@ struct Kernel {
       }
     }
     if (!(p.flags & kTriggerEarly)) let_next_kernel_start();
-    end_alone(p, cta);
+    end_alone(p, link, cta, beside);
     keep_stamps(p, link.generation, cta);
   }
 
@@ -228,11 +226,10 @@ struct Kernel {
     Link link = open_link(p, cta);
     const uint32_t beside = begin_alone(p, cta);
     settle(p, link);
-    if (beside) poison(p, ARF_OVERLAPPED, link.generation, ARF_AUTO, cta, p.rank);
     const uint32_t units = (p.tokens + world(p) - 1) / world(p) * p.split;
     if (cta < p.pushers) {
       for (uint32_t u = cta; u < units; u += p.pushers) scatter(p, link, at, unit(p, u));
-      return end_launch(p, link, at, cta, position.ctas);
+      return end_launch(p, link, at, cta, position.ctas, beside);
     }
     const uint32_t first = position.first - p.pushers, step = position.step - p.pushers;
     if (!p.pushers) {
@@ -243,7 +240,7 @@ struct Kernel {
     join_cluster(at.part);
     for (uint32_t u = first; u < units; u += step) sum_own(p, scratch, link, at, cta, given, unit(p, u));
     for (uint32_t u = first; u < units; u += step) gather(p, scratch, link, at, cta, given, unit(p, u));
-    end_launch(p, link, at, cta, position.ctas);
+    end_launch(p, link, at, cta, position.ctas, beside);
   }
 
   /* Our token of a unit: the sum goes to all peers before its row is finished. */
@@ -350,12 +347,13 @@ struct Kernel {
     return r < world(p) ? r : r - world(p);
   }
 
-  ARF_DEVICE static void end_launch(const Params& p, const Link& link, const Place& at, unsigned cta, unsigned ctas) {
+  ARF_DEVICE static void end_launch(const Params& p, const Link& link, const Place& at, unsigned cta, unsigned ctas,
+                                    uint32_t beside) {
     if (!(p.flags & kTriggerEarly)) let_next_kernel_start();
     /* Else a row's reduction was the barrier since open_link; in a cluster not for a warp without a tile, which sends nothing. */
     if (!p.need_norm || at.row == 0 || at.part.count > 1) __syncthreads();
     rotate(p, link, cta, ctas);
-    end_alone(p, cta);
+    end_alone(p, link, cta, beside);
     keep_stamps(p, link.generation, cta);
   }
 };

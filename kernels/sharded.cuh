@@ -79,7 +79,6 @@ struct Sharded {
     Link link = open_link(p, cta);
     const uint32_t beside = begin_alone(p, cta);
     settle(p, link);
-    if (beside) poison(p, ARF_OVERLAPPED, link.generation, ARF_AUTO, cta, p.rank);
     if (cta < rows) scatter(sp, link, at, cta);
     const Given given = Loop::start(p, at, cta, position.ctas);
     E::await_weight();
@@ -90,7 +89,7 @@ struct Sharded {
       if (q < rows) own_row(sp, scratch, link, at, cta, given, q);
       if (q >= step) take_rows(sp, scratch, link, at, cta, given, q - step);
     }
-    Loop::end_launch(p, link, at, cta, position.ctas);
+    Loop::end_launch(p, link, at, cta, position.ctas, beside);
   }
 
   ARF_DEVICE static uint32_t token(const ShardedParams& sp, uint32_t q, uint32_t owner) {

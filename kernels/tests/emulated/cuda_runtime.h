@@ -146,6 +146,8 @@ inline int min(int a, int b) { return a < b ? a : b; }
 template <class T>
 T __ldg(const T* p) { return *p; }
 inline uint32_t atomicExch(uint32_t* p, uint32_t value) { return std::exchange(*p, value); }
+inline uint32_t atomicAdd(uint32_t* p, uint32_t value) { return std::exchange(*p, *p + value); }
+inline uint32_t atomicAnd(uint32_t* p, uint32_t value) { return std::exchange(*p, *p & value); }
 inline void __threadfence_system() {}
 inline void __nanosleep(uint32_t) { emulated::yield(); }
 inline void __syncthreads() { emulated::sync_threads(); }
