@@ -113,9 +113,10 @@ def machine() -> dict[str, Any]:
 
     from arfusion_pass.runtime import build
 
-    folder, arch = build.source_dir(), build.device_arch()
+    folder, arch, given = build.source_dir(), build.device_arch(), os.environ.get("ARFUSION_LIBRARY")
+    key = build.build_key(folder, arch) if folder and arch else None
     return {
-        "kernels": build.build_key(folder, arch) if folder and arch else None,
+        "kernels": Path(given).stem if given else key,  # a library that was named may be of other sources
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "nccl": ".".join(map(str, torch.cuda.nccl.version())),
