@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import fx
 
-from arfusion_pass.graph import aten, source_of
+from arfusion_pass.graph import aten, same_geometry, source_of, tensor_of
 from arfusion_pass.groups import resolve_group
 from arfusion_pass.ops import record
 from arfusion_pass.ops.reference import ordered_all_reduce, rows_of_owners, scatter_rows
@@ -202,11 +202,11 @@ def _subgraph(
         stack = [node]
         while stack:
             current = stack[-1]
-            copied = source_of(current) if current.target is aten.copy.default else None
+            copied = source_of(current) if _copies_as_it_is(current) else None
             missing = [inner for inner in ([copied] if copied else current.all_input_nodes) if inner not in env]
             if current in env:
                 stack.pop()
-            elif copied in env:  # what it is written over, with the same dtype and shape, may be anybody's
+            elif copied in env:  # what it is written over may be anybody's
                 env[current] = env[copied]
                 stack.pop()
             elif current.op == "placeholder" or current.op == "get_attr":
@@ -225,6 +225,14 @@ def _subgraph(
 
     graph.output({role: copy(node) for role, node in wanted.items()})
     return fx.GraphModule(torch.nn.Module(), graph), names, env, unknown
+
+
+def _copies_as_it_is(node: fx.Node) -> bool:
+    """Whether a node is ``copy(over, source)`` of one geometry: the strides of ``over`` are else part of the result."""
+    if node.target is not aten.copy.default:
+        return False
+    source, result = tensor_of(source_of(node)), tensor_of(node)
+    return source is not None and result is not None and same_geometry(result.shape, result.stride(), source)
 
 
 class _WithNorm(fx.Interpreter):
