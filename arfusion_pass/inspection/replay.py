@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import fx
 
-from arfusion_pass.graph import aten, same_geometry, source_of, tensor_of
+from arfusion_pass.graph import aten, source_of, tensor_of
 from arfusion_pass.groups import resolve_group
 from arfusion_pass.ops import record
 from arfusion_pass.ops.reference import ordered_all_reduce, rows_of_owners, scatter_rows
@@ -202,7 +202,7 @@ def _subgraph(
         stack = [node]
         while stack:
             current = stack[-1]
-            copied = source_of(current) if _copies_as_it_is(current) else None
+            copied = source_of(current) if _overwrites_unknown(current, env) else None
             missing = [inner for inner in ([copied] if copied else current.all_input_nodes) if inner not in env]
             if current in env:
                 stack.pop()
@@ -227,12 +227,21 @@ def _subgraph(
     return fx.GraphModule(torch.nn.Module(), graph), names, env, unknown
 
 
-def _copies_as_it_is(node: fx.Node) -> bool:
-    """Whether a node is ``copy(over, source)`` of one geometry: the strides of ``over`` are else part of the result."""
+def _overwrites_unknown(node: fx.Node, env: dict[fx.Node, fx.Node]) -> bool:
+    """Whether a node is a ``copy`` over what rests on tensors that are not given. A buffer that the graph makes for it
+    is kept: its strides are the result's."""
     if node.target is not aten.copy.default:
         return False
-    source, result = tensor_of(source_of(node)), tensor_of(node)
-    return source is not None and result is not None and same_geometry(result.shape, result.stride(), source)
+    stack, seen = list(node.args[:1]), set[fx.Node]()
+    while stack:
+        current = stack.pop()
+        if not isinstance(current, fx.Node) or current in env or current in seen:
+            continue
+        if current.op in ("placeholder", "get_attr") and tensor_of(current) is not None:
+            return True
+        seen.add(current)
+        stack += current.all_input_nodes
+    return False
 
 
 class _WithNorm(fx.Interpreter):
