@@ -213,6 +213,20 @@ def test_a_thread_that_the_script_starts_compiles_with_the_pass() -> None:
     assert seen == [fusion, fusion, None, None]
 
 
+def test_explain_has_the_pass_on_in_a_thread_of_its_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The one above holds for scripts that `explain` runs."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import threading, torch\n"
+        f"look = lambda: print('seen:', torch._inductor.config.{HOOK} is not None)\n"
+        "thread = threading.Thread(target=look)\n"
+        "thread.start()\n"
+        "thread.join()\n"
+    )
+    assert explain.run_script(str(script), []) == 0
+    assert "seen: True" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("change", ["sys.stdout = None", "sys.stdout = open('log', 'w')", "sys.stdout.close()"])
 def test_a_script_that_leaves_another_stdout_behind(
     change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
