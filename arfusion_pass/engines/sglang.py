@@ -98,10 +98,13 @@ def replace_flashinfer() -> None:
     """
     from arfusion_pass import comm
 
+    def create_workspace(use_fp32_lamport: bool = False, **arguments: Any) -> comm.AllReduceFusionWorkspace:
+        return comm.create_allreduce_fusion_workspace(**arguments)  # 0.5.23 says it for fp32; FlashInfer takes no such
+
     theirs = importlib.import_module("sglang.srt.layers.flashinfer_comm_fusion")
     replaced = {
         "_flashinfer_comm": comm,
-        "_create_allreduce_fusion_workspace": comm.create_allreduce_fusion_workspace,
+        "_create_allreduce_fusion_workspace": create_workspace,
         "_flashinfer_allreduce_unavailable": False,
         "_flashinfer_create_workspace_supports_group": True,
         "_flashinfer_create_workspace_supports_comm_backend": False,

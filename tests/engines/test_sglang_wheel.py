@@ -223,7 +223,7 @@ def test_a_second_start_is_told(tmp_path: pathlib.Path, monkeypatch: pytest.Monk
     assert warm["sites"] == cold["sites"]
 
 
-def _called(rank: int, world: int) -> dict[str, float]:
+def _called(rank: int, world: int) -> list[dict[str, Any]]:
     from arfusion_pass.engines import sglang as plugin
 
     coordinator = _distributed(rank, world)
@@ -248,14 +248,19 @@ def _called(rank: int, world: int) -> dict[str, float]:
     for name, value in decisions.items():
         assert hasattr(fusion, name), name
         setattr(fusion, name, value)
+    return [_call(rank, fusion, dtype) for dtype in (torch.bfloat16, torch.float32)]
+
+
+def _call(rank: int, fusion: Any, dtype: torch.dtype) -> dict[str, Any]:
     manager = fusion.FlashInferWorkspaceManager()
     fusion._get_workspace_manager = lambda use_attn_tp_group: manager
     torch.manual_seed(rank)
-    x, _, weight = standard()
+    x, _, weight = (tensor.to(dtype) for tensor in standard())
     torch.manual_seed(0)
     residual = torch.randn_like(x)
     fused = inspect.unwrap(fusion.flashinfer_allreduce_residual_rmsnorm)  # the op is registered for CUDA alone
     norm, total = fused(x, residual, weight, 1e-6, max_token_num=64)
+    assert norm is not None, f"SGLang made no workspace for {dtype}"
     wanted = x.clone()
     torch.distributed.all_reduce(wanted)
     reduced = fusion.flashinfer_allreduce(x, use_attn_tp_group=True) if NEWEST else wanted
@@ -275,8 +280,9 @@ def _called(rank: int, world: int) -> dict[str, float]:
 
 
 def test_two_ranks_called() -> None:
-    """SGLang's own wrapper of FlashInfer's fused all-reduce, its workspace manager included, on our API."""
-    for outcome in run_ranks(2, _called, timeout=300.0):
+    """SGLang's own wrapper of FlashInfer's fused all-reduce, its workspace manager included, on our API, in bf16 and in
+    fp32, of which SGLang tells the workspace more than FlashInfer's takes."""
+    for outcome in (each for outcomes in run_ranks(2, _called, timeout=300.0) for each in outcomes):
         assert outcome["backend"] == "reference"  # what runs on a CPU; FlashInfer knows no such backend
         assert outcome["sufficient"]
         assert outcome["reduced"] == 0.0  # of two ranks the sum has one order
