@@ -9,10 +9,12 @@ import dataclasses
 import hashlib
 import logging
 import re
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch import fx
 from torch._guards import CompileContext
 
 from arfusion_pass.source import Source, path_of, users_frame
@@ -55,6 +57,12 @@ def compile_id() -> str | None:
 def graph_break() -> GraphBreak | None:
     """The graph break at which the graph that Dynamo is compiling ends; None where it ends with its function."""
     return known(_graph_break) if compile_id() is not None else None
+
+
+def runs_as_part(graph: fx.Graph) -> fx.Node | None:
+    """What runs ``graph`` as a part of the graph that Inductor is compiling, as ``torch.cond`` does its branches; None
+    for the whole of it."""
+    return known(lambda: _runs_as_part(graph))
 
 
 def inference_leaf() -> str | None:
@@ -137,6 +145,19 @@ def _graph_break() -> GraphBreak | None:
         return None
     stack = [Source(frame.filename, frame.lineno or 0, frame.line or "", frame.name) for frame in reason.user_stack]
     return GraphBreak(reason.reason.strip().splitlines()[0], users_frame(stack))
+
+
+def _runs_as_part(graph: fx.Graph) -> fx.Node | None:
+    # Inductor hands over the parts of a graph before the graph, and nothing in a part leads to what it is a part of.
+    frame = sys._getframe()
+    while (caller := frame.f_back) is not None:
+        frame = caller
+        module = frame.f_locals.get("gm") if frame.f_code.co_name == "_recursive_post_grad_passes" else None
+        if isinstance(module, fx.GraphModule):
+            for node in module.graph.find_nodes(op="get_attr"):
+                if getattr(getattr(module, node.target, None), "graph", None) is graph:
+                    return next(iter(node.users), None)
+    return None
 
 
 def _inference_leaf() -> str | None:

@@ -420,6 +420,8 @@ def is_pure(node: fx.Node) -> bool:
         return True
     if node.op != "call_function" or node.is_impure() or mutated_arguments(node):
         return False
+    if isinstance(node.target, HigherOrderOperator) and not _is_functional(node):
+        return False  # there may be a collective in its graphs
     return torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ())
 
 
@@ -442,8 +444,9 @@ def mutated_arguments(node: fx.Node) -> list[fx.Node]:
         return []
     schema = getattr(node.target, "_schema", None)
     if schema is None:
-        in_place = node.target in IN_PLACE_OPERATORS
-        return list(node.all_input_nodes) if in_place or isinstance(node.target, HigherOrderOperator) else []
+        if isinstance(node.target, HigherOrderOperator):
+            return [] if _only_reads(node) else list(node.all_input_nodes)
+        return list(node.all_input_nodes) if node.target in IN_PLACE_OPERATORS else []
     if not schema.is_mutable:
         # Such as inductor::resize_storage_bytes_, whose schema does not admit it.
         acts = not schema.returns and not schema.name.startswith(READERS)
@@ -455,7 +458,29 @@ def mutated_arguments(node: fx.Node) -> list[fx.Node]:
     return written
 
 
-READERS = ("aten::_assert", "aten::sym_constrain_range", "_c10d_functional::wait_tensor")
+def parts_of(node: fx.Node) -> list[fx.GraphModule]:
+    """The graphs that a higher-order op runs: the branches of ``torch.cond``, the region of ``invoke_subgraph``."""
+    parts = [
+        getattr(node.graph.owning_module, str(operand.target), None)
+        for operand in node.all_input_nodes
+        if isinstance(node.target, HigherOrderOperator) and operand.op == "get_attr"
+    ]
+    return [part for part in parts if isinstance(part, fx.GraphModule)]
+
+
+def _only_reads(node: fx.Node) -> bool:
+    """Whether a higher-order op surely writes to nothing that it is given: no node in its graphs does, or it keeps in
+    order an op that writes to nothing."""
+    parts = parts_of(node)
+    if parts:
+        return not any(mutated_arguments(inner) for part in parts for inner in part.graph.nodes)
+    op = node.args[1] if node.target.name() == "with_effects" else None  # type: ignore[union-attr]
+    if isinstance(op, HigherOrderOperator):
+        return op.name() == "print"
+    return isinstance(op, torch._ops.OpOverload) and not op._schema.is_mutable and bool(op._schema.returns)
+
+
+READERS = ("aten::_assert", "aten::sym_constrain_range", "_c10d_functional::wait_tensor", "prims::_sink_tokens")
 """Names of ops that return nothing and write nothing."""
 
 IN_PLACE_OPERATORS: frozenset[Any] = frozenset(

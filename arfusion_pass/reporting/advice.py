@@ -7,8 +7,19 @@ from __future__ import annotations
 
 from torch import fx
 
-from arfusion_pass.compilation import GraphBreak, inference_leaf
-from arfusion_pass.graph import aten, is_call, is_cast, last_dim, other_operand, peel, tensor_of, trains, viewed
+from arfusion_pass.compilation import GraphBreak, inference_leaf, runs_as_part
+from arfusion_pass.graph import (
+    aten,
+    describe,
+    is_call,
+    is_cast,
+    last_dim,
+    other_operand,
+    peel,
+    tensor_of,
+    trains,
+    viewed,
+)
 
 NO_GRAD = (
     "this is a training graph: call the model under torch.no_grad() or torch.inference_mode(), or freeze it with "
@@ -24,6 +35,11 @@ NO_NORM = "no RMSNorm over its last dimension follows"
 WHOLE = "compile the module that holds the norm in the same graph as the all-reduce"
 BREAK = (
     "the graph ends there, at a graph break: {where}; take that out of the compiled region, or put it behind the norm"
+)
+
+PART = (
+    "the all-reduce lies in a graph of its own, that of {where}, and what is fused lies in one graph: call the norm in "
+    "there as well, or the all-reduce outside"
 )
 
 
@@ -46,6 +62,9 @@ def advise(all_reduce: fx.Node, culprit: fx.Node | None, reason: str, broken: Gr
     if is_call(culprit, aten.copy_.default) and culprit.args[0].op == "call_function":  # type: ignore[union-attr]
         return FUNCTIONAL
     if culprit.op == "output" or is_call(culprit, aten.copy_.default) or (NO_NORM in reason and _leaves(all_reduce)):
+        part = runs_as_part(all_reduce.graph)
+        if part is not None:
+            return PART.format(where=describe(part))
         return WHOLE if broken is None else BREAK.format(where=broken)
     if adds_bias(culprit):
         return BIAS if "reassociate" in reason else BEFORE

@@ -8,8 +8,10 @@ all of them: the graph is as it came, or every planned call is in it.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import dataclasses
+import itertools
 import operator
 from collections.abc import Iterable
 from typing import Any
@@ -60,7 +62,11 @@ class Committer:
         self.sites = shadow.sites
         self.position = {node: index for index, node in enumerate(graph.nodes)}
         self.order = list(graph.nodes)
-        self.mutating = [node for node in self.order if mutated_arguments(node)]
+        self.mutations = [
+            (index, node, written, owners(written))
+            for index, node in enumerate(self.order)
+            for written in mutated_arguments(node)
+        ]
         placeholders = [node for node in self.order if node.op == "placeholder"]
         self.last_placeholder = placeholders[-1] if placeholders else None
         self.sizes = SizeSource(self.order)
@@ -220,7 +226,7 @@ class Committer:
         The call reads each input in its own place. The graph reads it where the site does, or earlier: in a cast, a
         view or a ``weight + 1`` in front of it that was looked through, or later, in what is moved up.
         """
-        if not self.mutating:
+        if not self.mutations:
             return None
         nodes = site.nodes
         since: dict[fx.Node, int] = {}
@@ -231,18 +237,19 @@ class Committer:
         own = set(nodes)
         shared = {owner for held in site.holders.values() if len(held) > 1 for node in held for owner in owners(node)}
         end = max(self.position[nodes[-1]], anchor)
-        for node in self.mutating:
+        begin = 0 if shared else bisect.bisect_left(self.mutations, min(since.values()), key=_position)
+        for at, node, written, memory in itertools.islice(self.mutations, begin, None):
+            if at > end and not shared:
+                break  # a graph's caches may be written at its end, as many times as it has layers
             if node in own:
                 continue  # an all-reduce in place
-            at = self.position[node]
-            for written in mutated_arguments(node):
-                if any(since.get(owner, end + 1) <= at <= end for owner in owners(written)):
-                    return (
-                        f"{describe(node)} writes to {describe(written)} between the all-reduce and the end of "
-                        "what would be fused, or what is read for it in front"
-                    )
-                if not shared.isdisjoint(owners(written)):
-                    return f"{describe(node)} writes to {describe(written)}, which two quantisers would share"
+            if any(since.get(owner, end + 1) <= at <= end for owner in memory):
+                return (
+                    f"{describe(node)} writes to {describe(written)} between the all-reduce and the end of "
+                    "what would be fused, or what is read for it in front"
+                )
+            if not shared.isdisjoint(memory):
+                return f"{describe(node)} writes to {describe(written)}, which two quantisers would share"
         return None
 
     def _write(
@@ -358,6 +365,10 @@ class Committer:
             if not node._erased and not node.users and is_pure(node):
                 feeding += node.all_input_nodes
                 self.graph.erase_node(node)
+
+
+def _position(mutation: tuple[int, fx.Node, fx.Node, set[fx.Node]]) -> int:
+    return mutation[0]
 
 
 def _restore(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from arfusion_pass.dialects import Norm, Reduced, Refused, norms_of
 from arfusion_pass.dialects.reading.op_calls import op_name
@@ -33,6 +34,7 @@ from arfusion_pass.graph import (
     last_dim,
     only_user,
     other_operand,
+    parts_of,
     peel,
     same_rows,
     same_shape,
@@ -376,7 +378,7 @@ def _nearest_norm(reduced: Reduced, reductions: Reductions) -> tuple[str, fx.Nod
                     steps.append(previous)
                 return _blame(steps[::-1], norm)
         for reader, view in _readers(node):
-            other = other or _other_norm(reader)
+            other = other or _other_norm(reader) or _norm_inside(reader, view, lengths)
             computes = reader.op == "call_function" and holds_tensors(reader)
             projects = is_call(reader, *PROJECTIONS) and not _is_added_to(reader, view)
             ends = projects or str(getattr(reader.target, "namespace", "")).startswith("_c10d") or reader in reductions
@@ -407,6 +409,24 @@ def _other_norm(node: fx.Node) -> tuple[str, fx.Node] | None:
             "dimension, with or without a weight"
         )
         return reason, node
+    return None
+
+
+def _norm_inside(node: fx.Node, operand: fx.Node, lengths: set[int] | None) -> tuple[str, fx.Node] | None:
+    """What to say of a higher-order op in one of whose graphs a norm reads ``operand``."""
+    for part in parts_of(node):
+        inputs = part.graph.find_nodes(op="placeholder")
+        given = pytree.tree_leaves(node.args)[-len(inputs) :]
+        for value, inner in zip(given, inputs, strict=False):
+            norm = next(_norms_of(inner, lengths), None) if value is operand else None
+            if norm is not None:
+                where = norm.result if isinstance(norm, Norm) else norm.node
+                known = "" if where is None else f" {describe(where)}"
+                reason = (
+                    f"its norm{known} lies in a graph of its own, that of {describe(node)}, and what is fused lies in "
+                    "one graph: call the all-reduce in there as well, or the norm outside"
+                )
+                return reason, node
     return None
 
 

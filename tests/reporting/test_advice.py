@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +14,10 @@ import torch.utils.checkpoint
 from torch import fx
 
 import arfusion_pass as arf
+from arfusion_pass.compilation import runs_as_part
 from arfusion_pass.fusion_pass import run
 from arfusion_pass.reporting.reports import FusionReport
-from tests.models import reduce
+from tests.models import llama, reduce
 from tests.scripts.model import Model, plain, tokens
 from tests.simulate import STRICT
 
@@ -28,16 +30,24 @@ class Seen(Exception):
 
 def report_of(model: Callable[..., Any], *inputs: torch.Tensor, config: arf.FusionConfig = STRICT) -> FusionReport:
     """What the pass says inside torch.compile, which ends there."""
+    return reports_of(model, *inputs, config=config)[-1]
+
+
+def reports_of(
+    model: Callable[..., Any], *inputs: torch.Tensor, config: arf.FusionConfig = STRICT
+) -> list[FusionReport]:
+    """What the pass says of a graph's parts and, last, of the graph."""
     reports: list[FusionReport] = []
 
     def look(graph: fx.Graph) -> None:
         reports.append(run(graph, config))
-        raise Seen
+        if runs_as_part(graph) is None:
+            raise Seen
 
     torch._dynamo.reset()
     with contextlib.suppress(Exception):  # the compiler wraps ours in its own
         torch.compile(model, options={"post_grad_custom_post_pass": look})(*inputs)
-    return reports[0]
+    return reports
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, contextlib.nullcontext])
@@ -74,6 +84,36 @@ def test_a_sum_that_leaves_the_graph(behind: Callable[..., tuple[torch.Tensor, .
     with torch.no_grad():
         (site,) = report_of(layer, x, x).missed
     assert (site.advice is not None and "in the same graph" in site.advice) == whole
+
+
+def test_an_all_reduce_in_a_branch() -> None:
+    """Of an all-reduce in a graph that another one runs: what it is, and that its norm belongs in there as well."""
+
+    def model(x: torch.Tensor, r: torch.Tensor, w: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        return llama(r + torch.cond(chosen, reduce, torch.relu, (x,)), w, 1e-6)
+
+    x, w = torch.randn(4, 32, dtype=torch.bfloat16), torch.ones(32, dtype=torch.bfloat16)
+    with torch.no_grad():
+        (site,) = (site for report in reports_of(model, x, x, w, torch.tensor(True)) for site in report.missed)
+    assert str(site.advice).startswith("the all-reduce lies in a graph of its own, that of test_advice.py:")
+    assert '"return llama(r + torch.cond(' in str(site.advice)
+
+
+def test_a_norm_in_a_region() -> None:
+    """Of an all-reduce whose norm is in a graph that its own one runs; what runs such a graph writes to nothing."""
+    normed, rectified = map(torch.compiler.nested_compile_region, (llama, lambda x: x.relu() + 1))
+
+    def model(x: torch.Tensor, r: torch.Tensor, w: torch.Tensor) -> Any:
+        beside = rectified(normed(x, w, 1e-6)) + rectified(x)  # called once, a region is no graph of its own
+        return normed(r + reduce(x), w, 1e-6), llama(reduce(x) + beside, w, 1e-6)
+
+    x, w = torch.randn(4, 32, dtype=torch.bfloat16), torch.ones(32, dtype=torch.bfloat16)
+    with torch.no_grad():
+        report = report_of(model, x, x, w)
+    (site,) = report.missed
+    assert re.match(r'its norm models.py:\d+ ".*" \(aten.mul.Tensor\) lies in a graph of its own, that of', site.reason)
+    assert "(invoke_subgraph)" in site.reason
+    assert report.matched_count == 1
 
 
 def test_a_training_step_that_would_fuse_is_left_alone() -> None:

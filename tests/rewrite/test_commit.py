@@ -328,6 +328,19 @@ def test_call_that_may_write() -> None:
     assert "triton_kernel_wrapper_mutation" in check_unchanged(module).missed[0].reason
 
 
+def test_call_that_keeps_an_order() -> None:
+    """``with_effects`` writes to what the op that it calls writes to: printing writes to nothing."""
+    module = trace(lambda x, r, w: llama(r + reduce(x), w, EPS), *tensors(X, X, W))
+    graph = module.graph
+    for op, count in ((torch.ops.higher_order.print, 1), (aten.add_.Tensor, 0)):
+        residual = list(graph.nodes)[1]
+        wait = graph.find_nodes(op="call_function", target=c10d.wait_tensor.default)[0]
+        with graph.inserting_after(wait):
+            call = graph.call_function(torch.ops.higher_order.with_effects, (None, op, "{}", residual))
+        assert fused_copy(module)[1].matched_count == count
+        graph.erase_node(call)
+
+
 def test_mutation_afterwards() -> None:
     """What is written after the site's last node sees, and changes, the written values as it did the old ones."""
 
