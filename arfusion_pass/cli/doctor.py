@@ -1,4 +1,5 @@
-"""What ``arfusion doctor`` reports: torch, CUDA, compilers, GPUs and their links, the library, the backend to be used.
+"""What ``arfusion doctor`` reports: torch, CUDA, compilers, GPUs and their links, the library, the backend to be used,
+the engines beside it and whether they take the plug-in.
 
 Collecting the facts builds nothing, loads nothing and creates no CUDA context beyond what torch's device queries need::
 
@@ -10,6 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.metadata
+import importlib.util
 import os
 import subprocess
 import sys
@@ -17,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from arfusion_pass.config import switch
+from arfusion_pass.config import FusionConfig, switch
 from arfusion_pass.runtime import build, native, prebuilt, thresholds
 
 
@@ -52,6 +55,16 @@ class LibraryState:
 
 
 @dataclasses.dataclass(frozen=True)
+class Engine:
+    """A serving engine that is installed beside this package, and whether its next start has the plug-in."""
+
+    name: str
+    version: str
+    plug_in: str
+    """``on``, or ``off: ...`` with the reason."""
+
+
+@dataclasses.dataclass(frozen=True)
 class DoctorFacts:
     """Everything that decides how the fused ops run in this process.
 
@@ -77,6 +90,7 @@ class DoctorFacts:
     thresholds: str
     backend: str
     reason: str
+    engines: tuple[Engine, ...]
     problems: tuple[str, ...]
 
     def rows(self) -> list[tuple[str, str]]:
@@ -85,7 +99,7 @@ class DoctorFacts:
         library = self.library
         state = "loaded" if library.loaded else "built" if library.built else "not built"
         origin = f" ({prebuilt.DISTRIBUTION} {library.wheel})" if library.wheel else ""
-        where = f"{state}, {library.path}{origin}" if library.path else "unknown: no GPU and no ARFUSION_ARCH"
+        where = f"{state}, {library.path}{origin}" if library.path else "unknown: neither a GPU nor an ARFUSION_ARCH"
         rows = [
             ("python", self.python),
             ("torch", f"{self.torch} (CUDA {self.cuda or 'none'}, NCCL {self.nccl or 'none'})"),
@@ -99,6 +113,7 @@ class DoctorFacts:
             ("cache", library.cache),
             ("strategy table", self.thresholds),
             ("backend", f"{self.backend}: {self.reason}"),
+            *((engine.name, f"{engine.version}, plug-in {engine.plug_in}") for engine in self.engines),
         ]
         return rows + [("problem", problem) for problem in self.problems]
 
@@ -115,6 +130,10 @@ def collect() -> DoctorFacts:
     nvcc, cxx = build.find_nvcc(), build.find_cxx()
     library = _library_state()
     problems = [] if library.problem is None else [library.problem]
+    try:
+        FusionConfig.from_env()
+    except ValueError as error:
+        problems.append(str(error))
     try:
         table = thresholds.load().source
     except thresholds.ThresholdError as error:
@@ -145,6 +164,7 @@ def collect() -> DoctorFacts:
         thresholds=table,
         backend=backend,
         reason=reason,
+        engines=_engines(),
         problems=tuple(problems),
     )
 
@@ -161,6 +181,31 @@ def _device(index: int) -> Device:
     )
 
 
+def _engines() -> tuple[Engine, ...]:
+    """Those that are installed, found without importing one."""
+    environment = os.environ
+    ours = ("vllm", "vLLM", "vllm.general_plugins"), ("sglang", "SGLang", "sglang.srt.plugins")
+    found = []
+    for module, name, group in ours:
+        if importlib.util.find_spec(module) is None:
+            continue
+        distributions = importlib.metadata.packages_distributions().get(module, [])
+        version = importlib.metadata.version(distributions[0]) if distributions else "of unknown version"
+        variable, chosen = f"ARFUSION_{module.upper()}", f"{module.upper()}_PLUGINS"
+        names = environment.get(chosen, "")
+        restricted = chosen in environment if module == "vllm" else bool(names)  # an empty one is vLLM's word for none
+        if "arfusion" not in importlib.metadata.entry_points(group=group).names:
+            plug_in = "off: this package is on the path and not installed, so the engine does not find it"
+        elif not switch(variable, True):
+            plug_in = f"off: {variable}={environment[variable]}"
+        elif restricted and "arfusion" not in names.split(","):
+            plug_in = f"off: {chosen}={names} does not name arfusion"
+        else:
+            plug_in = "on"
+        found.append(Engine(name, version, plug_in))
+    return tuple(found)
+
+
 def _arch(index: int | None = None) -> str | None:
     """The architecture to build for, None where ARFUSION_ARCH is none."""
     with contextlib.suppress(build.BuildError):
@@ -173,7 +218,9 @@ def _library_state() -> LibraryState:
     try:
         cache = str(build.cache_dir())
         path, problem = build.library_path(), build.why_not_installed()
-        if path is not None and os.path.isfile(path) and not build.is_usable(path):
+        if path is not None and os.environ.get("ARFUSION_LIBRARY") and not os.path.isfile(path):
+            problem = f"ARFUSION_LIBRARY={path} is no file"
+        elif path is not None and os.path.isfile(path) and not build.is_usable(path):
             problem = build.distrust(path) or f"{path} is no library, or one that was cut short: `arfusion build`"
     except build.BuildError as error:
         problem = str(error)

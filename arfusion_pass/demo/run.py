@@ -88,6 +88,8 @@ def main(options: Options) -> int:
     """
     if options.device == "cuda" and torch.cuda.device_count() < options.world:
         raise ValueError(f"--device cuda --world {options.world}: {torch.cuda.device_count()} GPU(s) visible")
+    if options.backend in ("native", "flashinfer") and not options.use_cuda:
+        raise ValueError(f"--backend {options.backend} runs on GPUs, and this demo on {options.world} CPU processes")
     if options.world < 2:
         raise ValueError(f"--world {options.world}: tensor parallelism needs at least two ranks")
     if options.dynamic and options.tokens < 2:

@@ -54,6 +54,7 @@ def test_help(command: str) -> None:
         (["--world", "1"], "--world"),
         (["--norm", "layer"], "--norm"),
         (["--dtype", "int8"], "--dtype"),
+        (["--device", "cpu", "--backend", "native"], "--backend native runs on GPUs"),
     ],
 )
 def test_demo_refuses_what_cannot_be(arguments: list[str], complaint: str) -> None:

