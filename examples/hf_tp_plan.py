@@ -15,6 +15,7 @@ import time
 import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, Qwen3Config, StaticCache
+from transformers.distributed import DistributedConfig
 
 import arfusion_pass as arf
 
@@ -51,7 +52,10 @@ if rank == 0:
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder[0])
 dist.barrier()
 
-model = AutoModelForCausalLM.from_pretrained(folder[0], tp_plan="auto", dtype=torch.bfloat16).eval()
+plan = {"tp_plan": "auto"}
+if hasattr(DistributedConfig, "tp_plan"):  # newer transformers take it so
+    plan = {"distributed_config": DistributedConfig(**plan)}
+model = AutoModelForCausalLM.from_pretrained(folder[0], dtype=torch.bfloat16, **plan).eval()
 ids = torch.randint(0, config.vocab_size, (arguments.batch, 16), generator=torch.Generator().manual_seed(0))
 ids = ids.to(model.device)
 

@@ -58,4 +58,5 @@ def on_two_ranks(*command: str) -> str:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([*launcher, *command], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
+    assert "FutureWarning" not in done.stderr, done.stderr  # who copies an example starts with what will last
     return done.stdout
