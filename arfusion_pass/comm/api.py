@@ -19,11 +19,12 @@ from arfusion_pass.comm.fusion_workspace import AllReduceFusionWorkspace
 from arfusion_pass.comm.request import NOT_QUANTISED, Quantised, Request, input_shape, launch_flags, open_workspace
 from arfusion_pass.ops.flashinfer_enums import AllReduceFusionPattern as Pattern
 from arfusion_pass.ops.flashinfer_enums import as_pattern
-from arfusion_pass.ops.flashinfer_specs import FP8, STATIC_FP8, TOKEN_FP8, nvfp4, packed_group_fp8
+from arfusion_pass.ops.flashinfer_specs import FP8, STATIC_FP8, TOKEN_FP8, mxfp8, nvfp4, packed_group_fp8
 from arfusion_pass.ops.spec import QuantFormat
 
 _STATIC = (Pattern.kARResidualRMSNormFP8Quant, Pattern.kARResidualRMSNormOutFP8Quant)
 _NVFP4 = (Pattern.kARResidualRMSNormFP4Quant, Pattern.kARResidualRMSNormOutFP4Quant)
+_MXFP8 = (Pattern.kARResidualRMSNormMXFP8Quant, Pattern.kARResidualRMSNormOutMXFP8Quant)
 _GROUP = (
     Pattern.kARResidualRMSNormPerTokenGroupFP8PackedQuant,
     Pattern.kARResidualRMSNormOutPerTokenGroupFP8PackedQuant,
@@ -34,6 +35,7 @@ _NORM_OUT = (
     Pattern.kARResidualRMSNormOutFP4Quant,
     Pattern.kARResidualRMSNormOutPerTokenGroupFP8PackedQuant,
     Pattern.kARResidualRMSNormOutDynamicFP8Quant,
+    Pattern.kARResidualRMSNormOutMXFP8Quant,
 )
 """Patterns that write ``norm_out``, and return it."""
 
@@ -82,19 +84,19 @@ def allreduce_fusion(
         input: the tensor that is summed over the ranks. Pattern 7: permuted expert rows ``[rows, hidden_dim]``.
             Pattern 6 does not read it.
         workspace: of this rank's group (:func:`create_allreduce_fusion_workspace`).
-        pattern: :class:`AllReduceFusionPattern`, 0 to 11.
+        pattern: :class:`AllReduceFusionPattern`, 0 to 14 but 12.
         launch_with_pdl: programmatic dependent launch.
         trigger_completion_at_end: False lets the next kernel start early; only safe where that one synchronises on its
             grid dependency itself. Without ``launch_with_pdl`` it means nothing.
         output: where to write the all-reduce's result. Pattern 0 makes one where it is None; with the others it is
             written where it is given (FlashInfer leaves it unwritten there).
         residual_out: where to write the sum with the residual, ``T`` or fp32; written where it is given.
-        norm_out: where to write the norm, ``T`` or fp32. Patterns 1, 4, 5, 9 and 11 make one where it is None; the
+        norm_out: where to write the norm, ``T`` or fp32. Patterns 1, 4, 5, 9, 11 and 14 make one where it is None; the
             quantising patterns without "Out" write it where it is given.
-        quant_out: FP8: e4m3 ``[token_num, hidden_dim]``. NVFP4: ``token_num * hidden_dim / 2`` bytes of any element
-            type. Patterns 2, 3, 8 and 10 make one where it is None.
-        scale_out: patterns 3 and 5: bytes in the layout of ``layout_code`` (more than needed are left alone; padding
-            within it is written as 0); 8 and 9: int32 ``[token_num, ceil(groups / 4)]`` with strides
+        quant_out: FP8 and MXFP8: e4m3 ``[token_num, hidden_dim]``. NVFP4: ``token_num * hidden_dim / 2`` bytes of any
+            element type. Patterns 2, 3, 8, 10 and 13 make one where it is None.
+        scale_out: patterns 3, 5, 13 and 14: bytes in the layout of ``layout_code`` (more than needed are left alone;
+            padding within it is written as 0); 8 and 9: int32 ``[token_num, ceil(groups / 4)]`` with strides
             ``(1, round_up(token_num, 4))``; 10 and 11: fp32 ``[token_num, 1]``. Static FP8 does not use it.
         residual_in: the residual, ``T`` or fp32. Needed by every pattern but 0, unless ``without_residual``.
         rms_gamma: the norm's weight ``[hidden_dim]``, ``T`` or fp32. Needed by every pattern but 0.
@@ -102,7 +104,7 @@ def allreduce_fusion(
         scale_factor: a float or a tensor of one element. Static FP8: the dequantisation scale
             (``e4m3(norm * (1 / scale_factor))``). NVFP4: the global encode scale ``448 * 6 / amax``, which is
             multiplied. A float is a kernel argument: legal in a captured graph, and constant there.
-        layout_code: NVFP4's scale layout, :class:`QuantizationSFLayout`; None is ``SWIZZLED_128x4``. All three work.
+        layout_code: NVFP4's and MXFP8's scale layout, a :class:`QuantizationSFLayout`; None is ``SWIZZLED_128x4``.
         use_oneshot: True or False forces a strategy; None takes the measured table's. The bits are the same.
         fp32_acc: accepted. The sum is always taken in fp32, in rank order, and rounded once: FlashInfer's default of
             False, a rounding after every rank, loses accuracy and buys nothing.
@@ -230,6 +232,8 @@ def _quantised(
         spec = STATIC_FP8
     elif pattern in _NVFP4:
         spec = nvfp4(layout_code, request.api)
+    elif pattern in _MXFP8:
+        spec = mxfp8(layout_code, request.api)
     elif pattern in _GROUP:
         spec = packed_group_fp8(request.group_size(group_size))
     else:

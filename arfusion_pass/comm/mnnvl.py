@@ -19,7 +19,7 @@ from arfusion_pass.comm.request import NOT_QUANTISED, Quantised, Request, input_
 from arfusion_pass.ops import layouts
 from arfusion_pass.ops.flashinfer_enums import MNNVLAllreduceFusionStrategy as Strategy
 from arfusion_pass.ops.flashinfer_enums import MNNVLQuantType, QuantizationSFLayout, as_quant_type, as_strategy
-from arfusion_pass.ops.flashinfer_specs import FP8, STATIC_FP8, TOKEN_FP8, nvfp4
+from arfusion_pass.ops.flashinfer_specs import FP8, STATIC_FP8, TOKEN_FP8, mxfp8, nvfp4
 from arfusion_pass.ops.spec import QuantSpec, ScaleLayout
 
 
@@ -97,7 +97,7 @@ def trtllm_mnnvl_fused_allreduce_add_rmsnorm_quant(
     strategy: Strategy = Strategy.AUTO,
     weight_bias: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
-    """All-reduce, residual add, RMSNorm and FP8 or NVFP4 quantisation. Collective.
+    """All-reduce, residual add, RMSNorm and FP8, NVFP4 or MXFP8 quantisation. Collective.
 
     Args:
         input: ``T`` ``[num_tokens, hidden_dim]``, contiguous; ``T`` is bf16, fp16 or fp32.
@@ -107,14 +107,14 @@ def trtllm_mnnvl_fused_allreduce_add_rmsnorm_quant(
         epsilon: None: ``torch.finfo(input.dtype).eps``.
         output: where to write the norm; not computed into memory where it is None.
         residual_out: where to write the sum; made where it is None.
-        quant_out: FP8: e4m3 ``[num_tokens, hidden_dim]``; NVFP4: ``num_tokens * hidden_dim / 2`` bytes. Made where it
-            is None.
-        scale_out: NVFP4: bytes in the layout of ``layout_code``; dynamic FP8: fp32 ``[num_tokens, 1]``. Made where it
-            is None. Static FP8 ignores it.
+        quant_out: FP8 and MXFP8: e4m3 ``[num_tokens, hidden_dim]``; NVFP4: ``num_tokens * hidden_dim / 2`` bytes.
+            Made where it is None.
+        scale_out: NVFP4 and MXFP8: bytes in the layout of ``layout_code``; dynamic FP8: fp32 ``[num_tokens, 1]``.
+            Made where it is None. Static FP8 ignores it.
         output_scale: float, or a tensor of one element, 1.0 where None: FP8's dequantisation scale, NVFP4's global
-            encode scale. Dynamic FP8 ignores it.
-        layout_code: NVFP4's scale layout; all three work.
-        quant_type: ``MNNVLQuantType.FP8``, ``NVFP4`` or ``DYNAMIC_FP8``; ``NONE`` is refused.
+            encode scale. Dynamic FP8 and MXFP8 ignore it.
+        layout_code: NVFP4's and MXFP8's scale layout; all three work.
+        quant_type: ``MNNVLQuantType.FP8``, ``NVFP4``, ``DYNAMIC_FP8`` or ``MXFP8``; ``NONE`` is refused.
         launch_with_pdl: as in :func:`trtllm_mnnvl_allreduce`.
         strategy: as in :func:`trtllm_mnnvl_allreduce`.
         weight_bias: added to ``gamma``; 1.0 for Gemma's norm.
@@ -134,7 +134,8 @@ def trtllm_mnnvl_fused_allreduce_add_rmsnorm_quant(
         if quant_out is None:
             quant_out = input.new_empty(request.tokens, request.hidden // 2, dtype=torch.uint8)
     else:
-        spec = STATIC_FP8 if kind == MNNVLQuantType.FP8 else TOKEN_FP8
+        mx = kind == MNNVLQuantType.MXFP8
+        spec = mxfp8(layout_code, api) if mx else STATIC_FP8 if kind == MNNVLQuantType.FP8 else TOKEN_FP8
         if quant_out is None:
             quant_out = torch.empty_like(input, dtype=FP8)
     scale_out = None if spec.is_static else _scale_out(request, spec) if scale_out is None else scale_out

@@ -154,7 +154,9 @@ class Request:
         return result
 
     def _codes(self, spec: QuantSpec, quant_out: Any) -> torch.Tensor:
-        if spec.format == QuantFormat.FP8:
+        if spec.format == QuantFormat.MXFP8 and self.hidden % 32:
+            self.fail(f"MXFP8 needs a hidden_dim that is a multiple of 32, got {self.hidden}")
+        if spec.format in (QuantFormat.FP8, QuantFormat.MXFP8):
             return self.rows("quant_out", quant_out, FP8)
         if self.hidden % 16:
             self.fail(f"NVFP4 needs a hidden_dim that is a multiple of 16, got {self.hidden}")
@@ -187,7 +189,7 @@ class Request:
         return None, number
 
     def _scales(self, spec: QuantSpec, scale_out: Any) -> torch.Tensor:
-        if spec.format == QuantFormat.NVFP4:
+        if spec.format in (QuantFormat.NVFP4, QuantFormat.MXFP8):
             return self._block_scales(spec, scale_out)
         if spec.layout == ScaleLayout.PACKED_UE8M0:
             return self._packed_scales(spec, scale_out)
@@ -201,7 +203,9 @@ class Request:
         allocation = layouts.scale_allocation(self.tokens, self.hidden, spec)
         assert allocation is not None
         size = math.prod(allocation[0])
-        needed = f"of at least {size} bytes, such as {list(allocation[0])} float8_e4m3fn for {spec.layout.name}"
+        needed = (
+            f"of at least {size} bytes, such as {list(allocation[0])} {_name(allocation[1])} for {spec.layout.name}"
+        )
         scales = self.tensor("scale_out", scale_out, None, needed)
         if scales.numel() * scales.itemsize < size:
             self.fail(f"scale_out must be {needed}, got {list(scales.shape)} {_name(scales.dtype)}")

@@ -31,6 +31,8 @@ class AllReduceFusionPattern(enum.IntEnum):
     10  ``kARResidualRMSNormDynamicFP8Quant``         ``residual_out``, ``quant_out``, ``scale_out`` (per token)
     11  ``kARResidualRMSNormOutDynamicFP8Quant``      as 10, and ``norm_out``
     12  ``kMoEFinalizeARResidualRMSNormFP8Quant``     refused: pattern 7 with an FP8 quant_out is the same
+    13  ``kARResidualRMSNormMXFP8Quant``              ``residual_out``, ``quant_out``, ``scale_out`` (UE8M0, by 32)
+    14  ``kARResidualRMSNormOutMXFP8Quant``           as 13, and ``norm_out``
     ==  ============================================  =======================================================
     """
 
@@ -47,10 +49,12 @@ class AllReduceFusionPattern(enum.IntEnum):
     kARResidualRMSNormDynamicFP8Quant = 10
     kARResidualRMSNormOutDynamicFP8Quant = 11
     kMoEFinalizeARResidualRMSNormFP8Quant = 12
+    kARResidualRMSNormMXFP8Quant = 13
+    kARResidualRMSNormOutMXFP8Quant = 14
 
 
 class QuantizationSFLayout(enum.IntEnum):
-    """Where NVFP4's block scales lie; the index formulas are in :mod:`arfusion_pass.ops.layouts`."""
+    """Where NVFP4's and MXFP8's block scales lie; the index formulas are in :mod:`arfusion_pass.ops.layouts`."""
 
     SWIZZLED_128x4 = 0
     SWIZZLED_8x4 = 1
@@ -66,6 +70,7 @@ class MNNVLQuantType(enum.IntEnum):
     NVFP4 = 2
     DYNAMIC_FP8 = 3
     """Per token."""
+    MXFP8 = 4
 
 
 class MNNVLAllreduceFusionStrategy(enum.Enum):
@@ -92,7 +97,7 @@ def as_pattern(api: str, pattern: Any) -> AllReduceFusionPattern:
     try:
         member = AllReduceFusionPattern(pattern)
     except ValueError:
-        raise ValueError(f"{api}: pattern must be an AllReduceFusionPattern, 0 to 11, got {pattern!r}") from None
+        raise ValueError(f"{api}: pattern must be an AllReduceFusionPattern, 0 to 14, got {pattern!r}") from None
     if member == AllReduceFusionPattern.kMoEFinalizeARResidualRMSNormFP8Quant:
         raise ValueError(
             f"{api}: pattern 12 (kMoEFinalizeARResidualRMSNormFP8Quant) is not taken; use pattern 7 "
@@ -130,11 +135,11 @@ def as_quant_type(api: str, quant_type: Any) -> MNNVLQuantType:
         member = MNNVLQuantType(quant_type)
     except ValueError:
         raise ValueError(
-            f"{api}: quant_type must be a MNNVLQuantType (1 FP8, 2 NVFP4, 3 DYNAMIC_FP8), got {quant_type!r}"
+            f"{api}: quant_type must be a MNNVLQuantType (1 FP8, 2 NVFP4, 3 DYNAMIC_FP8, 4 MXFP8), got {quant_type!r}"
         ) from None
     if member == MNNVLQuantType.NONE:
         raise ValueError(
-            f"{api}: quant_type=NONE does not quantise: give MNNVLQuantType.FP8, NVFP4 or DYNAMIC_FP8, or call "
+            f"{api}: quant_type=NONE does not quantise: give MNNVLQuantType.FP8, NVFP4, DYNAMIC_FP8 or MXFP8, or call "
             "trtllm_mnnvl_fused_allreduce_add_rmsnorm"
         )
     return member

@@ -33,3 +33,9 @@ def packed_group_fp8(group: int) -> QuantSpec:
 def nvfp4(layout_code: Any, api: str) -> QuantSpec:
     """FlashInfer's NVFP4: groups of 16, e4m3 scales times the global encode scale, in one of three layouts."""
     return QuantSpec(QuantFormat.NVFP4, group=16, layout=as_layout(api, layout_code))
+
+
+def mxfp8(layout_code: Any, api: str) -> QuantSpec:
+    """FlashInfer's MXFP8 (0.7.4), that of its ``mxfp8_quantize``: groups of 32, ``amax / 448`` rounded up to a power of
+    two, whose exponents lie in one of three layouts."""
+    return QuantSpec(QuantFormat.MXFP8, group=32, layout=as_layout(api, layout_code))

@@ -89,6 +89,13 @@ def nvfp4(norm: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
     return quantisers._nvfp4(norm, F32(scale))
 
 
+def mxfp8(norm: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(codes [T, H], UE8M0 bytes [T, H / 32]): ``amax / 448`` rounded up to a power of two."""
+    grouped = norm.reshape(norm.shape[0], -1, 32)
+    exponents, scale = quantisers.e8m0(np.abs(grouped).max(-1) / F32(448))
+    return quantisers.e4m3_codes(np.clip(grouped / scale[..., None], -448, 448).reshape(norm.shape)), exponents
+
+
 def unswizzled(buffer: np.ndarray, tokens: int, groups: int, layout: int) -> tuple[np.ndarray, np.ndarray]:
     """(scales [T, G], every padding byte) of a flat buffer in FlashInfer's layout 0, 1 or 2, by reshaping tiles."""
     flat, columns = buffer.reshape(-1), -(-groups // 4) * 4

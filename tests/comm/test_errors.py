@@ -61,7 +61,7 @@ WRONG: list[tuple[int, dict[str, Any], str]] = [
     (0, {"output": rows(dtype=torch.float32)}, "output must be bfloat16, got float32"),
     (0, {"output": strided()}, "output must be contiguous"),
     (0, {"workspace": None}, "workspace must be an AllReduceFusionWorkspace made by .*, got NoneType"),
-    (0, {"pattern": 13}, "pattern must be an AllReduceFusionPattern, 0 to 11, got 13"),
+    (0, {"pattern": 15}, "pattern must be an AllReduceFusionPattern, 0 to 14, got 15"),
     (0, {"pattern": 12}, r"pattern 12 \(kMoEFinalizeARResidualRMSNormFP8Quant\) is not taken; use pattern 7"),
     (1, {"residual_in": None}, r"residual_in is needed, a tensor bfloat16 or float32 \[6, 64\], got None"),
     (1, {"residual_in": rows(H, 5)}, r"residual_in must be .* \[6, 64\], got \[5, 64\]"),

@@ -26,6 +26,8 @@ CASES: dict[str, dict[str, Any]] = {
     "nvfp4-8x4": {"quant_type": 2, "output_scale": torch.tensor(61.0), "layout_code": 1, "with_output": True},
     "nvfp4-given": {"quant_type": 2, "output_scale": 61.0, "given": True, "with_output": True},
     "dynamic": {"quant_type": MNNVLQuantType.DYNAMIC_FP8, "with_output": True},
+    "mxfp8": {"quant_type": MNNVLQuantType.MXFP8, "with_output": True},
+    "mxfp8-linear": {"quant_type": 4, "layout_code": 2, "hidden": 160, "with_output": True},
     "gemma": {"quant_type": 1, "weight_bias": 1.0, "with_output": True, "dtype": FP16},
     "epsilon": {"quant_type": 1, "epsilon": 0.5, "with_output": True},
     "twoshot": {"quant_type": 1, "strategy": Strategy.TWOSHOT, "with_output": True},
@@ -102,16 +104,17 @@ def test_fused_quant(results: list, name: str) -> None:
     if case["quant_type"] == 1:
         wanted, wanted_scales = oracle.static_fp8(expected_norm, scale), None
         assert scales is None
-    elif case["quant_type"] == 2:
-        wanted, wanted_scales = oracle.nvfp4(expected_norm, scale)
-        groups, layout = added.shape[1] // 16, case.get("layout_code", 0)
+    elif case["quant_type"] in (2, 4):
+        mx = case["quant_type"] == 4
+        wanted, wanted_scales = oracle.mxfp8(expected_norm) if mx else oracle.nvfp4(expected_norm, scale)
+        groups, layout = added.shape[1] // (32 if mx else 16), case.get("layout_code", 0)
         size = {0: 128 * groups, 1: 8 * groups, 2: TOKENS * groups}[layout]
         flat = oracle.array(scales).reshape(-1)
         if case.get("given"):
             assert (flat[size:] == 0x5A).all()  # what the caller has beyond the layout's size is left alone
         else:
             assert flat.size == size
-            assert scales.dtype == torch.float8_e4m3fn
+            assert scales.dtype == (torch.uint8 if mx else torch.float8_e4m3fn)
         written, padding = oracle.unswizzled(flat[:size], TOKENS, groups, layout)
         assert not padding.any()
     else:

@@ -1,4 +1,4 @@
-"""Patterns 0 to 5 and 8 to 11 on two gloo ranks, against a numpy oracle."""
+"""Patterns 0 to 5, 8 to 11, 13 and 14 on two gloo ranks, against a numpy oracle."""
 
 from __future__ import annotations
 
@@ -57,8 +57,15 @@ CASES: dict[str, Case] = {
     "10-fp16": (10, FP16, 1, 8192, {}),
     "11-bf16": (11, BF16, 16, 1024, {}),
     "11-tiny": (11, BF16, 4, 256, {"tiny": True}),
+    "13-default-layout": (13, BF16, 130, 64, {}),
+    "13-linear": (13, FP32, 5, 160, {"layout_code": 2}),
+    "14-8x4": (14, FP16, 9, 320, {"layout_code": 1}),
 }
 """One process group runs them all. Shapes are those of FlashInfer's own tests where a CPU takes them."""
+
+
+GROUP = {3: 16, 5: 16, 13: 32, 14: 32}
+"""Elements to a scale of one byte."""
 
 
 def values(seed: int, shape: tuple[int, ...], dtype: torch.dtype, factor: float = 2.0) -> torch.Tensor:
@@ -87,10 +94,11 @@ def outputs(case: Case) -> dict[str, torch.Tensor]:
     given["norm_out"] = torch.full((tokens, hidden), 77.0, dtype=dtype)
     if pattern in (3, 5):
         given["quant_out"] = torch.full((tokens, hidden // 2), 0x5A, dtype=torch.uint8)
+    if group := GROUP.get(pattern):
         rows = {0: 128, 1: 8, 2: 1}[options.get("layout_code", 0)]
-        columns = hidden // 16 if rows == 1 else -(-hidden // 64) * 4
+        columns = hidden // group if rows == 1 else -(-hidden // group // 4) * 4
         given["scale_out"] = torch.full((-(-tokens // rows) * rows * columns,), 0x5A, dtype=torch.uint8)
-    elif pattern > 1:
+    if pattern > 1 and "quant_out" not in given:
         given["quant_out"] = torch.full((tokens, hidden), 0x5A, dtype=torch.uint8).view(torch.float8_e4m3fn)
     if pattern in (8, 9):
         words, ld = -(-hidden // options["block_quant_group_size"] // 4), -(-tokens // 4) * 4
@@ -137,7 +145,7 @@ def rank_main(rank: int, world: int) -> dict[str, dict[str, Any]]:
                 workspace,
                 case[0],
                 scale_out=scale_out,
-                quant_out=outputs(case).get("quant_out") if case[0] in (4, 5, 9, 11) else None,
+                quant_out=outputs(case).get("quant_out") if case[0] in (4, 5, 9, 11, 14) else None,
                 **rest,
             )
             results[name] = {**given, "returned": which, "lean": lean, "lean_scale": scale_out}
@@ -181,14 +189,16 @@ def test_codes_and_scales(results: list, name: str) -> None:
         expected, scales = oracle.nvfp4(norm, options["scale"])
     elif pattern in (8, 9):
         expected, scales = oracle.packed_group_fp8(norm, options["block_quant_group_size"])
+    elif pattern in (13, 14):
+        expected, scales = oracle.mxfp8(norm)
     else:
         expected, scales = oracle.token_fp8(norm) if tokens else (codes, np.zeros((0, 1)))
     np.testing.assert_array_equal(codes, expected)
     if scales is None:
         return
     written = got["scale_out"].numpy()
-    if pattern in (3, 5):
-        written, padding = oracle.unswizzled(written, tokens, hidden // 16, options.get("layout_code", 0))
+    if group := GROUP.get(pattern):
+        written, padding = oracle.unswizzled(written, tokens, hidden // group, options.get("layout_code", 0))
         assert not padding.any()
     np.testing.assert_array_equal(written, scales)
 
@@ -208,7 +218,7 @@ def test_packed_padding(results: list, name: str) -> None:
 def test_returns(results: list, name: str) -> None:
     """Returns norm_out if the pattern is one that writes it, else quant_out, else output; made where it was None."""
     pattern = CASES[name][0]
-    expected = "output" if pattern == 0 else "norm_out" if pattern in (1, 4, 5, 9, 11) else "quant_out"
+    expected = "output" if pattern == 0 else "norm_out" if pattern in (1, 4, 5, 9, 11, 14) else "quant_out"
     got = results[0][name]
     assert got["returned"] == [expected]
     assert torch.equal(got["lean"].view(torch.uint8).view(-1), got[expected].view(torch.uint8).view(-1))

@@ -1,4 +1,4 @@
-"""Names, argument order, defaults and constants are FlashInfer 0.7.2.post1's; ours are keyword-only, after them."""
+"""Names, argument order, defaults and constants are FlashInfer 0.7.4's; ours are keyword-only, after them."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ FROZEN: dict[str, str] = {
         "self, tp_size, num_tokens, hidden_dim, dtype, use_oneshot=None"
     ),
 }
-"""FlashInfer 0.7.2.post1's parameters, read from its wheel; enum defaults by value."""
+"""FlashInfer 0.7.4's parameters, read from its wheel; enum defaults by value."""
 
 CONSTANTS: dict[str, dict[str, int]] = {
     "AllReduceFusionPattern": {
@@ -81,9 +81,11 @@ CONSTANTS: dict[str, dict[str, int]] = {
         "kARResidualRMSNormDynamicFP8Quant": 10,
         "kARResidualRMSNormOutDynamicFP8Quant": 11,
         "kMoEFinalizeARResidualRMSNormFP8Quant": 12,
+        "kARResidualRMSNormMXFP8Quant": 13,
+        "kARResidualRMSNormOutMXFP8Quant": 14,
     },
     "QuantizationSFLayout": {"SWIZZLED_128x4": 0, "SWIZZLED_8x4": 1, "LINEAR": 2},
-    "MNNVLQuantType": {"NONE": 0, "FP8": 1, "NVFP4": 2, "DYNAMIC_FP8": 3},
+    "MNNVLQuantType": {"NONE": 0, "FP8": 1, "NVFP4": 2, "DYNAMIC_FP8": 3, "MXFP8": 4},
     "MNNVLAllreduceFusionStrategy": {"ONESHOT": 0, "TWOSHOT": 1, "AUTO": 99},
 }
 
@@ -120,7 +122,7 @@ def assert_starts_with(ours: list[tuple[str, str, Any]], theirs: list[tuple[str,
 
 @pytest.mark.parametrize("name", FROZEN)
 def test_frozen_signature(name: str) -> None:
-    """Every function takes what FlashInfer 0.7.2.post1's takes, in its order, with its defaults."""
+    """Every function takes what FlashInfer 0.7.4's takes, in its order, with its defaults."""
     assert_starts_with(parameters(find(comm, name)), frozen(FROZEN[name]))
 
 
@@ -132,13 +134,13 @@ def test_frozen_constants(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def flashinfer_modules() -> list[Any]:
-    """The modules of an installed FlashInfer 0.7.2.post1 that hold these names."""
+    """The modules of an installed FlashInfer 0.7.4 that hold these names."""
     try:
         version = importlib.metadata.version("flashinfer-python")
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("flashinfer-python is not installed")
-    if version != "0.7.2.post1":
-        pytest.skip(f"compared with FlashInfer 0.7.2.post1, {version} is installed")
+    if version != "0.7.4":
+        pytest.skip(f"compared with FlashInfer 0.7.4, {version} is installed")
     return [importlib.import_module(f"flashinfer.comm{part}") for part in ("", ".trtllm_mnnvl_ar")]
 
 

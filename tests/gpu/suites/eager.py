@@ -173,8 +173,9 @@ def mnnvl(env: Env) -> None:
                     comm.trtllm_mnnvl_allreduce(x, space, True, strategy=strategy) for space in (native, reference)
                 )
                 assert_bits("output", ours, theirs)
-                for kind, layout in ((kinds.FP8, 0), (kinds.DYNAMIC_FP8, 0), (kinds.NVFP4, 0), (kinds.NVFP4, 1)):
-                    if kind == kinds.NVFP4 and hidden % 16:
+                by_layout = (kinds.NVFP4, 0), (kinds.NVFP4, 1), (kinds.MXFP8, 0)
+                for kind, layout in ((kinds.FP8, 0), (kinds.DYNAMIC_FP8, 0), *by_layout):
+                    if hidden % {kinds.NVFP4: 16, kinds.MXFP8: 32}.get(kind, 1):
                         continue
                     results = []
                     for space in (native, reference):
