@@ -20,10 +20,10 @@ struct Part {
   uint32_t count;
 };
 
-/* Where a CTA stands in the launch: its own number, and that of the rows it works on (first, first + step, ...). */
+/* Where a CTA stands in the launch: its own number, and its cluster's, by which rows are shared out. */
 struct Position {
   uint32_t cta, ctas;
-  uint32_t first, step;
+  uint32_t cluster, clusters;
   Part part;
 };
 

@@ -157,7 +157,10 @@ static __device__ __noinline__ bool give_up(const Params& p, unsigned cta, uint3
   volatile uint64_t* first_look = reinterpret_cast<volatile uint64_t*>(p.control + kMaxCtas + cta);
   const uint32_t now = static_cast<uint32_t>(clock_ns() / 1000);
   const uint64_t seen = *first_look;
-  if (static_cast<uint32_t>(seen >> 32) != ~generation) { /* never the 0 that the words begin with */
+  /* The tag is this launch's or an earlier one's. One a little ahead is of this CTA's threads too: where another launch runs
+   * beside this one they may have read different generations, and would set each other's clock back for ever. */
+  const uint32_t ahead = ~static_cast<uint32_t>(seen >> 32) - generation;
+  if (!seen || ahead >= 8) { /* 0: as the words begin */
     *first_look = static_cast<uint64_t>(~generation) << 32 | now;
     return false;
   }

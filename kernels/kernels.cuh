@@ -2,8 +2,10 @@
  *
  * kWorld: 1 local; 2, 4, 8; 0 for any world up to 8. kHeld: vectors a thread may hold of a row; 1 where the row has at most
  * 1024 (hidden 8192, fp32 4096), which keeps the decode kernels nearly free of spills. kCalls: what is known of the call.
- * A CTA waits for pushes by CTAs of its own index on other ranks (same tokens), or by the first p.pushers CTAs, which wait
- * for nobody. CTAs are dispatched in order, so a grid larger than what fits at once still makes progress. */
+ * A CTA finishes rows that follow one another (rows_of), and waits for pushes by those CTAs of other ranks that have the same
+ * rows, or by the first p.pushers CTAs, which wait for nobody. CTAs are dispatched in order, so rows begin in order on every
+ * rank, and a grid larger than what fits at once still makes progress, whatever sizes the other ranks' grids have: of two CTAs
+ * that wait for each other, the one whose rows end first waits for no row behind them. */
 #pragma once
 #include "epilogue.cuh"
 #include "exchange.cuh"
@@ -76,6 +78,22 @@ struct Kernel {
 
   using Given = typename E::Given;
 
+  /* The rows (units), of `rows`, that are finished by CTA or cluster `c` of `count`. */
+  struct Rows {
+    uint32_t first, end;
+  };
+  ARF_DEVICE static Rows rows_of(const Params& p, uint32_t c, uint32_t count, uint32_t rows) {
+    if constexpr (kCalls == kStraightCalls) return {c, c + 1};
+    const uint32_t over = rows - count * p.rows_each, first = c * p.rows_each + min(c, over);
+    return {first, first + p.rows_each + (c < over)};
+  }
+
+  /* Before a further row in a cluster. A warp without a tile sends nothing that the others wait for, and two rows later they use
+   * this row's barrier again: it would wait for a phase that is over. (Data hold them back, but not once the link is dead.) */
+  ARF_DEVICE static void keep_together(const Place& at) {
+    if (at.part.count > 1) __syncthreads();
+  }
+
   /* CTA `cta` of `ctas` that finish rows. */
   ARF_DEVICE static Given start(const Params& p, const Place& at, unsigned cta, unsigned ctas) {
     const Given given = E::given(p, at);
@@ -87,7 +105,7 @@ struct Kernel {
 
   ARF_DEVICE static void local(const Params& p, Shared scratch, const Position& position) {
     Place at = begin(p, scratch, position);
-    const uint32_t cta = position.cta, ctas = position.ctas, first = position.first, step = position.step;
+    const uint32_t cta = position.cta, ctas = position.ctas, first = position.cluster, step = position.clusters;
     Own own = load_own(p, at, first);
     typename E::Residual residual = E::load_residual(p, first, at.vector(0), holds(p, at, 0));
     const Given given = start(p, at, cta, ctas);
@@ -107,6 +125,7 @@ struct Kernel {
       }
       /* The next row's loads overlap with this row's reduction. In-place use is safe: rows do not overlap. */
       if (t + step < p.tokens) {
+        keep_together(at);
         own = load_own(p, at, t + step);
         residual = E::load_residual(p, t + step, at.vector(0), holds(p, at, 0));
       }
@@ -125,7 +144,7 @@ struct Kernel {
       push_rows(p, link, at, cta);
       return end_launch(p, link, at, cta, ctas, beside);
     }
-    const uint32_t first = position.first - p.pushers, step = position.step - p.pushers;
+    const auto [first, end] = rows_of(p, position.cluster - p.pushers, position.clusters - p.pushers, p.tokens);
     Own own = load_own(p, at, first);
     typename E::Residual residual[kHeld];
 #pragma unroll
@@ -140,17 +159,18 @@ struct Kernel {
     __syncthreads(); /* all have read the pair; while the first row is on its way this and the stores cost nothing */
     E::know(scratch, at);
     rotate(p, link, cta, ctas);
-    for (uint32_t t = first; t < p.tokens; t += step, ++at.row) {
+    for (uint32_t t = first; t < end; ++t, ++at.row) {
       if (t != first) {
+        keep_together(at);
         own = load_own(p, at, t);
         if (!p.pushers) push_row(p, link, at, t, own);
 #pragma unroll
         for (int k = 0; k < kHeld; ++k) residual[k] = E::load_residual(p, t, at.vector(k), holds(p, at, k));
       }
-      if (p.pushers && t + step < p.tokens) {
+      if (p.pushers && t + 1 < end) {
 #pragma unroll
         for (int k = 0; k < kHeld; ++k) {
-          if (holds(p, at, k)) E::prefetch_residual(p, t + step, at.vector(k));
+          if (holds(p, at, k)) E::prefetch_residual(p, t + 1, at.vector(k));
         }
       }
       const typename E::Targets to = E::targets(p, at, t);
@@ -231,15 +251,15 @@ struct Kernel {
       for (uint32_t u = cta; u < units; u += p.pushers) scatter(p, link, at, unit(p, u));
       return end_launch(p, link, at, cta, position.ctas, beside);
     }
-    const uint32_t first = position.first - p.pushers, step = position.step - p.pushers;
+    const auto [first, end] = rows_of(p, position.cluster - p.pushers, position.clusters - p.pushers, units);
     if (!p.pushers) {
-      for (uint32_t u = first; u < units; u += step) scatter(p, link, at, unit(p, u));
+      for (uint32_t u = first; u < end; ++u) scatter(p, link, at, unit(p, u));
     }
     const Given given = start(p, at, cta - p.pushers, position.ctas - p.pushers);
     E::await_weight();
     join_cluster(at.part);
-    for (uint32_t u = first; u < units; u += step) sum_own(p, scratch, link, at, cta, given, unit(p, u));
-    for (uint32_t u = first; u < units; u += step) gather(p, scratch, link, at, cta, given, unit(p, u));
+    for (uint32_t u = first; u < end; ++u) sum_own(p, scratch, link, at, cta, given, unit(p, u));
+    for (uint32_t u = first; u < end; ++u) gather(p, scratch, link, at, cta, given, unit(p, u));
     end_launch(p, link, at, cta, position.ctas, beside);
   }
 
@@ -248,6 +268,7 @@ struct Kernel {
                                  const Unit& u) {
     const uint32_t t = u.q * world(p) + p.rank;
     if (t >= p.tokens || !shares(p, u, p.rank)) return;
+    if (at.row) keep_together(at);
     const uint64_t sums = static_cast<uint64_t>(world(p) - 1) * p.slot_bytes;
     const Own own = load_own(p, at, t);
     const typename E::Targets to = E::targets(p, at, t);
@@ -278,6 +299,7 @@ struct Kernel {
       const uint32_t owner = peer(p, i);
       const uint32_t t = u.q * world(p) + owner;
       if (t >= p.tokens || !shares(p, u, owner)) continue;
+      if (at.row) keep_together(at);
       char* const sums = p.own + static_cast<uint64_t>(world(p) - 1 + slot_of(owner, p.rank)) * p.slot_bytes;
       const typename E::Targets to = E::targets(p, at, t);
       float row[kHeld][N];

@@ -16,6 +16,8 @@ namespace arf {
 namespace {
 
 constexpr int kMaxDevices = 64;
+/* Eager launches of a device for which it is remembered on which stream a workspace was used: more than can be queued. */
+constexpr int64_t kRemembered = 1 << 14;
 constexpr int64_t kDefaultTimeout = int64_t{600} * 1000 * 1000 * 1000;
 
 thread_local char message[768];
@@ -52,11 +54,23 @@ struct Workspace {
 
   /* Launches of a workspace follow one another, whatever streams they are on; see `order`. */
   std::mutex launches;
+  cudaEvent_t event = nullptr;
+  /* Guarded by the device's Neighbours, whose other workspaces read it. */
   cudaStream_t eager_stream = nullptr, captured_stream = nullptr;
   bool eager_used = false;
+  int64_t last = 0;               /* the device's eager launch that was its last; at first the one before it was made */
   unsigned long long capture = 0; /* the capture that captured_stream belongs to; 0 none */
-  cudaEvent_t event = nullptr;
 };
+
+/* The workspaces of a device: kernels of two that run at once, on two streams, share its multiprocessors. */
+struct Neighbours {
+  std::mutex mutex;
+  std::vector<Workspace*> workspaces;
+  int64_t launches = 0;               /* eager ones */
+  int64_t apart = -kRemembered - 1;   /* the last of them that found another workspace on another stream */
+  unsigned long long apart_capture = 0; /* a capture in which that was so */
+};
+Neighbours neighbours[kMaxDevices];
 
 std::mutex registry_mutex;
 std::vector<Workspace*>& registry() {
@@ -102,6 +116,11 @@ Workspace* renew_locked(const char* group, int device) {
     if (all[i]->device != device || all[i]->group != group) continue;
     Workspace* old = all[i];
     const std::lock_guard<std::mutex> lock(old->launches);
+    {
+      const std::lock_guard<std::mutex> list(neighbours[device].mutex);
+      auto& there = neighbours[device].workspaces;
+      there.erase(std::remove(there.begin(), there.end(), old), there.end());
+    }
     old->state = 0;
     if (old->owns_control) cudaFree(old->control);
     if (old->owns_error) cudaFreeHost(old->error);
@@ -183,10 +202,33 @@ cudaError_t launch_kernel(const void* kernel, const Plan& plan, int ctas, bool p
   return cudaLaunchKernelExC(&config, kernel, args);
 }
 
+/* The parts of the device that a launch on `stream` leaves room for, its own counted: 1, or as many as there are workspaces.
+ *
+ * Launches of two workspaces that run at once, on two streams, may begin in one order here and in the other on a peer. With whole
+ * grids each rank would then be full of CTAs that wait for a launch which finds no room on the other. It is enough that one of
+ * the two leaves room. So a launch has its whole grid only where every other workspace was used on this very stream, and all
+ * launches before it that may still be queued found the same. Where the streams of a call correspond on all ranks, two whole
+ * launches are then on one stream, in one order. A workspace just made may be used on any stream; one unused for long is
+ * forgotten. In a capture only its own launches count: what runs beside a replay, the host does not see. Caller holds the mutex. */
+int parts(Neighbours* here, const Workspace* w, cudaStream_t stream, unsigned long long capture) {
+  bool whole = true;
+  for (const Workspace* other : here->workspaces) {
+    if (other == w) continue;
+    if (capture) {
+      if (other->capture == capture && other->captured_stream != stream) here->apart_capture = capture;
+    } else if (here->launches - other->last <= kRemembered) {
+      if (!other->eager_used) whole = false;
+      else if (other->eager_stream != stream) here->apart = here->launches;
+    }
+  }
+  whole = whole && (capture ? here->apart_capture != capture : here->launches - here->apart > kRemembered);
+  return whole ? 1 : std::max<int>(1, here->workspaces.size());
+}
+
 /* Makes `stream` wait for the workspace's last launch where that was on another stream: eager after eager, and within
  * one capture. Between a capture and anything outside it there is nothing to wait on; graphs that share a group have to
- * be replayed in one order, as every user of a collective keeps. Caller holds w->launches. */
-int order(Workspace* w, cudaStream_t stream) {
+ * be replayed in one order, as every user of a collective keeps. `share` is of `parts`. Caller holds w->launches. */
+int order(Workspace* w, cudaStream_t stream, int* share) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   unsigned long long id = 0;
   cudaError_t e = cudaStreamGetCaptureInfo(stream, &status, &id);
@@ -199,17 +241,23 @@ int order(Workspace* w, cudaStream_t stream) {
   const bool capturing = status == cudaStreamCaptureStatusActive;
   cudaStream_t previous = nullptr;
   bool wait = false;
-  if (capturing) {
-    wait = w->capture == id && w->captured_stream != stream;
-    previous = w->captured_stream;
-    w->capture = id;
-    w->captured_stream = stream;
-  } else {
-    wait = w->eager_used && w->eager_stream != stream;
-    previous = w->eager_stream;
-    w->capture = 0;
-    w->eager_stream = stream;
-    w->eager_used = true;
+  {
+    Neighbours& here = neighbours[w->device];
+    const std::lock_guard<std::mutex> lock(here.mutex);
+    if (capturing) {
+      wait = w->capture == id && w->captured_stream != stream;
+      previous = w->captured_stream;
+      w->capture = id;
+      w->captured_stream = stream;
+    } else {
+      wait = w->eager_used && w->eager_stream != stream;
+      previous = w->eager_stream;
+      w->capture = 0;
+      w->eager_stream = stream;
+      w->eager_used = true;
+      w->last = ++here.launches;
+    }
+    *share = parts(&here, w, stream, capturing ? id : 0);
   }
   if (!wait) return ARF_OK;
   if (!w->event && (e = cudaEventCreateWithFlags(&w->event, cudaEventDisableTiming)) != cudaSuccess) {
@@ -279,7 +327,8 @@ int resolve(const char* group, int device, long long tokens, long long hidden, i
   return w->state.load(std::memory_order_acquire) == 2 ? ARF_FALLBACK : ARF_OK;
 }
 
-int launch_pieces(Workspace* w, int device, const arf_call& call, cudaStream_t stream) {
+/* With a grid for at most 1 / share of the device's multiprocessors. */
+int launch_pieces(Workspace* w, int device, const arf_call& call, cudaStream_t stream, int share) {
   const int world = w ? w->world : 1;
   const DeviceFacts* facts;
   cudaError_t e = facts_of(device, &facts);
@@ -287,12 +336,12 @@ int launch_pieces(Workspace* w, int device, const arf_call& call, cudaStream_t s
   Plan plan;
   std::string problem = make_plan(world, w ? w->bytes : 0, call, false, facts->major, &plan);
   if (!problem.empty()) return fail(ARF_INVALID, "%s", problem.c_str());
-  const void* kernel = find_kernel(call.dtype, plan);
   int resident;
-  e = resident_ctas(kernel, plan, device, *facts, &resident);
+  e = resident_ctas(find_kernel(call.dtype, plan), plan, device, *facts, &resident);
   if (e != cudaSuccess) return cuda_failed(e, "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
   const bool pdl = facts->major >= 9 && !(call.flags & kNoPdl);
-  const int most = w ? w->max_ctas.load(std::memory_order_relaxed) : INT32_MAX;
+  int most = w ? w->max_ctas.load(std::memory_order_relaxed) : INT32_MAX;
+  if (share > 1) most = std::min(most, resident / share);
   for (int64_t first = 0; first < call.tokens; first += plan.piece_tokens) {
     const int64_t tokens = call.tokens - first < plan.piece_tokens ? call.tokens - first : plan.piece_tokens;
     ShardedParams all; /* a kernel takes as much of it as its own parameter is */
@@ -303,8 +352,10 @@ int launch_pieces(Workspace* w, int device, const arf_call& call, cudaStream_t s
       params.error = w->error;
       params.timeout_us = timeout_us(w->timeout_ns.load(std::memory_order_relaxed));
     }
+    const Grid grid = grid_of(plan, world, tokens, resident, most);
+    params.rows_each = grid.rows_each;
     void* args[] = {&all};
-    e = launch_kernel(kernel, plan, grid_size(plan, world, tokens, resident, most), pdl, stream, args);
+    e = launch_kernel(find_kernel(call.dtype, plan, grid.most_rows), plan, grid.ctas, pdl, stream, args);
     if (e != cudaSuccess) return cuda_failed(e, "the kernel's launch");
   }
   return ARF_OK;
@@ -363,6 +414,12 @@ int arf_register_workspace(const arf_workspace_desc* d) {
   w->owns_control = !d->control;
   w->owns_error = !d->error;
   w->timeout_ns = d->timeout_ns > 0 ? d->timeout_ns : kDefaultTimeout;
+  {
+    Neighbours& here = neighbours[d->device];
+    const std::lock_guard<std::mutex> list(here.mutex);
+    w->last = here.launches;
+    here.workspaces.push_back(w);
+  }
   w->state.store(1, std::memory_order_release);
   return ARF_OK;
 }
@@ -451,7 +508,7 @@ int arf_launch(const char* group, int device, const arf_call* call, void* stream
   const std::string problem = check_call(*call);
   if (!problem.empty()) return fail(ARF_INVALID, "%s", problem.c_str());
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_handle);
-  if (!*group) return launch_pieces(nullptr, device, *call, stream);
+  if (!*group) return launch_pieces(nullptr, device, *call, stream, 1);
   Workspace* w;
   int status = resolve(group, device, call->tokens, call->hidden, call->dtype, stream, &w);
   if (status != ARF_OK) return status;
@@ -461,8 +518,9 @@ int arf_launch(const char* group, int device, const arf_call* call, void* stream
   }
   if (static_cast<volatile arf_error_record*>(w->error)->state) return expired(w);
   if (call->tokens == 0) return ARF_OK;
-  status = order(w, stream);
-  return status == ARF_OK ? launch_pieces(w, device, *call, stream) : status;
+  int share = 1;
+  status = order(w, stream, &share);
+  return status == ARF_OK ? launch_pieces(w, device, *call, stream, share) : status;
 }
 
 int arf_launch_simulated(int world, const arf_call* calls, void* const* buffers, int64_t bytes, void* const* controls,
@@ -489,16 +547,16 @@ int arf_launch_simulated(int world, const arf_call* calls, void* const* buffers,
     all.rank[r] = params;
   }
   if (calls[0].tokens == 0) return ARF_OK;
-  const void* kernel = find_kernel(calls[0].dtype, plan);
   int resident = 0;
-  e = resident_ctas(kernel, plan, device, *facts, &resident);
+  e = resident_ctas(find_kernel(calls[0].dtype, plan), plan, device, *facts, &resident);
   if (e != cudaSuccess) return cuda_failed(e, "querying the device");
   if (resident < world * plan.cluster) return fail(ARF_INVALID, "%d ranks do not fit on the device at once", world);
-  int ctas = grid_size(plan, world, calls[0].tokens, resident / world);
+  const Grid grid = grid_of(plan, world, calls[0].tokens, resident / world);
+  for (int r = 0; r < world; ++r) all.rank[r].rows_each = sharded.rank[r].base.rows_each = grid.rows_each;
   void* const ranks = plan.strategy == ARF_SHARDED ? static_cast<void*>(&sharded) : &all;
   void* args[] = {ranks, &world};
   const bool pdl = facts->major >= 9 && !(calls[0].flags & kNoPdl);
-  e = launch_kernel(kernel, plan, ctas * world, pdl, static_cast<cudaStream_t>(stream), args);
+  e = launch_kernel(find_kernel(calls[0].dtype, plan, grid.most_rows), plan, grid.ctas * world, pdl, static_cast<cudaStream_t>(stream), args);
   return e == cudaSuccess ? ARF_OK : cuda_failed(e, "the kernel's launch");
 }
 
@@ -520,7 +578,7 @@ int arf_plan(int world, int64_t workspace_bytes, const arf_call* call, int devic
   int resident;
   e = resident_ctas(find_kernel(call->dtype, plan), plan, device, *facts, &resident);
   if (e != cudaSuccess) return cuda_failed(e, "querying the device");
-  out->ctas = grid_size(plan, world, plan.piece_tokens, resident);
+  out->ctas = grid_of(plan, world, plan.piece_tokens, resident).ctas;
   return ARF_OK;
 }
 

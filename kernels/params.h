@@ -49,6 +49,7 @@ struct Params {
   uint32_t split_shift;
   uint32_t cluster;      /* CTAs that share a row; 1 unless per_thread is 1 */
   uint32_t pushers;      /* CTAs that only push; 0: every CTA pushes the rows that it finishes */
+  uint32_t rows_each;    /* neighbours, that a CTA (a cluster) finishes; the first finish one more, if some are left */
   bool quiet;            /* one lane of a warp polls, not all */
   uint32_t tiles;        /* of 32 vectors in a row: the leaves of the variance's tree */
   float inverse_hidden;

@@ -26,7 +26,10 @@ ARF_DECLARE(fp32)
    kernels_##D##_sharded}
 static const KernelGetter kGetters[3][kWorlds] = {ARF_GETTERS(bf16), ARF_GETTERS(fp16), ARF_GETTERS(fp32)};
 
-const void* find_kernel(int dtype, const Plan& plan) { return kGetters[dtype][plan.kernels](plan.kernel_row, plan.family); }
+const void* find_kernel(int dtype, const Plan& plan, uint32_t most_rows) {
+  constexpr int kStraightRow = 4;
+  return kGetters[dtype][plan.kernels](plan.straight && most_rows == 1 ? kStraightRow : plan.kernel_row, plan.family);
+}
 
 namespace {
 
@@ -306,7 +309,7 @@ std::string make_plan(int world, int64_t workspace_bytes, const arf_call& c, boo
   plan->pushers = 0;
   plan->rows_each = 1;
   plan->quiet = false;
-  plan->common = false;
+  plan->common = plan->straight = false;
   plan->family = family_of(c);
   if (world == 1) {
     plan->strategy = ARF_AUTO;
@@ -346,7 +349,8 @@ std::string make_plan(int world, int64_t workspace_bytes, const arf_call& c, boo
   plan->kernel_row = strategy == ARF_TWOSHOT;
   plan->kernels = simulated ? kSimulated : wide ? kAny : world == 2 ? kTwo : world == 4 ? kFour : world == 8 ? kEight : kAny;
   if (!wide && plan->kernels != kAny) set_common(c, plan);
-  if (plan->common) plan->kernel_row = strategy == ARF_ONESHOT && is_straight(c, plan->family) ? 4 : plan->kernel_row + 2;
+  if (plan->common) plan->kernel_row += 2;
+  plan->straight = plan->common && strategy == ARF_ONESHOT && is_straight(c, plan->family);
   if (strategy == ARF_SHARDED) {
     if (world > 2 && !simulated) plan->common = false, plan->family = family_of(c);
     plan->kernels = kShardedAll;
@@ -380,18 +384,19 @@ std::string make_plan(int world, int64_t workspace_bytes, const arf_call& c, boo
   return "";
 }
 
-int grid_size(const Plan& plan, int world, int64_t tokens, int resident, int allowed) {
+Grid grid_of(const Plan& plan, int world, int64_t tokens, int resident, int allowed) {
   const int64_t rows = plan.strategy == ARF_TWOSHOT || plan.strategy == ARF_SHARDED ? (tokens + world - 1) / world * plan.split
                                                                                     : tokens;
-  const int64_t wanted = (rows + plan.rows_each - 1) / plan.rows_each;
   const int forced = override_ctas.load(std::memory_order_relaxed);
   /* A CTA a row even where not all fit at once: 84.7 us against 93.7 for 4096 x 2048 among four in two-shot, 51.8 against
    * 53.9 among two in one-shot. The local kernel has its next row's loads in flight instead. */
   int64_t most = world == 1 ? std::min<int64_t>(resident, kMaxCtas) : kMaxCtas;
   if (forced) most = std::min<int64_t>(forced, kMaxCtas);
-  most = std::min<int64_t>(most, allowed);
-  const int64_t fewest = plan.pushers + 1; /* a forced grid, too, has one that finishes rows */
-  return static_cast<int>(std::max(fewest, std::min(wanted + plan.pushers, most / plan.cluster))) * plan.cluster;
+  most = std::min<int64_t>(most, allowed) / plan.cluster - plan.pushers;
+  most = std::max<int64_t>(most, 1); /* a forced grid, too, has one that finishes rows */
+  const int64_t clusters = std::max<int64_t>(1, std::min(most, (rows + plan.rows_each - 1) / plan.rows_each));
+  return {static_cast<int>(clusters + plan.pushers) * plan.cluster, static_cast<uint32_t>(rows / clusters),
+          static_cast<uint32_t>((rows + clusters - 1) / clusters)};
 }
 
 namespace {

@@ -18,9 +18,9 @@ struct Plan {
   int threads;
   int cluster;
   int split;
-  bool common;  /* what the kernels know of the call (params.h: Calls) */
+  bool common, straight; /* what the kernels know of the call (params.h: Calls) */
   int pushers;  /* CTAs that only push */
-  int rows_each; /* rows that a CTA finishes, where there are CTAs enough */
+  int rows_each; /* rows that a CTA finishes at least */
   bool quiet;
   int shared_bytes;
   int64_t piece_tokens;
@@ -33,12 +33,18 @@ inline int item_bytes(int dtype) { return dtype == ARF_FP32 ? 4 : 2; }
 std::string check_call(const arf_call& call);
 /* Empty, or why no plan exists (a workspace too small for one token). major: of the device's compute capability. */
 std::string make_plan(int world, int64_t workspace_bytes, const arf_call& call, bool simulated, int major, Plan* plan);
-/* CTAs for a piece of `tokens`, when `resident` fit on the device at once. */
-int grid_size(const Plan& plan, int world, int64_t tokens, int resident, int allowed = INT32_MAX);
+struct Grid {
+  int ctas;
+  uint32_t rows_each; /* as in Params; of an exchange */
+  uint32_t most_rows; /* that one of them finishes */
+};
+/* For a piece of `tokens`, when `resident` CTAs fit on the device at once. */
+Grid grid_of(const Plan& plan, int world, int64_t tokens, int resident, int allowed = INT32_MAX);
 /* Everything of `params` but control words, error record and timeout, for the piece [first, first + tokens). */
 void fill_params(const arf_call& call, const Plan& plan, int rank, int world, void* const* buffers, int64_t workspace_bytes,
                  int64_t first, int64_t tokens, ShardedParams* params);
-const void* find_kernel(int dtype, const Plan& plan);
+/* For CTAs (clusters) that finish so many rows at most: the kernels for straight calls finish one. */
+const void* find_kernel(int dtype, const Plan& plan, uint32_t most_rows = 1);
 
 int64_t piece_capacity(int world, int64_t workspace_bytes, int64_t row_bytes, int strategy); /* tokens */
 

@@ -2,8 +2,9 @@
  * they read of it (its payload): the norm, or codes and scales, and where the residual leaves its chain that as well.
  *
  * Token t belongs to rank t mod world, in every piece; with kOwnerBlocks to rank t / (tokens / world), and `residual` and
- * `residual_out` hold a rank's own block alone: their pointers are set back by what lies in front of it. A generation holds world - 1 slots, one a sender, each of
- * ceil(tokens / world) rows of x that the sender contributes to our tokens, then as many rows of payload of its own tokens.
+ * `residual_out` hold a rank's own block alone: their pointers are set back by what lies in front of it. A generation holds
+ * world - 1 slots, one a sender, each of ceil(tokens / world) rows of x that the sender contributes to our tokens, then as
+ * many rows of payload of its own tokens.
  * Rows of `residual` and `residual_out` that other ranks own are neither read nor written.
  *
  * Arrival is told from the words themselves, as everywhere (exchange.cuh): no fence, no flag behind the data.
@@ -79,15 +80,15 @@ struct Sharded {
     Link link = open_link(p, cta);
     const uint32_t beside = begin_alone(p, cta);
     settle(p, link);
-    if (cta < rows) scatter(sp, link, at, cta);
+    const auto [first, end] = Loop::rows_of(p, cta, position.ctas, rows);
+    scatter(sp, link, at, first);
     const Given given = Loop::start(p, at, cta, position.ctas);
     E::await_weight();
     /* While a row is finished, the next one's contribution and the payload of the one before are on their way. */
-    const uint32_t step = position.ctas;
-    for (uint32_t q = cta; q < rows + step; q += step) {
-      if (q + step < rows) scatter(sp, link, at, q + step);
-      if (q < rows) own_row(sp, scratch, link, at, cta, given, q);
-      if (q >= step) take_rows(sp, scratch, link, at, cta, given, q - step);
+    for (uint32_t q = first; q <= end; ++q) {
+      if (q + 1 < end) scatter(sp, link, at, q + 1);
+      if (q < end) own_row(sp, scratch, link, at, cta, given, q);
+      if (q > first) take_rows(sp, scratch, link, at, cta, given, q - 1);
     }
     Loop::end_launch(p, link, at, cta, position.ctas, beside);
   }

@@ -154,10 +154,9 @@ def prepare(
         max_bytes: upper limit of the symmetric memory a rank; default 128 MiB, or ``ARFUSION_WORKSPACE_MIB``.
         timeout: of a wait inside a kernel; default: the process group's.
         max_ctas: of a launch, from :data:`LEAST_CTAS` on, so that kernels beside it find room; 0: as many as pay (the
-            default of a new workspace). Two groups whose calls run on two streams at once, in an order of their own on
-            each rank, need half of the multiprocessors each: in opposite orders larger launches can each fill a GPU
-            with CTAs that wait for the other group's. The same value on all ranks: a larger grid can wait for rows
-            that a smaller one reaches too late.
+            default of a new workspace). Two groups' graphs that are replayed on two streams at once, in an order of
+            their own on each rank, need half of the multiprocessors each: larger launches can each fill a GPU with
+            CTAs that wait for the other group's. (Eager calls, and those of one graph, are seen to leave room.)
 
     Returns:
         The workspace; ``.decision`` says which backend the group uses and why.

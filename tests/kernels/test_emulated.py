@@ -85,6 +85,13 @@ def test_launches_at_once_are_found(library: str) -> None:
     assert "12 times two launches at once: found each time" in done.stdout
 
 
+def test_two_groups_at_once_leave_each_other_room(library: str) -> None:
+    """Launches that each would fill a GPU, on two streams, whichever of them begins first on a rank."""
+    done = run("emulated.chains", library, "--seeds", "12", "--groups")
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert "12 times two groups at once: both ended" in done.stdout
+
+
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_a_broken_exchange_is_seen(fault: str, tmp_path: Path) -> None:
     """The test above fails where an invariant of the exchange is broken."""

@@ -1,5 +1,6 @@
 """Ranks that drift apart, on an emulated GPU: calls of one group in random shapes and strategies, each rank's on a
-stream of its own, each call's residual the last one's, in place, whole or sharded.
+stream of its own and in a grid of its own, on GPUs with room for few CTAs, each call's residual the last one's, in
+place, whole or sharded.
 
     python -m kernels.tests.emulated.chains LIBRARY.so --seed 1 --seeds 20 --calls 24 --world 2
 
@@ -26,26 +27,31 @@ from kernels.tests.simulated import SPECS, make_call
 from tests.gpu.calls import Config, allocate, rank_input, shared_inputs, verify_epilogue
 
 SIZE = 4 << 20
+GPUS = 16
+"""Streams with the same number modulo this share a GPU (emulator.cpp)."""
 
 
 @dataclasses.dataclass
 class Rank:
-    """One rank's memory; its group's name and stream are its own."""
+    """One rank's memory; its group's name, device and stream are its own."""
 
     name: bytes
+    device: int
     stream: int
     buffer: torch.Tensor
     control: torch.Tensor
     error: torch.Tensor
 
 
-def make_ranks(library: ctypes.CDLL, world: int) -> list[Rank]:
+def make_ranks(library: ctypes.CDLL, world: int, group: int = 0) -> list[Rank]:
+    """``group`` 1: another one of the same ranks, on streams of its own."""
     ranks: list[Rank] = []
     for r in range(world):
         whole = torch.full((SIZE + 256,), 255, dtype=torch.uint8)
         buffer = whole[-whole.data_ptr() % 256 :][:SIZE]
         control = torch.zeros(c_api.CONTROL_BYTES // 8, dtype=torch.int64)
-        ranks.append(Rank(f"rank{r}".encode(), r + 1, buffer, control, torch.zeros(16, dtype=torch.int32)))
+        name, stream = f"group{group} rank{r}".encode(), r + 1 + GPUS * group
+        ranks.append(Rank(name, r, stream, buffer, control, torch.zeros(16, dtype=torch.int32)))
     register(library, ranks)
     return ranks
 
@@ -57,7 +63,7 @@ def register(library: ctypes.CDLL, ranks: list[Rank]) -> None:
         c_api.check(
             library, "arf_register_workspace",
             c_api.WorkspaceDesc(
-                group=rank.name, device=0, rank=r, world=world, peers=peers, bytes=SIZE,
+                group=rank.name, device=rank.device, rank=r, world=world, peers=peers, bytes=SIZE,
                 control=rank.control.data_ptr(), error=rank.error.data_ptr(), timeout_ns=2 * 10**9,
             ),
         )  # fmt: skip
@@ -104,6 +110,7 @@ def run_chain(
     assert first is not None
     residuals = [first.clone() for _ in ranks]  # each in place, from call to call
     calls, wanted = [], first.clone()
+    library.emulated_room(rng.choice((0, 8, 11, 24)))
     library.emulated_defer(1)
     for config in configs:
         xs = [rank_input(config, r, DEVICE) for r in range(len(ranks))]
@@ -112,15 +119,16 @@ def run_chain(
         reduced = reference.sum_in_rank_order(torch.stack(xs))
         wanted = reference.fused_add(reduced, wanted).to(config.dtype)
         results = [allocate(dataclasses.replace(config, outputs=config.outputs[1:]), DEVICE) for _ in ranks]
-        library.arf_set_launch_override(0, rng.choice((0, 0, 1, 3)))
         for rank, x, result, residual in zip(ranks, xs, results, residuals, strict=True):
+            library.arf_set_launch_override(0, rng.choice((0, 0, 1, 3, 11)))  # ranks' grids need not be equal
             call = make_call(config, x, dataclasses.replace(shared, residual=residual), result)
             call.residual_out = residual.data_ptr()
-            c_api.check(library, "arf_launch", rank.name, 0, call, rank.stream)
+            c_api.check(library, "arf_launch", rank.name, rank.device, call, rank.stream)
         calls.append((config, xs, before, reduced, results))
     library.arf_set_launch_override(0, 0)
     library.emulated_synchronize()
     library.emulated_defer(0)
+    library.emulated_room(0)
     for number, (config, _, before, reduced, results) in enumerate(calls):
         for r, result in enumerate(results):
             try:
@@ -141,7 +149,7 @@ def run_beside(library: ctypes.CDLL, world: int, seed: int) -> None:
     Each rank has a second name and stream for the same memory, so that nothing on the host puts them in order.
     """
     ranks = make_ranks(library, world)
-    beside = [dataclasses.replace(rank, name=rank.name + b" again", stream=rank.stream + world) for rank in ranks]
+    beside = [dataclasses.replace(rank, name=rank.name + b" again", stream=rank.stream + GPUS) for rank in ranks]
     register(library, beside)
     rng = random.Random(seed)
     library.emulated_seed(seed)
@@ -157,15 +165,39 @@ def run_beside(library: ctypes.CDLL, world: int, seed: int) -> None:
                 result = allocate(config, DEVICE)
                 keep.append((x, shared, result))
                 call = make_call(config, x, shared, result)
-                c_api.check(library, "arf_launch", rank.name, 0, call, rank.stream)
+                c_api.check(library, "arf_launch", rank.name, rank.device, call, rank.stream)
     library.emulated_synchronize()
     library.emulated_defer(0)
     states = [int(rank.error[0]) for rank in ranks]
     assert c_api.RecordState.OVERLAPPED in states, f"seed {seed}: {states}"
     for rank in ranks:  # its own error, or it waited for one that had given up
         if int(rank.error[0]) == c_api.RecordState.OVERLAPPED:
-            assert library.arf_launch(rank.name, 0, ctypes.byref(call), rank.stream) == c_api.Status.EXPIRED
+            assert library.arf_launch(rank.name, rank.device, ctypes.byref(call), rank.stream) == c_api.Status.EXPIRED
             assert b"ran two launches of group" in library.arf_last_error(), library.arf_last_error()
+
+
+def run_two_groups(library: ctypes.CDLL, groups: list[list[Rank]], seed: int) -> None:
+    """Launches of two groups that each would fill a GPU, on two streams of a rank: whoever begins first, both end."""
+    rng = random.Random(seed)
+    library.emulated_seed(seed)
+    library.emulated_defer(1)
+    expected = []
+    for i in range(4):
+        config = dataclasses.replace(random_call(rng, seed * 1000 + i), tokens=rng.choice((70, 150)), hidden=128)
+        shared = shared_inputs(config, DEVICE)
+        xs = [rank_input(config, r, DEVICE) for r in range(len(groups[0]))]
+        for group in groups if i % 2 else groups[::-1]:
+            for rank, x in zip(group, xs, strict=True):
+                result = allocate(config, DEVICE)
+                c_api.check(
+                    library, "arf_launch", rank.name, rank.device, make_call(config, x, shared, result), rank.stream
+                )
+                expected.append((config, xs, shared, rank, result))
+    library.emulated_synchronize()
+    library.emulated_defer(0)
+    for config, xs, shared, rank, result in expected:
+        assert not int(rank.error[0]), f"seed {seed}: {rank.name!r} waited in vain: {rank.error.tolist()}"
+        verify_epilogue(config, reference.sum_in_rank_order(torch.stack(xs)), shared, result)
 
 
 def main() -> int:
@@ -176,6 +208,7 @@ def main() -> int:
     parser.add_argument("--calls", type=int, default=24)
     parser.add_argument("--world", type=int, default=2)
     parser.add_argument("--twoshot", type=int, nargs=2, metavar=("TOKENS", "HIDDEN"), help="default: anything")
+    parser.add_argument("--groups", action="store_true", help="two groups on two streams: both end")
     parser.add_argument("--beside", action="store_true", help="two streams' launches of one workspace: errors")
     arguments = parser.parse_args()
     assert EMULATED, "on a GPU the ranks are processes: python -m tests.gpu"
@@ -186,6 +219,12 @@ def main() -> int:
         for seed in range(arguments.seed, arguments.seed + arguments.seeds):
             run_beside(library, arguments.world, seed)
         print(f"{arguments.seeds} times two launches at once: found each time")
+        return 0
+    if arguments.groups:
+        groups = [ranks, make_ranks(library, arguments.world, group=1)]
+        for seed in range(arguments.seed, arguments.seed + arguments.seeds):
+            run_two_groups(library, groups, seed)
+        print(f"{arguments.seeds} times two groups at once: both ended")
         return 0
     for seed in range(arguments.seed, arguments.seed + arguments.seeds):
         try:

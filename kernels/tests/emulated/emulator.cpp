@@ -1,4 +1,4 @@
-/* One GPU in one thread of the CPU, every choice drawn from a seed.
+/* GPUs in one thread of the CPU, every choice drawn from a seed.
  *
  * A thread of the GPU is a fiber: it runs until it has to wait (a barrier, the lanes of its warp) or polls memory that another
  * one writes. Between two turns the emulator draws which CTA goes on, so a seed is one interleaving, and can be run again.
@@ -7,12 +7,14 @@
  *    launch ends; so are the stores that empty a buffer;
  *  - copies to shared memory (cp.async) are done when they are waited for, not before;
  *  - shared memory begins as rubbish, and CTAs are dispatched in order, as many as fit;
- *  - streams are independent, so ranks that have one each drift apart; within one, a launch with the PDL attribute begins
+ *  - streams are independent, so ranks that have one each drift apart; those whose numbers are equal modulo kGpus share a GPU's
+ *    multiprocessors, and who finds room first is drawn; within one, a launch with the PDL attribute begins
  *    when all CTAs of the one before have triggered or ended, and runs up to its griddepcontrol.wait.
  * Caught at once: a barrier that some threads of a CTA never reach, lanes that meet for different things, a wait that
  * nothing can end. Not emulated: time (a turn takes 5 us), caches, weak loads. */
 #include "ptx.h"
 
+#include <algorithm>
 #include <csetjmp>
 #include <cstdio>
 #include <cstdlib>
@@ -32,7 +34,8 @@ constexpr int kWarp = 32;
 
 std::mt19937_64 rng{1};
 uint32_t draw(uint32_t below) { return static_cast<uint32_t>(rng() % below); }
-constexpr int kMultiprocessors = 64;
+constexpr int kMultiprocessors = 64, kGpus = 16;
+int room_of_gpu = kMultiprocessors; /* CTAs that fit at once, of what the launches are told */
 uint64_t now_ns = 1000000000;
 
 [[noreturn]] void die(const std::string& why) {
@@ -105,6 +108,7 @@ void add_kernel(const void* kernel, Call call, Copy copy) { kernels()[kernel] = 
 struct Stream {
   std::deque<std::unique_ptr<Launch>> launches; /* the front one first */
   uint32_t patience = 0;                        /* turns that it still lets pass */
+  uintptr_t gpu = 0;
 };
 std::map<void*, Stream> streams;
 bool deferred = false;
@@ -488,14 +492,18 @@ bool step() {
     if (!s.launches.empty()) busy.push_back(&s);
   }
   if (busy.empty()) return false;
+  std::rotate(busy.begin(), busy.begin() + draw(static_cast<uint32_t>(busy.size())), busy.end());
   for (Stream* s : busy) {
     if (busy.size() > 1 && s->patience) {
       --s->patience;
       continue;
     }
     if (draw(50) == 0) s->patience = draw(200);
-    int room = kMultiprocessors;
-    for (const auto& l : s->launches) room -= static_cast<int>(l->running.size());
+    int room = room_of_gpu;
+    for (const auto& [_, other] : streams) {
+      if (other.gpu != s->gpu) continue;
+      for (const auto& l : other.launches) room -= static_cast<int>(l->running.size());
+    }
     for (size_t i = 0; i < s->launches.size() && i < 2; ++i) {
       Launch& l = *s->launches[i];
       if (i && !(l.early && s->launches[0]->triggered == s->launches[0]->grid.x)) break;
@@ -563,16 +571,20 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ke
   }
   if (l->block.x % kWarp || l->block.x > 1024 || l->grid.x % l->cluster || !l->grid.x) return cudaErrorInvalidValue;
   if (config->dynamicSmemBytes > kShared - kDynamic) return cudaErrorInvalidValue;
-  streams[config->stream].launches.push_back(std::move(l));
+  Stream& stream = streams[config->stream];
+  stream.gpu = reinterpret_cast<uintptr_t>(config->stream) % kGpus;
+  stream.launches.push_back(std::move(l));
   return deferred ? cudaSuccess : cudaDeviceSynchronize();
 }
 
 extern "C" {
-/* Launches queue up until emulated_synchronize, so that streams run beside each other. */
 /* Torch's binding, which has it, is not part of this library. */
 __attribute__((visibility("default"))) void arf_call_failed(const char*, int) {}
 
+/* Launches queue up until emulated_synchronize, so that streams run beside each other. */
 __attribute__((visibility("default"))) void emulated_defer(int on) { deferred = on; }
 __attribute__((visibility("default"))) void emulated_synchronize() { cudaDeviceSynchronize(); }
 __attribute__((visibility("default"))) void emulated_seed(uint64_t seed) { rng.seed(seed); }
+/* From now on so many CTAs of a GPU fit at once, a cluster's 8 at least; 0: as many as it has multiprocessors. */
+__attribute__((visibility("default"))) void emulated_room(int ctas) { room_of_gpu = ctas ? ctas : kMultiprocessors; }
 }

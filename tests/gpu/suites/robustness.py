@@ -82,40 +82,53 @@ def two_groups(env: Env) -> None:
     workspace.destroy("engine tp:0")
 
 
-@case("robustness", "two-groups-at-once", worlds=(2, 3, 4))
-def two_groups_at_once(env: Env) -> None:
-    """Two groups on two streams, in opposite orders on half of the ranks, each with half of the GPU: all right."""
+def _at_once(env: Env, groups: list[dist.ProcessGroup], max_ctas: int, rounds: int) -> None:
+    """Long calls of every group on a stream of its own, in opposite orders on half of the ranks: all right."""
     from arfusion_pass.runtime import workspace
 
-    half = torch.cuda.get_device_properties(env.device).multi_processor_count // 2
-    other = dist.new_group(list(range(env.world)))
-    made = [workspace.prepare(group, 1024, 8192, max_ctas=half) for group in (env.group, other)]
-    names = (env.group_name, other.group_name)
-    streams = [torch.cuda.Stream() for _ in names]
+    for group in groups:
+        workspace.prepare(group, 1024, 8192, max_ctas=max_ctas)
+    streams = [torch.cuda.Stream() for _ in groups]
+    shapes = ((1024, 8192, "twoshot"), (1024, 4096, "oneshot"), (300, 8192, "oneshot"), (1500, 4096, "oneshot"))
     configs = [
-        dataclasses.replace(with_strategy(Config(tokens, hidden, seed=tokens), strategy), group_name=name)
-        for tokens, hidden, strategy in ((1024, 8192, "twoshot"), (1024, 4096, "oneshot"), (300, 8192, "oneshot"))
-        for name in names
+        dataclasses.replace(with_strategy(Config(tokens, hidden, seed=tokens), strategy), group_name=group.group_name)
+        for tokens, hidden, strategy in shapes
+        for group in groups
     ]
     inputs = [(rank_input(c, env.rank, env.device), shared_inputs(c, env.device)) for c in configs]
     results = [allocate(config, env.device) for config in configs]
     torch.cuda.synchronize()
     env.barrier()
-    for _ in range(30):
-        for first in range(0, len(configs), 2):
-            for which in (0, 1) if env.rank % 2 else (1, 0):
-                index = first + which
+    order = range(len(groups)) if env.rank % 2 else range(len(groups))[::-1]
+    for _ in range(rounds):
+        for first in range(0, len(configs), len(groups)):
+            for which in order:
                 with torch.cuda.stream(streams[which]):
-                    launch(configs[index], env, *inputs[index], results[index])
+                    launch(configs[first + which], env, *inputs[first + which], results[first + which])
     torch.cuda.synchronize()
     workspace.check()
     for number, (config, result) in enumerate(zip(configs, results, strict=True)):
         if env.checker(number):
             verify(config, env, result)
     env.barrier()
-    workspace.destroy(other.group_name)
+
+
+@case("robustness", "two-groups-at-once", worlds=(2, 3, 4))
+def two_groups_at_once(env: Env) -> None:
+    """Groups on streams of their own, whose launches would fill the GPU, as new workspaces' first calls and later: two,
+    three, and two with half of it each by ``max_ctas``."""
+    from arfusion_pass.runtime import workspace
+
+    others = [dist.new_group(list(range(env.world))) for _ in range(2)]
+    workspace.destroy(env.group_name)
+    for groups in ([env.group, others[0]], [env.group, *others]):
+        for rounds in (1, 30):
+            _at_once(env, groups, 0, rounds)
+    workspace.destroy(others[1].group_name)
+    half = torch.cuda.get_device_properties(env.device).multi_processor_count // 2
+    _at_once(env, [env.group, others[0]], half, 30)
+    workspace.destroy(others[0].group_name)
     workspace.prepare(env.group, max_ctas=0)
-    env.note(f"{len(made)} groups, {half} CTAs each")
 
 
 @case("robustness", "two-streams", worlds=(2, 3, 4))
