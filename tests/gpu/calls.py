@@ -237,14 +237,15 @@ def verify_norm(config: Config, got: torch.Tensor, want: torch.Tensor, reduced: 
     try:
         assert_norm("norm_out", got, want, limit=2 if rounds_low else 1)
     except AssertionError:
-        if rounds_low and shared.weight is not None:
-            raise
-        # A row without weight holds the same mantissa many times, and all of them sit on one side of a rounding
-        # boundary or the other: more than 0.1 % may differ then, if each is what 4 ulp of fp32 can lead to.
-        exact = exact_norm(config, reduced, shared).to(got.device)
-        low, high = ((exact * (1 + step * 2**-23)).to(got.dtype).float() for step in (-4, 4))
+        # A row may hold the same mantissa many times, and all of them sit on one side of a rounding boundary or the other:
+        # more than 0.1 % may differ then, if each is what 4 ulp of fp32, in front of the roundings, can lead to.
+        weight = None if shared.weight is None or not rounds_low else shared.weight.float() + config.weight_bias
+        exact = exact_norm(config, reduced, shared if weight is None else dataclasses.replace(shared, weight=None))
+        low, high = ((exact.to(got.device) * (1 + step * 2**-23)).to(got.dtype).float() for step in (-4, 4))
+        if weight is not None:
+            low, high = ((t * weight.to(got.device)).to(got.dtype).float() for t in (low, high))
         value = got.float()
-        inside = ((torch.minimum(low, high) <= value) & (value <= torch.maximum(low, high))) | torch.isnan(exact)
+        inside = ((torch.minimum(low, high) <= value) & (value <= torch.maximum(low, high))) | torch.isnan(low)
         if not inside.all():
             raise
 
