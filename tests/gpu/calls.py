@@ -237,8 +237,8 @@ def verify_norm(config: Config, got: torch.Tensor, want: torch.Tensor, reduced: 
     try:
         assert_norm("norm_out", got, want, limit=2 if rounds_low else 1)
     except AssertionError:
-        # A row may hold the same mantissa many times, and all of them sit on one side of a rounding boundary or the other:
-        # more than 0.1 % may differ then, if each is what 4 ulp of fp32, in front of the roundings, can lead to.
+        # A row may hold the same mantissa many times, and all of them sit on one side of a rounding boundary or the
+        # other: more than 0.1 % may differ then, if each is what 4 ulp of fp32, before the roundings, can lead to.
         weight = None if shared.weight is None or not rounds_low else shared.weight.float() + config.weight_bias
         exact = exact_norm(config, reduced, shared if weight is None else dataclasses.replace(shared, weight=None))
         low, high = ((exact.to(got.device) * (1 + step * 2**-23)).to(got.dtype).float() for step in (-4, 4))

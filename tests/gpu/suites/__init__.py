@@ -3,8 +3,8 @@
 import importlib
 
 NAMES = (
-    "epilogues", "shapes", "determinism", "graphs", "robustness", "moe", "workspaces", "eager", "sharded", "faults",
-    "soak",
+    "epilogues", "shapes", "determinism", "graphs", "robustness", "moe", "workspaces", "eager", "sharded", "scattering",
+    "faults", "soak",
 )  # fmt: skip
 
 
