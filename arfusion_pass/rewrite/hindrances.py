@@ -334,16 +334,24 @@ def following(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
 
 
 def _norm_behind(node: fx.Node, reduced: Reduced, reductions: Reductions) -> Norm | None:
-    """A norm that reads whole rows of ``node``, or one behind further linear steps and a rounding to 16 bits."""
+    """A norm that reads whole rows of ``node``, or one behind further linear steps and a rounding to 16 bits.
+
+    Behind sums with many other all-reduces it is found once the nearer of those are merged: each of ``n`` would look
+    through ``n`` sums.
+    """
     lengths = row_lengths(reduced.x)
-    while True:
+    sums = 0
+    while sums < FARTHEST:
         for norm in _norms_of(node, lengths):
             if isinstance(norm, Norm):
                 return norm
         cast, step = narrowed(node), following(node)
-        if cast is None and (step is None or linear(*step, reduced.group, reductions) is None):
-            return None
+        kind = None if step is None else linear(*step, reduced.group, reductions)
+        if cast is None and (step is None or kind is None):
+            break
+        sums += kind == Kind.MERGE
         node = cast or step[0]  # type: ignore[index]
+    return None
 
 
 def _norms_of(node: fx.Node, lengths: set[int] | None) -> Iterator[Norm | Refused]:

@@ -135,6 +135,7 @@ def exchange(
     says so after half a minute.
 
     Args:
+        tag: the group's name and what for, ``"tp:0/facts"``: each has rounds of its own.
         doing: what it is for, for the error.
         why_absent: what is known of a rank that does not come.
 
@@ -150,7 +151,7 @@ def exchange(
     timeout = timeout or group_timeout(group)
     rounds = _rounds.setdefault(group, {})  # of this group, not of an earlier one at its address
     number = rounds[tag] = rounds.get(tag, 0) + 1
-    prefix = f"arfusion/{tag}/{number}"
+    prefix, name = f"arfusion/{tag}/{number}", tag.rpartition("/")[0] or tag
     store.set(f"{prefix}/{rank}", json.dumps(payload))
     result = []
     for peer in range(world):
@@ -159,12 +160,12 @@ def exchange(
             left = timeout
             if timeout > PATIENCE and not _arrives(store, key):
                 why = why_absent(peer)
-                log.warning("arfusion: rank %d waits for rank %d of group %r, %s%s", rank, peer, tag, doing, why)
+                log.warning("arfusion: rank %d waits for rank %d of group %r, %s%s", rank, peer, name, doing, why)
                 left = timeout - PATIENCE
             store.wait([key], left)
         except Exception as error:  # DistStoreError, or the store's own: the peer is gone, or never came
             raise NoAnswerError(
-                f"arfusion: rank {peer} of group {tag!r} did not answer rank {rank}, which is {doing}, within "
+                f"arfusion: rank {peer} of group {name!r} did not answer rank {rank}, which is {doing}, within "
                 f"{timeout.total_seconds():.0f} s ({error}){why_absent(peer)}"
             ) from error
         result.append(json.loads(store.get(key)))

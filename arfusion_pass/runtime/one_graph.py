@@ -155,4 +155,4 @@ def _why_absent(name: str, group: dist.ProcessGroup, rank: int) -> str:
         note = None
     if note is not None:
         return f". It has compiled a graph in which it left alone {note}"
-    return ". All ranks have to run one graph, and to come to it within the group's timeout"
+    return ". All ranks have to run one graph, with the pass on, and to come to it within the group's timeout"
