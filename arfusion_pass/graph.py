@@ -469,11 +469,12 @@ def parts_of(node: fx.Node) -> list[fx.GraphModule]:
 
 
 def _only_reads(node: fx.Node) -> bool:
-    """Whether a higher-order op surely writes to nothing that it is given: no node in its graphs does, or it keeps in
-    order an op that writes to nothing."""
+    """Whether a higher-order op surely writes to nothing that it is given: its graphs write to memory of their own
+    alone, or it keeps in order an op that writes to nothing."""
     parts = parts_of(node)
     if parts:
-        return not any(mutated_arguments(inner) for part in parts for inner in part.graph.nodes)
+        written = (each for part in parts for inner in part.graph.nodes for each in mutated_arguments(inner))
+        return not any(owner.op == "placeholder" for each in written for owner in owners(each))
     op = node.args[1] if node.target.name() == "with_effects" else None  # type: ignore[union-attr]
     if isinstance(op, HigherOrderOperator):
         return op.name() == "print"

@@ -100,12 +100,14 @@ def test_an_all_reduce_in_a_branch() -> None:
 
 
 def test_a_norm_in_a_region() -> None:
-    """Of an all-reduce whose norm is in a graph that its own one runs; what runs such a graph writes to nothing."""
-    normed, rectified = map(torch.compiler.nested_compile_region, (llama, lambda x: x.relu() + 1))
+    """Of an all-reduce whose norm is in a graph that its own one runs; what runs such a graph writes to nothing, also
+    where a fused call in there writes to buffers of its own."""
+    normed, rectified = map(torch.compiler.nested_compile_region, (llama, lambda x, w: llama(reduce(x), w, 1e-6) + 1))
 
     def model(x: torch.Tensor, r: torch.Tensor, w: torch.Tensor) -> Any:
-        beside = rectified(normed(x, w, 1e-6)) + rectified(x)  # called once, a region is no graph of its own
-        return normed(r + reduce(x), w, 1e-6), llama(reduce(x) + beside, w, 1e-6)
+        y = reduce(x)
+        beside = rectified(normed(x, w, 1e-6), w) + rectified(x, w)  # called once, a region is no graph of its own
+        return normed(r + reduce(x), w, 1e-6), llama(y + beside, w, 1e-6)
 
     x, w = torch.randn(4, 32, dtype=torch.bfloat16), torch.ones(32, dtype=torch.bfloat16)
     with torch.no_grad():
