@@ -43,10 +43,21 @@ from arfusion_pass.dialects.reading.base import Dialect, Quantised, Refused
 from arfusion_pass.dialects.reading.quant_rules import States, evaluate
 from arfusion_pass.dialects.reading.quant_states import LOW, Codes, Given, Kind, PerUnit, Rows, Scaled
 from arfusion_pass.dialects.reading.scale_copies import column_copy
-from arfusion_pass.graph import VIEWS, describe, dtype_of, is_call, keeps_rows, last_dim, same_shape
+from arfusion_pass.graph import (
+    VIEWS,
+    describe,
+    dtype_of,
+    is_call,
+    keeps_rows,
+    last_dim,
+    same_shape,
+    statically_equal,
+    tensor_of,
+)
 from arfusion_pass.ops.spec import Apply, Bound, QuantFormat, ScaleRound, ScaleRule
 
 aten = torch.ops.aten
+_EXTREMES = (aten.amax.default, aten.max.default, aten.amin.default, aten.min.default)
 
 
 class AtenQuant(Dialect):
@@ -83,7 +94,18 @@ class AtenQuant(Dialect):
         quantised = [_quantised(norm, node, states, hidden) for node in codes]
         yield from quantised
         if not codes and unknown is not None:
-            yield Refused(f"{describe(unknown)} is no step of a quantiser that the kernels have", unknown)
+            yield Refused(_why_unknown(unknown), unknown)
+
+
+def _why_unknown(step: fx.Node) -> str:
+    """What to say of the first step that no rule knows."""
+    tensor = tensor_of(step)
+    if is_call(step, *_EXTREMES) and tensor is not None and statically_equal(tensor.numel(), 1):
+        return (
+            f"{describe(step)} finds one scale for all tokens, which exists once all their norms do; the kernels have "
+            "a scale that is given, or one for each token or group"
+        )
+    return f"{describe(step)} is no step of a quantiser that the kernels have"
 
 
 def _stuck(node: fx.Node, states: States) -> bool:

@@ -160,7 +160,7 @@ add("scale_alone", q.scale_alone, GROUP_NAME, GROUP | GROUP_AMAX, "quant scale")
 
 # Left alone: the norm is fused, and the report says what stood in the way.
 for function, note in (
-    (q.tensor_dynamic, "max"),
+    (q.tensor_dynamic, "one scale for all tokens"),
     (q.token_added, "add"),
     (q.token_240, "div"),
     (q.token_upper, "clamp_max"),
