@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 from typing import Any
 
 import torch.distributed as dist
@@ -39,6 +40,8 @@ from arfusion_pass.engines.groups import coordinators
 from arfusion_pass.engines.starting import harmless
 from arfusion_pass.fusion_pass import AllReduceFusionPass
 from arfusion_pass.install import HOOK, chained
+
+log = logging.getLogger("arfusion_pass")
 
 
 def register() -> None:
@@ -99,7 +102,10 @@ def replace_flashinfer() -> None:
     from arfusion_pass import comm
 
     def create_workspace(use_fp32_lamport: bool = False, **arguments: Any) -> comm.AllReduceFusionWorkspace:
-        return comm.create_allreduce_fusion_workspace(**arguments)  # 0.5.23 says it for fp32; FlashInfer takes no such
+        workspace = comm.create_allreduce_fusion_workspace(**arguments)  # 0.5.23 says the other for fp32, to nobody
+        level = logging.DEBUG if workspace.rank else logging.INFO
+        log.log(level, "arfusion: SGLang's fused all-reduces run here, not in FlashInfer: %r", workspace)
+        return workspace
 
     theirs = importlib.import_module("sglang.srt.layers.flashinfer_comm_fusion")
     replaced = {

@@ -10,6 +10,7 @@ import types
 from typing import Any
 
 import pytest
+import torch
 from torch._inductor import config as inductor_config
 
 from arfusion_pass.config import FusionConfig
@@ -206,3 +207,26 @@ def test_importing_a_plugin_reads_no_settings(monkeypatch: pytest.MonkeyPatch) -
         importlib.reload(plugin)
     monkeypatch.delenv("ARFUSION_CONFIG")
     assert vllm.settings() == FusionConfig()
+
+
+def test_sglang_calls_that_run_here_are_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing is compiled, so no graph has a line: each workspace that SGLang makes for its calls is one, with what
+    runs them; also an fp32 one, which SGLang names by an argument that FlashInfer does not have."""
+    log = logging.getLogger("arfusion_pass")
+    monkeypatch.setattr(log, "parent", logging.getLogger())
+    monkeypatch.setattr(log, "propagate", True)
+    theirs = types.ModuleType("sglang.srt.layers.flashinfer_comm_fusion")
+    for name in (
+        *("_flashinfer_comm", "_create_allreduce_fusion_workspace", "_flashinfer_allreduce_unavailable"),
+        *("_flashinfer_create_workspace_supports_group", "_flashinfer_create_workspace_supports_comm_backend"),
+        *("_flashinfer_allreduce_supports_trigger_completion", "_preflight_check_workspace_memory"),
+    ):
+        setattr(theirs, name, None)
+    monkeypatch.setitem(sys.modules, theirs.__name__, theirs)
+    sglang.replace_flashinfer()
+    create = theirs._create_allreduce_fusion_workspace
+    with caplog.at_level(logging.INFO, "arfusion_pass"):
+        create(world_size=1, max_token_num=8, hidden_dim=64, dtype=torch.float32, use_fp32_lamport=True).destroy()
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("arfusion: SGLang's fused all-reduces run here")
+    assert "8 x 64 float32" in line
