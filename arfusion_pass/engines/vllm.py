@@ -66,8 +66,18 @@ def settings() -> FusionConfig:
 def register() -> None:
     """Let every pass manager that vLLM makes from now on run our pass. Calling it again changes nothing."""
     speak_through("vllm")
+    known(_let_ray_carry_our_variables)
     if switch("ARFUSION_VLLM", True):
         harmless("vLLM", _wrap)
+
+
+def _let_ray_carry_our_variables() -> None:
+    """An engine or a worker that vLLM starts as an actor of Ray's, on another host too, gets the variables of vLLM's
+    prefixes: without ours among them it would fuse with ``ARFUSION_VLLM=0``, or with the defaults. The set is changed,
+    not the variable that adds to it, which is a part of vLLM's key."""
+    from vllm.ray.ray_env import DEFAULT_ENV_VAR_PREFIXES
+
+    DEFAULT_ENV_VAR_PREFIXES.add("ARFUSION_")
 
 
 def _wrap() -> None:

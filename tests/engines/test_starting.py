@@ -230,3 +230,14 @@ def test_sglang_calls_that_run_here_are_told(monkeypatch: pytest.MonkeyPatch, ca
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.startswith("arfusion: SGLang's fused all-reduces run here")
     assert "8 x 64 float32" in line
+
+
+def test_ray_carries_our_variables(said: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the plug-in is off: an engine on another host would not know that."""
+    ray_env = types.ModuleType("vllm.ray.ray_env")
+    ray_env.DEFAULT_ENV_VAR_PREFIXES = {"VLLM_"}  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, ray_env.__name__, ray_env)
+    monkeypatch.setenv("ARFUSION_VLLM", "0")
+    vllm.register()
+    assert sorted(ray_env.DEFAULT_ENV_VAR_PREFIXES) == ["ARFUSION_", "VLLM_"]
+    assert said() == []

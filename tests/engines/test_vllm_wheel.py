@@ -117,6 +117,22 @@ def test_a_start_without_graphs_is_told(caplog: pytest.LogCaptureFixture, monkey
     assert said.endswith("this is NONE (--enforce-eager, or -O0)")
 
 
+def test_ray_actors_get_our_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What vLLM copies to the engines and workers that it starts as actors of Ray's holds our switch, also where the
+    plug-in is off; its key is its own then."""
+    from vllm.ray import ray_env
+
+    from arfusion_pass.engines import vllm as plugin
+
+    monkeypatch.setattr(ray_env, "DEFAULT_ENV_VAR_PREFIXES", ray_env.DEFAULT_ENV_VAR_PREFIXES - {"ARFUSION_"})
+    before = cpu_config().compute_hash()
+    monkeypatch.setenv("ARFUSION_VLLM", "0")
+    assert "ARFUSION_VLLM" not in ray_env.get_env_vars_to_copy()
+    plugin.register()
+    assert "ARFUSION_VLLM" in ray_env.get_env_vars_to_copy()
+    assert cpu_config().compute_hash() == before
+
+
 def test_pass_manager_key_follows_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM's cache key changes when our pass's does, so that a stale graph is never taken from its cache."""
     from vllm.compilation.passes.inductor_pass import pass_context
