@@ -56,7 +56,7 @@ def advise(all_reduce: fx.Node, culprit: fx.Node | None, reason: str, broken: Gr
         leaf = inference_leaf()
         return NO_GRAD if leaf is None else f"{NO_GRAD}; {LEAF.format(leaf=leaf)}"
     if "reduces by 'avg'" in reason:
-        return AVERAGE
+        return None if last_dim(all_reduce) == 1 else AVERAGE  # a norm's statistic, of rows split over the ranks
     if culprit is None:
         return None
     if is_call(culprit, aten.copy_.default) and culprit.args[0].op == "call_function":  # type: ignore[union-attr]

@@ -386,7 +386,7 @@ def _nearest_norm(reduced: Reduced, reductions: Reductions) -> tuple[str, fx.Nod
                     steps.append(previous)
                 return _blame(steps[::-1], norm)
         for reader, view in _readers(node):
-            other = other or _other_norm(reader) or _norm_inside(reader, view, lengths)
+            other = other or _other_norm(reader, reduced) or _norm_inside(reader, view, lengths)
             computes = reader.op == "call_function" and holds_tensors(reader)
             projects = is_call(reader, *PROJECTIONS) and not _is_added_to(reader, view)
             ends = projects or str(getattr(reader.target, "namespace", "")).startswith("_c10d") or reader in reductions
@@ -401,7 +401,7 @@ def _is_added_to(product: fx.Node, operand: fx.Node) -> bool:
     return is_call(product, aten.addmm.default) and product.args[0] is operand and operand not in product.args[1:]
 
 
-def _other_norm(node: fx.Node) -> tuple[str, fx.Node] | None:
+def _other_norm(node: fx.Node, reduced: Reduced) -> tuple[str, fx.Node] | None:
     """What to say of a norm that is none of ours, from the step that makes it one."""
     if _names_norm(node):
         known = "the pass knows RMSNorm written in torch, and the engines' ops in the README"
@@ -411,6 +411,12 @@ def _other_norm(node: fx.Node) -> tuple[str, fx.Node] | None:
     deviates = node.op == "call_function" and node.target in DEVIATIONS  # with whatever arguments
     if deviates or (rooted and _subtracts_the_mean(node)):
         return f"{describe(node)} belongs to a LayerNorm, which subtracts the mean; RMSNorm is fused", node
+    if rooted and last_dim(reduced.x) == 1:
+        reason = (
+            f"it reduces one number for each row, of which {describe(node)} takes the root: a norm over rows that are "
+            "split over the ranks; what is fused is the sum of whole rows in front of a norm"
+        )
+        return reason, node
     if rooted:
         reason = (
             f"{describe(node)} belongs to no known RMSNorm: x * rsqrt(mean(x * x) + epsilon) over the last "

@@ -231,6 +231,21 @@ def test_nearly_a_norm(norm: Callable[[Tensor], Tensor], reason: str) -> None:
     assert reason in str(report.missed[0].reason)
 
 
+@pytest.mark.parametrize("op", ["sum", "avg"])
+def test_rows_split_over_the_ranks(op: str) -> None:
+    """Contract *clear*: a norm whose mean of squares is what is reduced (Mamba 2's gated norm, norms of queries under
+    tensor parallelism) is named, and nobody is told to reduce that otherwise."""
+
+    def model(x: Tensor, w: Tensor) -> Tensor:
+        h = x.float()
+        mean = reduce(h.pow(2).mean(-1, keepdim=True), op=op) / (2 if op == "sum" else 1)
+        return w * (h * torch.rsqrt(mean + EPS)).to(x.dtype)
+
+    (site,) = check_unchanged(trace(model, *tensors((4, HIDDEN), (HIDDEN,)))).missed
+    expected = "takes the root: a norm over rows that are split over the ranks" if op == "sum" else "reduces by 'avg'"
+    assert expected in str(site.reason) and site.advice is None
+
+
 def test_rows_in_another_shape_behind_the_cast() -> None:
     """Widened first, viewed as batches then: the norm of the same rows."""
 
