@@ -5,12 +5,14 @@ The one file that asks Dynamo's private state. Whatever a torch version does not
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import hashlib
 import logging
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -62,7 +64,23 @@ def graph_break() -> GraphBreak | None:
 def runs_as_part(graph: fx.Graph) -> fx.Node | None:
     """What runs ``graph`` as a part of the graph that Inductor is compiling, as ``torch.cond`` does its branches; None
     for the whole of it."""
-    return known(lambda: _runs_as_part(graph))
+    part, node = _part.get()
+    return node if part is graph else known(lambda: _runs_as_part(graph))
+
+
+_part: contextvars.ContextVar[tuple[fx.Graph | None, fx.Node | None]] = contextvars.ContextVar(
+    "arfusion_part", default=(None, None)
+)
+
+
+@contextlib.contextmanager
+def running_part(graph: fx.Graph, node: fx.Node) -> Iterator[None]:
+    """Inside, ``graph`` is known as what ``node`` runs, without Inductor."""
+    token = _part.set((graph, node))
+    try:
+        yield
+    finally:
+        _part.reset(token)
 
 
 def inference_leaf() -> str | None:

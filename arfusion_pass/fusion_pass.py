@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from typing import Any
@@ -11,9 +12,9 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import arfusion_pass.ops  # noqa: F401  (a compiled artefact imports nothing: the ops must exist before it runs)
 from arfusion_pass import cache_key, provenance, publishing, written_order
-from arfusion_pass.compilation import compile_id, graph_break
+from arfusion_pass.compilation import compile_id, graph_break, running_part
 from arfusion_pass.config import FusionConfig
-from arfusion_pass.graph import tensor_of, trains
+from arfusion_pass.graph import parts_of, tensor_of, trains
 from arfusion_pass.reporting.printing import print_graph, readable
 from arfusion_pass.reporting.reports import FusionReport, Reports
 from arfusion_pass.reporting.sites import Site
@@ -73,7 +74,8 @@ class AllReduceFusionPass(CustomGraphPass):
 
 
 def fuse(graph_module: fx.GraphModule, config: FusionConfig | None = None) -> FusionReport:
-    """Fuse a post-AOT graph module in place, for other back-ends and tests.
+    """Fuse a post-AOT graph module in place, for other back-ends and tests: with the graphs that it runs as parts, such
+    as the branches of ``torch.cond``, as Inductor does. Their sites stand in the report before its own.
 
     Args:
         graph_module: a functional aten graph whose nodes carry ``meta["val"]``.
@@ -84,13 +86,19 @@ def fuse(graph_module: fx.GraphModule, config: FusionConfig | None = None) -> Fu
     """
     if not isinstance(graph_module, fx.GraphModule):
         raise ValueError(f"fuse: expected a torch.fx.GraphModule, got {type(graph_module).__name__}")
+    config = _checked("fuse", config)
+    sites: list[Site] = []
+    parts = {part: node for node in reversed(graph_module.graph.nodes) for part in reversed(parts_of(node))}
+    for part, node in reversed(parts.items()):  # each once, as its first call names it
+        with running_part(part.graph, node):
+            sites += fuse(part, config).sites
     names = [node.name for node in _outputs(graph_module.graph)]
-    report = run(graph_module.graph, _checked("fuse", config))
+    report = run(graph_module.graph, config)
     publishing.publish(report)
     if report.matched_count:
         _keep_names(graph_module.graph, names)
         graph_module.recompile()
-    return report
+    return dataclasses.replace(report, sites=(*sites, *report.sites)) if sites else report
 
 
 def _outputs(graph: fx.Graph) -> list[fx.Node]:

@@ -270,6 +270,27 @@ def test_fuse_an_exported_program(world: None, tmp_path: Path) -> None:
     assert "allreduce_rms_norm" in loaded.module().code
 
 
+def test_fuse_reaches_branches(world: None) -> None:
+    """The branches of ``torch.cond`` are graphs of their own: fused as well, or missed with what to do."""
+
+    def fusing(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return llama(reduce(x), w, 1e-6)
+
+    def reducing(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return reduce(x)
+
+    class Model(torch.nn.Module):
+        def forward(self, x: torch.Tensor, w: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+            return torch.cond(first, fusing, reducing, (x, w))
+
+    inputs = (torch.randn(4, 32), torch.ones(32), torch.tensor(True))
+    program = torch.export.export(Model(), inputs).run_decompositions()
+    report = arf.fuse(program.graph_module)
+    assert_fused(report, 1, missed=1)
+    assert "allreduce_rms_norm" in program.graph_module.true_graph_0.code  # type: ignore[operator]
+    assert str(report.missed[0].advice).startswith("the all-reduce lies in a graph of its own, that of ")
+
+
 @pytest.fixture(autouse=True)
 def _nothing_left_behind() -> Iterator[None]:
     before = installed()
