@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
-from arfusion_pass import ops as ops
-from arfusion_pass import runtime as _runtime  # noqa: F401  (gives the ops their backends)
+with warnings.catch_warnings():
+    # pip installs torch without NumPy, which torch warns of when it is imported, so in front of every command of ours
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy", UserWarning)
+    from arfusion_pass import ops as ops
+    from arfusion_pass import runtime as _runtime  # noqa: F401  (gives the ops their backends)
 
 if TYPE_CHECKING:
     from arfusion_pass import comm as comm
