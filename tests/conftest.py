@@ -10,8 +10,11 @@ import pytest
 from tests.simulate import fake_world
 
 pytest_plugins = ["arfusion_pass.testing.plugin"]
-for size in ("COLUMNS", "LINES"):  # pytest-xdist gives its workers a terminal's; tables have a width of their own
-    os.environ.pop(size, None)
+for name in (
+    *("COLUMNS", "LINES"),  # pytest-xdist gives its workers a terminal's; tables have a width of their own
+    "TORCHINDUCTOR_FORCE_DISABLE_CACHES",  # a developer's; tests of warm starts need caches, in folders of their own
+):
+    os.environ.pop(name, None)
 ENVIRONMENT = dict(os.environ)
 
 
