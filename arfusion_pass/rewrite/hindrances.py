@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._ops import HigherOrderOperator
 from torch.utils import _pytree as pytree
 
+from arfusion_pass.compilation import known
 from arfusion_pass.dialects import Norm, Reduced, Refused, norms_of
 from arfusion_pass.dialects.reading.op_calls import op_name
 from arfusion_pass.graph import (
@@ -403,9 +405,11 @@ def _is_added_to(product: fx.Node, operand: fx.Node) -> bool:
 
 def _other_norm(node: fx.Node, reduced: Reduced) -> tuple[str, fx.Node] | None:
     """What to say of a norm that is none of ours, from the step that makes it one."""
+    instead = "the pass knows RMSNorm written in torch, and the engines' ops in the README"
     if _names_norm(node):
-        known = "the pass knows RMSNorm written in torch, and the engines' ops in the README"
-        return f"{describe(node)} is an op that the pass does not know; {known}", node
+        return f"{describe(node)} is an op that the pass does not know; {instead}", node
+    if _NORM.search(kernel := _triton_kernel(node)):
+        return f"{describe(node)} launches a Triton kernel, {kernel}, that the pass cannot look into; {instead}", node
     power = constant(node.args[1]) if is_call(node, aten.pow.Tensor_Scalar) else None
     rooted = is_call(node, *ROOTS) or power in (0.5, -0.5)
     deviates = node.op == "call_function" and node.target in DEVIATIONS  # with whatever arguments
@@ -435,19 +439,35 @@ def _norm_inside(node: fx.Node, operand: fx.Node, lengths: set[int] | None) -> t
             norm = next(_norms_of(inner, lengths), None) if value is operand else None
             if norm is not None:
                 where = norm.result if isinstance(norm, Norm) else norm.node
-                known = "" if where is None else f" {describe(where)}"
+                said = "" if where is None else f" {describe(where)}"
                 reason = (
-                    f"its norm{known} lies in a graph of its own, that of {describe(node)}, and what is fused lies in "
+                    f"its norm{said} lies in a graph of its own, that of {describe(node)}, and what is fused lies in "
                     "one graph: call the all-reduce in there as well, or the norm outside"
                 )
                 return reason, node
     return None
 
 
+_NORM = re.compile(r"rms_?(?:layer_?)?norm", re.I)
+
+
 def _names_norm(node: fx.Node) -> bool:
     """Whether a node calls somebody's op, functionalised or not, that is named like an RMSNorm."""
     name = op_name(node) or ""
-    return not name.startswith(("aten::", "prims::")) and re.search(r"rms_?norm", name, re.I) is not None
+    return not name.startswith(("aten::", "prims::")) and _NORM.search(name) is not None
+
+
+def _triton_kernel(node: fx.Node) -> str:
+    """The name of the Triton kernel that a node launches; empty for any other node, or where torch does not tell."""
+    target = node.target
+    if not isinstance(target, HigherOrderOperator) or not target.name().startswith("triton_kernel_wrapper"):
+        return ""
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+
+    kernel: Any = known(lambda: kernel_side_table.get_kernel(node.kwargs["kernel_idx"]))  # type: ignore[arg-type]
+    while hasattr(kernel, "fn"):  # what tunes it, and what compiles it
+        kernel = kernel.fn
+    return str(getattr(kernel, "__name__", ""))
 
 
 def _subtracts_the_mean(root: fx.Node) -> bool:

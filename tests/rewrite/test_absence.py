@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as nn_functional
+from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 
 import arfusion_pass as arf
 from tests import post_grad
@@ -72,6 +76,26 @@ def test_ops_of_somebodys_own() -> None:
     report = check_unchanged(trace(lambda x, w: own.rms_norm(x + reduce(x), w), *tensors((4, 32), (32,))))
     (site,) = report.missed
     assert "rms_norm (arfusion_test_own.rms_norm.default) is an op that the pass does not know" in str(site.reason)
+
+
+def test_a_triton_kernel_of_somebodys_own() -> None:
+    """Liger's and Unsloth's norms are Triton kernels: the graph holds a launch, and the reason names the kernel."""
+
+    def _rms_layernorm_forward() -> None: ...
+
+    @dataclasses.dataclass(frozen=True)
+    class Holds:
+        fn: object
+
+    tuned: Any = Holds(Holds(_rms_layernorm_forward))  # as an autotuner and the kernel in it
+    module = trace(lambda x, y: x + reduce(x), *tensors((4, 32), (4, 32)))
+    *_, total, output = module.graph.nodes
+    arguments = {"kernel_idx": kernel_side_table.add_kernel(tuned), "constant_args_idx": 0, "grid": [(4, 1, 1)]}
+    arguments |= {"tma_descriptor_metadata": {}, "kwargs": {"X": total}, "tensors_to_clone": []}
+    with module.graph.inserting_before(output):
+        module.graph.call_function(torch.ops.higher_order.triton_kernel_wrapper_functional, (), arguments)
+    (site,) = check_unchanged(module).missed
+    assert "launches a Triton kernel, _rms_layernorm_forward, that the pass cannot look into" in str(site.reason)
 
 
 def test_nothing_to_say() -> None:
