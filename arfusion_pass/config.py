@@ -26,7 +26,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 VARIABLES = (
     *("ARFUSION_CONFIG", "ARFUSION_LOG", "ARFUSION_DUMP", "ARFUSION_AGREEMENT", "ARFUSION_VLLM", "ARFUSION_SGLANG"),
     *("ARFUSION_SGLANG_COMM", "ARFUSION_CACHE_DIR", "ARFUSION_LIBRARY", "ARFUSION_BUILD", "ARFUSION_ARCH"),
-    *("ARFUSION_NVCC", "ARFUSION_EXPERIMENTAL_SEQUENCE_PARALLEL", "ARFUSION_WORKSPACE_MIB", "ARFUSION_THRESHOLDS"),
+    *("ARFUSION_NVCC", "ARFUSION_WORKSPACE_MIB", "ARFUSION_THRESHOLDS"),
 )
 """Every environment variable of the package."""
 _TESTS = tuple(f"ARFUSION_{suite}_" for suite in ("TEST", "SOAK", "FUZZ"))
@@ -52,8 +52,8 @@ class FusionConfig:
             elsewhere. Weights of ``[H]`` or one element, and the residual stream, are taken to be the same on all
             ranks of a group. One tensor beside the residual fuses exactly without it.
         sequence_parallel: also fuse ``reduce_scatter -> (add +) RMSNorm -> (quantise) -> all_gather``, as DTensor's
-            ``SequenceParallel`` and engines' passes leave it. Not faster yet, which is why it is off: no kernel runs
-            the fused call, it makes the same two collectives.
+            ``SequenceParallel`` and engines' passes leave it, into one call of the kernels. Off until it has run in an
+            engine: a group without peer access makes the two collectives, with an epilogue that is not compiled.
         pdl: launch with programmatic dependent launch where the GPU has it.
         raise_errors: let an unexpected error inside the pass reach the compiler instead of leaving the graph as it
             came with a note in the report. For tests.

@@ -1,7 +1,7 @@
 """Sequence parallelism: DTensor's SequenceParallel plan on a small Llama-like model.
 
 Each rank keeps the residual of its own tokens; between two layers stand a reduce-scatter, a norm and an all-gather,
-which become one call. It makes the same two collectives, and no kernel runs it yet: so it is off by default.
+which become one call: of the kernels on GPUs, of the same two collectives elsewhere.
 
 torchrun --nproc-per-node 2 examples/sequence_parallel.py
 """

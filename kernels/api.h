@@ -17,7 +17,7 @@ extern "C" {
 #endif
 
 #define ARF_API __attribute__((visibility("default")))
-#define ARF_ABI_VERSION 3
+#define ARF_ABI_VERSION 4
 
 #define ARF_MAX_WORLD 8
 #define ARF_MAX_HIDDEN 16384 /* elements of a token; hidden * itemsize is a multiple of 16 bytes */
@@ -106,8 +106,7 @@ ARF_API int arf_group_state(const char* group, int device);
 ARF_API int arf_read_error(const char* group, int device, arf_error_record* out);
 ARF_API int arf_set_timeout(const char* group, int device, int64_t timeout_ns);
 /* At most so many CTAs in a launch of the group, so that other groups' launches, or other kernels, find room beside it; 0: as
- * many as pay. The same on all ranks: a grid that does not fit on its GPU at once, with several rows a CTA, would wait for rows
- * that a smaller grid elsewhere reaches only behind others that wait for the first. */
+ * many as pay. Ranks' grids need not be equal. */
 ARF_API int arf_set_max_ctas(const char* group, int device, int ctas);
 
 /* Symmetric memory a rank needs so that messages of `message_bytes` (tokens * hidden * itemsize) go in one piece of
@@ -198,6 +197,9 @@ typedef struct arf_call {
   int32_t addend_rows;
   int32_t epsilon_dtype;      /* arf_dtype of epsilon_tensor */
   const void* epsilon_tensor; /* one element that stands for epsilon, or NULL */
+  /* With OWNER_BLOCKS: token t is rank t / block mod world's (0: tokens / world); residual, residual_out and an addend of rows
+   * hold this rank's tokens alone, one block behind the other. */
+  int64_t block;
 } arf_call;
 
 /* Runs the call on `stream` (a cudaStream_t) of `device` in the group's workspace; group "": no exchange. Checks what it

@@ -342,17 +342,18 @@ int launch_pieces(Workspace* w, int device, const arf_call& call, cudaStream_t s
   const bool pdl = facts->major >= 9 && !(call.flags & kNoPdl);
   int most = w ? w->max_ctas.load(std::memory_order_relaxed) : INT32_MAX;
   if (share > 1) most = std::min(most, resident / share);
-  for (int64_t first = 0; first < call.tokens; first += plan.piece_tokens) {
-    const int64_t tokens = call.tokens - first < plan.piece_tokens ? call.tokens - first : plan.piece_tokens;
+  for (int64_t number = 0; number < plan.pieces; ++number) {
+    const Piece piece = piece_of(call, plan, world, number);
+    if (!piece.tokens) break;
     ShardedParams all; /* a kernel takes as much of it as its own parameter is */
     Params& params = all.base;
-    fill_params(call, plan, w ? w->rank : 0, world, w ? w->peers : nullptr, w ? w->bytes : 0, first, tokens, &all);
+    fill_params(call, plan, w ? w->rank : 0, world, w ? w->peers : nullptr, w ? w->bytes : 0, piece, &all);
     if (w) {
       params.control = w->control;
       params.error = w->error;
       params.timeout_us = timeout_us(w->timeout_ns.load(std::memory_order_relaxed));
     }
-    const Grid grid = grid_of(plan, world, tokens, resident, most);
+    const Grid grid = grid_of(plan, world, piece.tokens, resident, most);
     params.rows_each = grid.rows_each;
     void* args[] = {&all};
     e = launch_kernel(find_kernel(call.dtype, plan, grid.most_rows), plan, grid.ctas, pdl, stream, args);
@@ -539,7 +540,7 @@ int arf_launch_simulated(int world, const arf_call* calls, void* const* buffers,
     if (problem.empty() && r == 0) problem = make_plan(world, bytes, calls[0], true, facts->major, &plan);
     if (problem.empty() && r == 0 && plan.pieces > 1) problem = "the call does not fit in one piece";
     if (!problem.empty()) return fail(ARF_INVALID, "%s", problem.c_str());
-    fill_params(calls[r], plan, r, world, buffers, bytes, 0, calls[r].tokens, &sharded.rank[r]);
+    fill_params(calls[r], plan, r, world, buffers, bytes, piece_of(calls[r], plan, world, 0), &sharded.rank[r]);
     Params& params = sharded.rank[r].base;
     params.control = static_cast<Control*>(controls[r]);
     params.error = errors[r];

@@ -122,12 +122,12 @@ struct Payload {
   bool norm, total, codes, marks; /* which of them there are; scales beside codes that have some */
 };
 
-/* A sharded launch's; other kernels are given the front of it. Row q of owner r is token q * row_stride + r * owner_stride:
- * world and 1, token mod world; with kOwnerBlocks 1 and tokens / world, one block of tokens a rank. */
+/* A sharded launch's; other kernels are given the front of it. Row q, of `rows`, of owner r is token q * row_stride + r *
+ * owner_stride: world and 1, token mod world; with kOwnerBlocks 1 and the block, of which a piece holds some rows. */
 struct ShardedParams {
   Params base;
   Payload payload;
-  uint32_t row_stride, owner_stride;
+  uint32_t row_stride, owner_stride, rows;
 };
 
 struct SimulatedShardedParams {

@@ -34,6 +34,7 @@ constexpr int64_t kMostPayload = 6;
 
 bool keeps_sharded(const arf_call& c, int world, int64_t workspace_bytes) {
   if (!(c.flags & (kResidualInSharded | kResidualOutSharded)) || c.flags & (kOneshot | kTwoshot)) return false;
+  if (c.flags & kOwnerBlocks) return true; /* no chain's member */
   /* Nothing here may depend on what the call writes: the members of a chain write different things. */
   const int64_t row = c.hidden * item_bytes(c.dtype);
   if (workspace_bytes / 2 < (world - 1) * (1 + kMostPayload) * row + 256) return false;

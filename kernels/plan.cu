@@ -332,9 +332,11 @@ std::string make_plan(int world, int64_t workspace_bytes, const arf_call& c, boo
     const int64_t two = piece_capacity(world, workspace_bytes, row_bytes, ARF_TWOSHOT);
     if (strategy == ARF_ONESHOT && one < c.tokens && two > one) strategy = ARF_TWOSHOT;
   }
-  if (c.flags & kOwnerBlocks && (strategy != ARF_SHARDED || c.tokens % world || c.tokens > sharded_capacity(c, world, workspace_bytes))) {
-    return "one block of tokens a rank: a sharded call of one piece, whose " + number(c.tokens) + " tokens " + number(world) +
-           " ranks share evenly";
+  const bool blocks = c.flags & kOwnerBlocks;
+  const int64_t chunk = blocks ? block_of(c, world) * world : c.tokens; /* tokens that pieces do not reach beyond */
+  if (blocks && (strategy != ARF_SHARDED || chunk < 1 || c.tokens % chunk)) {
+    return number(c.tokens) + " tokens are no whole number of blocks of " + number(block_of(c, world)) + " for each of " +
+           number(world) + " ranks, in a sharded call";
   }
   const int64_t capacity = strategy == ARF_SHARDED ? sharded_capacity(c, world, workspace_bytes)
                                                    : piece_capacity(world, workspace_bytes, row_bytes, strategy);
@@ -343,9 +345,10 @@ std::string make_plan(int world, int64_t workspace_bytes, const arf_call& c, boo
            " bytes among " + number(world) + " ranks";
   }
   plan->strategy = strategy;
-  plan->pieces = (c.tokens + capacity - 1) / capacity;
-  plan->piece_tokens = plan->pieces ? (c.tokens + plan->pieces - 1) / plan->pieces : 0;
+  plan->pieces = (chunk + capacity - 1) / capacity;
+  plan->piece_tokens = plan->pieces ? (chunk + plan->pieces - 1) / plan->pieces : 0;
   if (strategy != ARF_ONESHOT) plan->piece_tokens = std::min(capacity, (plan->piece_tokens + world - 1) / world * world);
+  if (blocks) plan->pieces = (chunk + plan->piece_tokens - 1) / plan->piece_tokens * (c.tokens / chunk);
   plan->kernel_row = strategy == ARF_TWOSHOT;
   plan->kernels = simulated ? kSimulated : wide ? kAny : world == 2 ? kTwo : world == 4 ? kFour : world == 8 ? kEight : kAny;
   if (!wide && plan->kernels != kAny) set_common(c, plan);
@@ -384,6 +387,17 @@ std::string make_plan(int world, int64_t workspace_bytes, const arf_call& c, boo
   return "";
 }
 
+Piece piece_of(const arf_call& c, const Plan& plan, int world, int64_t number) {
+  if (!(c.flags & kOwnerBlocks)) {
+    const int64_t first = number * plan.piece_tokens, tokens = std::min(plan.piece_tokens, c.tokens - first);
+    return {first, std::max<int64_t>(tokens, 0), 0, first + tokens == c.tokens};
+  }
+  const int64_t block = block_of(c, world), each = (block * world + plan.piece_tokens - 1) / plan.piece_tokens;
+  const int64_t chunk = number / each, row = number % each * (plan.piece_tokens / world);
+  return {chunk * block * world + row, std::min(plan.piece_tokens, (block - row) * world), chunk * block + row,
+          number + 1 == plan.pieces};
+}
+
 Grid grid_of(const Plan& plan, int world, int64_t tokens, int resident, int allowed) {
   const int64_t rows = plan.strategy == ARF_TWOSHOT || plan.strategy == ARF_SHARDED ? (tokens + world - 1) / world * plan.split
                                                                                     : tokens;
@@ -406,7 +420,7 @@ Pointer advance(Pointer p, int64_t bytes) {
   return p ? reinterpret_cast<Pointer>(reinterpret_cast<uintptr_t>(p) + bytes) : nullptr;
 }
 
-void fill_quant(const arf_call& c, int64_t first, int64_t tokens, Params* p) {
+void fill_quant(const arf_call& c, int64_t first, bool last, Params* p) {
   const int64_t group = (c.quant >> 32) - 1;
   p->quant = Quant{static_cast<uint32_t>(c.quant & 0xFFFFFFFF)};
   p->group = static_cast<int32_t>(group);
@@ -439,15 +453,17 @@ void fill_quant(const arf_call& c, int64_t first, int64_t tokens, Params* p) {
     default:
       p->scale_stride_t = p->groups, p->scale_stride_g = 1;
   }
-  p->pad = pads && c.scale_out && first + tokens == c.tokens;
+  p->pad = pads && c.scale_out && last;
   p->pad_last = c.scale_pad_last;
 }
 
 }  // namespace
 
 void fill_params(const arf_call& c, const Plan& plan, int rank, int world, void* const* buffers, int64_t workspace_bytes,
-                 int64_t first, int64_t tokens, ShardedParams* params) {
+                 const Piece& piece, ShardedParams* params) {
   *params = {};
+  const auto [first, tokens, own, last] = piece;
+  const bool blocks = c.flags & kOwnerBlocks;
   Params* const p = &params->base;
   const int item = item_bytes(c.dtype);
   const int64_t row = c.hidden * item;
@@ -459,8 +475,9 @@ void fill_params(const arf_call& c, const Plan& plan, int rank, int world, void*
     if (plan.strategy == ARF_SHARDED) {
       params->payload = payload_of(c);
       params->payload.first = static_cast<uint32_t>(rows * row);
-      params->row_stride = c.flags & kOwnerBlocks ? 1 : world;
-      params->owner_stride = c.flags & kOwnerBlocks ? static_cast<uint32_t>(rows) : 1;
+      params->row_stride = blocks ? 1 : world;
+      params->owner_stride = blocks ? static_cast<uint32_t>(block_of(c, world)) : 1;
+      params->rows = static_cast<uint32_t>(rows);
     }
     p->slot_bytes = static_cast<uint32_t>(rows * (row + params->payload.bytes));
     p->generation_bytes = workspace_bytes / 2 / 256 * 256;
@@ -470,7 +487,7 @@ void fill_params(const arf_call& c, const Plan& plan, int rank, int world, void*
       p->push[i] = static_cast<char*>(buffers[peer]) + static_cast<int64_t>(slot_of(rank, peer)) * p->slot_bytes;
     }
   }
-  p->tokens = static_cast<uint32_t>(tokens);
+  p->tokens = blocks ? UINT32_MAX : static_cast<uint32_t>(tokens); /* every row of a block has a token */
   p->vectors = plan.vectors;
   p->per_thread = plan.per_thread;
   p->cluster = plan.cluster;
@@ -497,10 +514,12 @@ void fill_params(const arf_call& c, const Plan& plan, int rank, int world, void*
   const int residual_item = c.residual_fp32 ? 4 : item;
   const int64_t residual_stride = (c.residual_stride ? c.residual_stride : c.hidden) * residual_item;
   p->residual = advance(c.residual, first * residual_stride);
-  if (c.flags & kOwnerBlocks) { /* they begin with our block, and are read and written there alone */
-    const int64_t in_front = rank * (tokens / world);
-    p->residual = advance(c.residual, -in_front * residual_stride);
-    p->residual_out = advance(c.residual_out, -in_front * c.hidden * (c.residual_out_fp32 ? 4 : item));
+  p->addend = advance(c.addend, c.addend_rows ? first * row : 0);
+  if (blocks) { /* of these we have, read and write our own tokens alone */
+    const int64_t from = own - rank * block_of(c, world);
+    p->residual = advance(c.residual, from * residual_stride);
+    p->residual_out = advance(c.residual_out, from * c.hidden * (c.residual_out_fp32 ? 4 : item));
+    p->addend = advance(c.addend, c.addend_rows ? from * row : 0);
   }
   p->residual_stride = residual_stride / kVectorBytes;
   const int64_t x_stride = (c.x_stride ? c.x_stride : c.hidden) * item;
@@ -514,7 +533,6 @@ void fill_params(const arf_call& c, const Plan& plan, int rank, int world, void*
   p->permuted_rows = c.permuted_rows;
   p->expert_stride = static_cast<uint32_t>(c.tokens);
   p->shared = advance(c.shared, first * row);
-  p->addend = advance(c.addend, c.addend_rows ? first * row : 0);
   p->addend_rows = c.addend_rows;
   p->epsilon_tensor = c.epsilon_tensor;
   p->epsilon_dtype = static_cast<uint8_t>(c.epsilon_dtype);
@@ -527,7 +545,7 @@ void fill_params(const arf_call& c, const Plan& plan, int rank, int world, void*
     p->index = advance(c.index, first * c.experts * 4);
     p->expert_scale = advance(c.expert_scale, first * c.experts * (c.expert_scale_fp32 ? 4 : item));
   }
-  fill_quant(c, first, tokens, p);
+  fill_quant(c, first, last, p);
 }
 
 void set_cast_saturates(bool saturates) { cast_saturates = saturates; }

@@ -27,11 +27,13 @@ struct Plan {
   int64_t pieces;
 };
 
+inline int64_t block_of(const arf_call& call, int world) { return call.block ? call.block : call.tokens / world; }
 inline int item_bytes(int dtype) { return dtype == ARF_FP32 ? 4 : 2; }
 
 /* Empty, or what is wrong with the call. */
 std::string check_call(const arf_call& call);
-/* Empty, or why no plan exists (a workspace too small for one token). major: of the device's compute capability. */
+/* Empty, or why no plan exists (a workspace too small for one token, tokens that are no whole number of blocks). major: of the
+ * device's compute capability. */
 std::string make_plan(int world, int64_t workspace_bytes, const arf_call& call, bool simulated, int major, Plan* plan);
 struct Grid {
   int ctas;
@@ -40,9 +42,17 @@ struct Grid {
 };
 /* For a piece of `tokens`, when `resident` CTAs fit on the device at once. */
 Grid grid_of(const Plan& plan, int world, int64_t tokens, int resident, int allowed = INT32_MAX);
-/* Everything of `params` but control words, error record and timeout, for the piece [first, first + tokens). */
+/* One launch's part of a call. */
+struct Piece {
+  int64_t first;  /* token; with kOwnerBlocks, of rank 0's rows, where rank r's begin r * block later */
+  int64_t tokens; /* 0: behind the last piece */
+  int64_t own;    /* with kOwnerBlocks: tokens in front of it in what holds a rank's own alone */
+  bool last;
+};
+Piece piece_of(const arf_call& call, const Plan& plan, int world, int64_t number);
+/* Everything of `params` but control words, error record, timeout and the grid's. */
 void fill_params(const arf_call& call, const Plan& plan, int rank, int world, void* const* buffers, int64_t workspace_bytes,
-                 int64_t first, int64_t tokens, ShardedParams* params);
+                 const Piece& piece, ShardedParams* params);
 /* For CTAs (clusters) that finish so many rows at most: the kernels for straight calls finish one. */
 const void* find_kernel(int dtype, const Plan& plan, uint32_t most_rows = 1);
 

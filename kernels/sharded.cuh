@@ -1,8 +1,8 @@
 /* The loop of a sharded residual: the owner of a token sums, adds, normalises and quantises it, and sends the others what
  * they read of it (its payload): the norm, or codes and scales, and where the residual leaves its chain that as well.
  *
- * Token t belongs to rank t mod world, in every piece; with kOwnerBlocks to rank t / (tokens / world), and `residual` and
- * `residual_out` hold a rank's own block alone: their pointers are set back by what lies in front of it. A generation holds
+ * Token t belongs to rank t mod world, in every piece; with kOwnerBlocks to rank t / block mod world, and `residual` and
+ * `residual_out` hold a rank's own tokens alone: their pointers are set back by what lies in front of them. A generation holds
  * world - 1 slots, one a sender, each of ceil(tokens / world) rows of x that the sender contributes to our tokens, then as
  * many rows of payload of its own tokens.
  * Rows of `residual` and `residual_out` that other ranks own are neither read nor written.
@@ -76,11 +76,11 @@ struct Sharded {
   ARF_DEVICE static void run(const ShardedParams& sp, Shared scratch, const Position& position) {
     const Params& p = sp.base;
     Place at = Loop::begin(p, scratch, position);
-    const uint32_t cta = position.cta, rows = (p.tokens + Loop::world(p) - 1) / Loop::world(p);
+    const uint32_t cta = position.cta;
     Link link = open_link(p, cta);
     const uint32_t beside = begin_alone(p, cta);
     settle(p, link);
-    const auto [first, end] = Loop::rows_of(p, cta, position.ctas, rows);
+    const auto [first, end] = Loop::rows_of(p, cta, position.ctas, sp.rows);
     scatter(sp, link, at, first);
     const Given given = Loop::start(p, at, cta, position.ctas);
     E::await_weight();

@@ -69,4 +69,5 @@ SCATTERING_SCHEMAS: dict[str, str] = {
     # rows; norm_out, quant_out and scale_out all T
     SCATTERING_OP: f"(Tensor x, {EPILOGUE_INPUTS}, SymInt block=0, *, {RARE_INPUTS}, {OUTPUTS}) -> ()",
 }
-"""The same of sequence parallelism's op, which has no kernel: the process group's own collectives run it."""
+"""The same of sequence parallelism's op, which the library launches but does not register
+(:mod:`arfusion_pass.runtime.scattering`)."""

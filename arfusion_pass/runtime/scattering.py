@@ -1,15 +1,13 @@
-"""An experiment: sequence parallelism's op on the kernels of a sharded residual, each rank owning one block of tokens.
+"""Sequence parallelism's op on the kernels of a sharded residual, each rank owning blocks of consecutive tokens.
 
-``ARFUSION_EXPERIMENTAL_SEQUENCE_PARALLEL=1``, on all ranks, switches it on; no GPU has run it. Ranks are then summed in
-order, in fp32, rounded once, as in every other op of ours, and no longer as the process group does it. What the kernels
-cannot do stays with the group's collectives: several blocks a rank, more tokens than the workspace holds at once, a sum
-read beside its residual add, groups without peer access. All of that is the same on all ranks.
+Ranks are summed in order, in fp32, rounded once, as in every other op of ours, and not as the process group does it.
+What the kernels cannot do stays with the group's collectives: a sum read beside its residual add, groups without peer
+access, ranks without the library. All of that is the same on all ranks.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
 from typing import Any
 
 import torch
@@ -21,22 +19,24 @@ from arfusion_pass.ops.marks import without_mark
 from arfusion_pass.ops.memory import row_pitch
 from arfusion_pass.ops.schema import SCATTERING_OP
 from arfusion_pass.ops.spec import ROUNDING_FLAGS, Flags
-from arfusion_pass.runtime import c_api, native
+from arfusion_pass.runtime import c_api, native, workspace
 
-VARIABLE = "ARFUSION_EXPERIMENTAL_SEQUENCE_PARALLEL"
 BLOCKS = Flags.SHARDED | Flags.RESIDUAL_IN_SHARDED | Flags.RESIDUAL_OUT_SHARDED | Flags.OWNER_BLOCKS
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
 
 
 def run(arguments: dict[str, Any]) -> bool:
     """Run a checked call of the op on CUDA tensors; False where the process group's collectives have to."""
-    if os.environ.get(VARIABLE) != "1" or not arguments["group_name"]:
+    if not arguments["group_name"]:
         return False
     call = FusedCall.bind(SCATTERING_OP, arguments)
-    world = resolve_group(call.group_name).size()
-    if not fits(call, world) or (library := native.try_load()) is None:
+    if not fits(call, resolve_group(call.group_name).size()):
         return False
     device = call.x.device
+    library = native.try_load()
+    if library is None:  # other ranks may have one, and learn of it
+        workspace.without_library(call.group_name, device.index, native.failure() or "unknown")
+        return False
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream(device).cuda_stream
         try:
@@ -47,20 +47,18 @@ def run(arguments: dict[str, Any]) -> bool:
             if error.status == c_api.Status.FALLBACK:
                 return False
             raise
-        except ValueError as error:
-            if str(error).startswith("one block of tokens a rank"):  # too large for the workspace, on all ranks
-                return False
-            raise
     return True
 
 
 def fits(call: FusedCall, world: int) -> bool:
-    """Whether the kernels have a call, by what all ranks know of it: one block a rank, and one sum of a row read."""
-    tokens, outputs = int(call.tokens), call.outputs
-    if tokens == 0 or world < 2 or int(call.block) not in (0, tokens // world):
+    """Whether the kernels have a call, by what all ranks know of it: one sum of a row is read."""
+    outputs = call.outputs
+    if int(call.tokens) == 0 or world < 2:
         return False
-    summed = "allreduce_out" in outputs and (call.residual is not None or "residual_out" in outputs)
-    return not summed and call.addend is None and ("norm_out" in outputs or "quant_out" in outputs)
+    summed = "allreduce_out" in outputs and (
+        call.residual is not None or call.addend is not None or "residual_out" in outputs
+    )
+    return not summed and ("norm_out" in outputs or "quant_out" in outputs)
 
 
 def launch_of(call: FusedCall) -> c_api.Call:
@@ -73,8 +71,9 @@ def launch_of(call: FusedCall) -> c_api.Call:
         dtype=_DTYPES[call.x.dtype], tokens=int(call.tokens), hidden=call.x.shape[-1], x=call.x.data_ptr(),
         epsilon=call.epsilon, weight_bias=call.weight_bias, flags=int(flags | BLOCKS), quant=call.spec.pack(),
         quant_bound=call.spec.bound, scale_value=call.scale_value, scale_dtype=_DTYPES[torch.float32],
+        block=int(call.block), addend_rows=int(call.addend is not None and call.addend.dim() > 1),
     )  # fmt: skip
-    given = {name: getattr(call, name) for name in ("residual", "weight", "scale", "epsilon_tensor")}
+    given = {name: getattr(call, name) for name in ("residual", "weight", "scale", "epsilon_tensor", "addend")}
     for name, tensor in {**given, **outputs}.items():
         if tensor is None:
             continue

@@ -177,7 +177,7 @@ def test_vllm() -> None:
 
 
 def test_off_by_default() -> None:
-    """As long as no kernel runs it: the report says how to switch it on, and which line it speaks of."""
+    """The report says how to switch it on, and which line it speaks of."""
     assert "FusionConfig(sequence_parallel=True)" in reason(lambda x, r, w: block(x, r, w, WORLD, llama), STRICT)
 
 

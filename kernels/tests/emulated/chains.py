@@ -27,6 +27,7 @@ from kernels.tests.simulated import SPECS, make_call
 from tests.gpu.calls import Config, allocate, rank_input, shared_inputs, verify_epilogue
 
 SIZE = 4 << 20
+BLOCKS = Flags.SHARDED | Flags.RESIDUAL_IN_SHARDED | Flags.RESIDUAL_OUT_SHARDED | Flags.OWNER_BLOCKS
 GPUS = 16
 """Streams with the same number modulo this share a GPU (emulator.cpp)."""
 
@@ -43,12 +44,12 @@ class Rank:
     error: torch.Tensor
 
 
-def make_ranks(library: ctypes.CDLL, world: int, group: int = 0) -> list[Rank]:
-    """``group`` 1: another one of the same ranks, on streams of its own."""
+def make_ranks(library: ctypes.CDLL, world: int, group: int = 0, size: int = SIZE) -> list[Rank]:
+    """``group`` 1: another one of the same ranks, on streams of its own. ``size``: of a workspace, bytes."""
     ranks: list[Rank] = []
     for r in range(world):
-        whole = torch.full((SIZE + 256,), 255, dtype=torch.uint8)
-        buffer = whole[-whole.data_ptr() % 256 :][:SIZE]
+        whole = torch.full((size + 256,), 255, dtype=torch.uint8)
+        buffer = whole[-whole.data_ptr() % 256 :][:size]
         control = torch.zeros(c_api.CONTROL_BYTES // 8, dtype=torch.int64)
         name, stream = f"group{group} rank{r}".encode(), r + 1 + GPUS * group
         ranks.append(Rank(name, r, stream, buffer, control, torch.zeros(16, dtype=torch.int32)))
@@ -63,7 +64,7 @@ def register(library: ctypes.CDLL, ranks: list[Rank]) -> None:
         c_api.check(
             library, "arf_register_workspace",
             c_api.WorkspaceDesc(
-                group=rank.name, device=rank.device, rank=r, world=world, peers=peers, bytes=SIZE,
+                group=rank.name, device=rank.device, rank=r, world=world, peers=peers, bytes=rank.buffer.numel(),
                 control=rank.control.data_ptr(), error=rank.error.data_ptr(), timeout_ns=2 * 10**9,
             ),
         )  # fmt: skip
@@ -200,6 +201,50 @@ def run_two_groups(library: ctypes.CDLL, groups: list[list[Rank]], seed: int) ->
         verify_epilogue(config, reference.sum_in_rank_order(torch.stack(xs)), shared, result)
 
 
+def run_blocks(library: ctypes.CDLL, ranks: list[Rank], seed: int) -> None:
+    """Sequence parallelism's calls, of one or several blocks a rank and in several pieces: two-shot's bits."""
+    rng, world = random.Random(seed), len(ranks)
+    library.emulated_seed(seed)
+    block, count = rng.choice((1, 3, 10)), rng.choice((1, 2, 3))
+    spec = rng.choice((NO_QUANT, *SPECS.values()))
+    outputs = ("residual_out", "quant_out") if spec != NO_QUANT else ("residual_out", "norm_out")
+    config = Config(
+        block * count * world, 2304, outputs=outputs, spec=spec, seed=seed, addend=rng.choice(("none", "rows"))
+    )
+    shared, xs = shared_inputs(config, DEVICE), [rank_input(config, r, DEVICE) for r in range(world)]
+    owner = torch.arange(config.tokens) // block % world
+    launches, keep = [], []
+    for flags in (int(Flags.TWOSHOT), int(BLOCKS)):
+        results = []
+        library.emulated_defer(1)
+        for r, (rank, x) in enumerate(zip(ranks, xs, strict=True)):
+            given = shared
+            if flags == BLOCKS:
+                mine = {name: getattr(shared, name) for name in ("residual", "addend")}
+                given = dataclasses.replace(
+                    shared, **{k: None if t is None else t[owner == r] for k, t in mine.items()}
+                )
+            result = allocate(config, DEVICE)
+            call = make_call(dataclasses.replace(config, flags=flags), x, given, result)
+            call.block = block if count > 1 or flags == int(Flags.TWOSHOT) else 0
+            c_api.check(library, "arf_launch", rank.name, rank.device, call, rank.stream)
+            results.append(result)
+            keep.append((given, call))
+        library.emulated_synchronize()
+        library.emulated_defer(0)
+        launches.append(results)
+    for r, (wanted, got) in enumerate(zip(*launches, strict=True)):
+        for name, buffer in got.buffers.items():
+            want, have = wanted[name], buffer.tensor
+            if name == "residual_out":  # the front of a buffer for all tokens
+                want, have = want[owner == r], have[: int((owner == r).sum())]
+            differs = int((want.view(torch.uint8) != have.view(torch.uint8)).sum())
+            assert not differs, (
+                f"seed {seed}, rank {r}: {differs} bytes of {name} differ in {config}, blocks of {block}"
+            )
+    assert all(bool((rank.buffer == 255).all()) for rank in ranks), f"seed {seed}: a buffer is not empty"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("library")
@@ -208,6 +253,7 @@ def main() -> int:
     parser.add_argument("--calls", type=int, default=24)
     parser.add_argument("--world", type=int, default=2)
     parser.add_argument("--twoshot", type=int, nargs=2, metavar=("TOKENS", "HIDDEN"), help="default: anything")
+    parser.add_argument("--blocks", action="store_true", help="a block of tokens a rank, in several pieces")
     parser.add_argument("--groups", action="store_true", help="two groups on two streams: both end")
     parser.add_argument("--beside", action="store_true", help="two streams' launches of one workspace: errors")
     arguments = parser.parse_args()
@@ -219,6 +265,12 @@ def main() -> int:
         for seed in range(arguments.seed, arguments.seed + arguments.seeds):
             run_beside(library, arguments.world, seed)
         print(f"{arguments.seeds} times two launches at once: found each time")
+        return 0
+    if arguments.blocks:
+        small = make_ranks(library, arguments.world, size=128 << 10)
+        for seed in range(arguments.seed, arguments.seed + arguments.seeds):
+            run_blocks(library, small, seed)
+        print(f"{arguments.seeds} calls of blocks: as two-shot")
         return 0
     if arguments.groups:
         groups = [ranks, make_ranks(library, arguments.world, group=1)]
