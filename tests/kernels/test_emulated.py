@@ -92,6 +92,14 @@ def test_two_groups_at_once_leave_each_other_room(library: str) -> None:
     assert "12 times two groups at once: both ended" in done.stdout
 
 
+@pytest.mark.parametrize("world", [2, 3])
+def test_blocks_of_tokens_in_pieces(library: str, world: int) -> None:
+    """Sequence parallelism's calls: one or several blocks a rank, more than the workspace holds; two-shot's bits."""
+    done = run("emulated.chains", library, "--seeds", "25", "--blocks", "--world", str(world))
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert "25 calls of blocks: as two-shot" in done.stdout
+
+
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_a_broken_exchange_is_seen(fault: str, tmp_path: Path) -> None:
     """The test above fails where an invariant of the exchange is broken."""
