@@ -26,6 +26,7 @@ import contextlib
 import functools
 import gc
 import importlib.util
+import inspect
 import json
 import os
 import statistics
@@ -142,12 +143,14 @@ class Decoding:
 
         self.model = model
         self.cache = StaticCache(config=model.config, max_cache_len=context)
+        known = inspect.signature(model.forward).parameters
+        self.given = {"cache" if "cache" in known else "past_key_values": self.cache}  # the older name
         generator = torch.Generator().manual_seed(batch)
         vocab = model.config.vocab_size
         prompt = torch.randint(0, vocab, (batch, context // 2), generator=generator).to(device)
         self.ids = torch.randint(0, vocab, (batch, 1), generator=generator).to(device)
         self.positions = torch.full((batch, 1), context // 2, device=device)
-        model(prompt, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        model(prompt, use_cache=True, logits_to_keep=1, **self.given)
         self._lengths = [self._length(layer) for layer in self.cache.layers]
 
     @staticmethod
@@ -165,7 +168,7 @@ class Decoding:
 
     def step(self, forward: Callable[..., Any]) -> torch.Tensor:
         """The next token's logits ``[batch, 1, vocabulary]``."""
-        output = forward(self.ids, position_ids=self.positions, past_key_values=self.cache, use_cache=True)
+        output = forward(self.ids, position_ids=self.positions, use_cache=True, **self.given)
         return output.logits
 
 

@@ -8,6 +8,7 @@ tokens a second without and with the pass. Needs the extra: pip install 'arfusio
 """
 
 import argparse
+import inspect
 import os
 import tempfile
 import time
@@ -58,6 +59,7 @@ if hasattr(DistributedConfig, "tp_plan"):  # newer transformers take it so
 model = AutoModelForCausalLM.from_pretrained(folder[0], dtype=torch.bfloat16, **plan).eval()
 ids = torch.randint(0, config.vocab_size, (arguments.batch, 16), generator=torch.Generator().manual_seed(0))
 ids = ids.to(model.device)
+taken = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"  # the older name
 
 
 def compare_logits() -> None:
@@ -73,14 +75,14 @@ def compare_logits() -> None:
 def decode(step, cache: StaticCache) -> tuple[torch.Tensor, float]:
     """Greedy tokens ``[batch, TOKENS]`` and tokens a second; ``step`` runs every token but the prompt's."""
     cache.reset()
-    token = model(ids, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+    token = model(ids, use_cache=True, **{taken: cache}).logits[:, -1:].argmax(-1)
     tokens = [token]
     positions = torch.full((arguments.batch, 1), ids.shape[1], device=ids.device)
     _ = token.sum().item()  # the prompt is done
     begin = time.perf_counter()
     for _ in range(arguments.generate - 1):
         torch.compiler.cudagraph_mark_step_begin()
-        logits = step(token, position_ids=positions, past_key_values=cache, use_cache=True).logits
+        logits = step(token, position_ids=positions, use_cache=True, **{taken: cache}).logits
         token = logits[:, -1:].argmax(-1)
         tokens.append(token)
         positions += 1
