@@ -23,8 +23,9 @@ from arfusion_pass.rewrite.absence import why_no_all_reduce
 from arfusion_pass.rewrite.chains import Chain, find_chains, mark_chains
 from arfusion_pass.rewrite.commit import Committer, Plan
 from arfusion_pass.rewrite.pass_manager import FusionPassManager
-from arfusion_pass.rewrite.raising import RaisedSite, build_shadow, find_sites
+from arfusion_pass.rewrite.raising import RaisedSite, find_sites
 from arfusion_pass.rewrite.reassociate import Moves, reassociate
+from arfusion_pass.rewrite.shadow import build_shadow
 
 log = logging.getLogger("arfusion_pass")
 

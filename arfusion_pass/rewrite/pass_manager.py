@@ -15,7 +15,7 @@ from arfusion_pass.ops.spec import Flags
 from arfusion_pass.patterns.chains import PROLOGUES, AllReduceRMSNormChain, auto_functionalized
 from arfusion_pass.patterns.indexer import AllReduceRMSNormIndexerChain
 from arfusion_pass.patterns.scattered import ReduceScatterRMSNormAllGatherChain
-from arfusion_pass.rewrite.raising import Shadow
+from arfusion_pass.rewrite.shadow import Shadow
 
 
 class FusionPassManager:
