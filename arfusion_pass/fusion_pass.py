@@ -89,8 +89,11 @@ def fuse(graph_module: fx.GraphModule, config: FusionConfig | None = None) -> Fu
         raise ValueError(f"fuse: expected a torch.fx.GraphModule, got {type(graph_module).__name__}")
     config = _checked("fuse", config)
     sites: list[Site] = []
-    parts = {part: node for node in reversed(graph_module.graph.nodes) for part in reversed(parts_of(node))}
-    for part, node in reversed(parts.items()):  # each once, as its first call names it
+    parts: dict[fx.GraphModule, fx.Node] = {}
+    for node in graph_module.graph.nodes:
+        for part in parts_of(node):
+            parts.setdefault(part, node)  # each once, as its first call names it
+    for part, node in parts.items():
         with running_part(part.graph, node):
             sites += fuse(part, config).sites
     names = [node.name for node in _outputs(graph_module.graph)]

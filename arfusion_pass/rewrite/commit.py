@@ -238,7 +238,7 @@ class Committer:
         own = set(nodes)
         shared = {owner for held in site.holders.values() if len(held) > 1 for node in held for owner in owners(node)}
         end = max(self.position[nodes[-1]], anchor)
-        begin = 0 if shared else bisect.bisect_left(self.mutations, min(since.values()), key=_position)
+        begin = 0 if shared else bisect.bisect_left(self.mutations, min(since.values()), key=operator.itemgetter(0))
         for at, node, written, memory in itertools.islice(self.mutations, begin, None):
             if at > end and not shared:
                 break  # a graph's caches may be written at its end, as many times as it has layers
@@ -366,10 +366,6 @@ class Committer:
             if not node._erased and not node.users and is_pure(node):
                 feeding += node.all_input_nodes
                 self.graph.erase_node(node)
-
-
-def _position(mutation: tuple[int, fx.Node, fx.Node, set[fx.Node]]) -> int:
-    return mutation[0]
 
 
 def _restore(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

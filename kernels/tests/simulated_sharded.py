@@ -18,6 +18,7 @@ import time
 import torch
 
 from arfusion_pass.ops.spec import Flags, QuantFormat, QuantSpec
+from arfusion_pass.runtime.scattering import BLOCKS
 from kernels.tests.machine import DEVICE, EMULATED, load, synchronize
 from kernels.tests.simulated import DTYPES, SPECS, Ranks, make_call
 from tests.gpu.calls import Config, Result, Shared, allocate, rank_input, shared_inputs
@@ -63,9 +64,6 @@ def run_case(ranks: Ranks, config: Config, xs: list[torch.Tensor] | None = None,
                     want[others] = POISON
                 differs = int((got != want).sum())
                 assert not differs, f"{place}, rank {rank}: {name} differs in {differs} of {got.numel()} bytes"
-
-
-BLOCKS = Flags.SHARDED | Flags.RESIDUAL_IN_SHARDED | Flags.RESIDUAL_OUT_SHARDED | Flags.OWNER_BLOCKS
 
 
 def run_blocks(ranks: Ranks, config: Config) -> None:

@@ -85,7 +85,7 @@ def outcomes() -> dict[str, dict[str, Any]]:
 def test_every_all_reduce_is_accounted_for(name: str, outcomes: dict[str, dict[str, Any]]) -> None:
     """Each model's all-reduces fuse in the expected number; each other one has its reason."""
     case, outcome = MODELS[name], outcomes[name]
-    if case.missed == ("mul",) and not outcome["missed"]:
+    if case.missed == ("mul",) and torch.__version__.startswith("2.11"):
         case = Model(case.fused + 1)
     assert len(outcome["fused"]) == case.fused, outcome
     assert len(outcome["missed"]) == len(case.missed), outcome["missed"]

@@ -22,12 +22,12 @@ import torch
 from arfusion_pass.ops import reference
 from arfusion_pass.ops.spec import NO_QUANT, Flags
 from arfusion_pass.runtime import c_api
+from arfusion_pass.runtime.scattering import BLOCKS
 from kernels.tests.machine import DEVICE, EMULATED, load
 from kernels.tests.simulated import SPECS, make_call
 from tests.gpu.calls import Config, allocate, rank_input, shared_inputs, verify_epilogue
 
 SIZE = 4 << 20
-BLOCKS = Flags.SHARDED | Flags.RESIDUAL_IN_SHARDED | Flags.RESIDUAL_OUT_SHARDED | Flags.OWNER_BLOCKS
 GPUS = 16
 """Streams with the same number modulo this share a GPU (emulator.cpp)."""
 
