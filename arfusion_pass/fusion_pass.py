@@ -26,6 +26,7 @@ from arfusion_pass.rewrite.pass_manager import FusionPassManager
 from arfusion_pass.rewrite.raising import RaisedSite, find_sites
 from arfusion_pass.rewrite.reassociate import Moves, reassociate
 from arfusion_pass.rewrite.shadow import build_shadow
+from arfusion_pass.rewrite.sizes import SizesOfInputs
 
 log = logging.getLogger("arfusion_pass")
 
@@ -147,9 +148,12 @@ def run(graph: fx.Graph, config: FusionConfig) -> FusionReport:
     described: list[Site] = []
     taken: list[Any] = []
     moves = Moves()
+    sizes = SizesOfInputs(graph)
+    moving = config.reassociate and not trains(graph)
     try:
-        if config.reassociate and not trains(graph):
+        if moving:
             moves = reassociate(graph, config)
+            moving = bool(moves.steps)
         found = find_sites(graph, config)
         described = [
             provenance.describe(site, moves) for site in found
@@ -169,6 +173,8 @@ def run(graph: fx.Graph, config: FusionConfig) -> FusionReport:
             if any(map(_on_cpu, written)):
                 written_order.keep()
             committer.erase()
+            if written:
+                sizes.keep()
             chains = find_chains([call for _, call in written], config)
             mark_chains(chains)
             marking.stamp(sites, written)
@@ -184,6 +190,11 @@ def run(graph: fx.Graph, config: FusionConfig) -> FusionReport:
         outcome = "had written its fused calls" if written else kept
         note = f"the pass met something it did not expect and {outcome}: {type(error).__name__}: {error}"
         log.warning("arfusion: %s", note, exc_info=True)
+    finally:
+        if moving:  # what they asked may be gone
+            sizes.keep()
+        else:
+            sizes.restore()
     fused = {id(plan.site): (plan, call) for plan, call in written}
     final: list[Site] = []
     for site, text in zip(sites, described, strict=True):
