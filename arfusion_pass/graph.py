@@ -211,13 +211,19 @@ _ALLOWED: dict[Any, dict[str, Callable[[fx.Node, Any], bool]]] = {
 """Optional arguments with other values than the default that change nothing."""
 
 
+def by_position(node: fx.Node) -> bool:
+    """Whether a call of an aten or prims op gives its operands by position, as every tracer does. A pass that wrote the
+    graph may have given them by name, ``permute(x, dims=[1, 0])``: none such is recognised."""
+    return len(node.args) >= _operands(node.target)[0]
+
+
 def understood(node: fx.Node) -> bool:
     """Whether a call of an aten or prims op gives its operands by position, and no optional argument that its
     recogniser does not read a value other than the default. Of other ops' arguments their dialects know."""
-    positional, optional = _operands(node.target)
-    args, kwargs = node.args, node.kwargs
-    if len(args) < positional:
+    if not by_position(node):
         return False
+    args, kwargs = node.args, node.kwargs
+    _, optional = _operands(node.target)
     for name, index, default, allowed in optional:
         value = kwargs.get(name, args[index] if index < len(args) else default)
         if value is default:
@@ -302,7 +308,7 @@ def source_of(node: Any) -> fx.Node | None:
     computes anything, leaves elements out or moves them. Such a node is a view, a ``permute`` that moves dimensions of
     size 1 only, a wait for what was waited for already, a clone, the functional ``copy`` that a tensor reduced in place
     leaves, or a split into one part, which is a list, with the ``getitem`` of it."""
-    if not (isinstance(node, fx.Node) and node.op == "call_function" and node.args):
+    if not (isinstance(node, fx.Node) and node.op == "call_function" and node.args and by_position(node)):
         return None
     target = node.target
     source: Any = node.args[0]
@@ -438,8 +444,8 @@ def mutated_arguments(node: fx.Node) -> list[fx.Node]:
 
     ``auto_functionalized`` calls write to none: they copy.
     """
-    if node.op in ("call_method", "call_module"):
-        return list(node.all_input_nodes)
+    if says_nothing(node):
+        return _given(node)
     if node.op != "call_function" or _is_functional(node):
         return []
     schema = getattr(node.target, "_schema", None)
@@ -448,7 +454,6 @@ def mutated_arguments(node: fx.Node) -> list[fx.Node]:
             return [] if _only_reads(node) else list(node.all_input_nodes)
         return list(node.all_input_nodes) if node.target in IN_PLACE_OPERATORS else []
     if not schema.is_mutable:
-        # Such as inductor::resize_storage_bytes_, whose schema does not admit it.
         acts = not schema.returns and not schema.name.startswith(READERS)
         return list(node.all_input_nodes) if acts else []
     written: list[fx.Node] = []
@@ -456,6 +461,30 @@ def mutated_arguments(node: fx.Node) -> list[fx.Node]:
         if parameter.alias_info is not None and parameter.alias_info.is_write:
             written += _nodes(node, parameter.name, index)
     return written
+
+
+def says_nothing(node: fx.Node) -> bool:
+    """Whether nothing says what a call writes to and what it gives: of a method, a module or a Python function, and of
+    an op that is named like one in place and whose schema does not admit it (c10d's collectives)."""
+    return node.op in ("call_method", "call_module") or (node.op == "call_function" and _is_silent(node.target))
+
+
+@functools.cache
+def _is_silent(target: Any) -> bool:
+    schema = getattr(target, "_schema", None)
+    if schema is None:
+        return not isinstance(target, HigherOrderOperator) and getattr(target, "__module__", "") not in _PURE_MODULES
+    return not schema.is_mutable and schema.name.endswith("_") and not schema.name.endswith("__")
+
+
+_PURE_MODULES = ("_operator", "math")
+"""Of Python's functions those write to nothing, but for ``operator``'s in place, and give no views, but for getitem."""
+
+
+def _given(node: fx.Node) -> list[fx.Node]:
+    """The nodes that a call takes, without those that surely are numbers."""
+    numbers = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
+    return [each for each in node.all_input_nodes if not isinstance(value_of(each), numbers)]
 
 
 def parts_of(node: fx.Node) -> list[fx.GraphModule]:
@@ -499,23 +528,34 @@ def _nodes(node: fx.Node, name: str, index: int) -> list[fx.Node]:
 
 def viewed(node: fx.Node) -> list[fx.Node]:
     """The nodes whose memory the result of ``node`` may be: what it is a view of; none for fresh memory."""
-    if node.op in ("call_method", "call_module"):
-        return list(node.all_input_nodes)
+    if says_nothing(node):
+        return _given(node)
     if node.op != "call_function" or _is_functional(node):
         return []
     if node.target in VIEWS or node.target in (operator.getitem, torch.ops._c10d_functional.wait_tensor.default):
-        return [node.args[0]] if isinstance(node.args[0], fx.Node) else []
+        return [each for each in node.args[:1] or node.kwargs.values() if isinstance(each, fx.Node)]
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         unknown = node.target in IN_PLACE_OPERATORS or isinstance(node.target, HigherOrderOperator)
         return list(node.all_input_nodes) if unknown else []
     if all(result.alias_info is None for result in schema.returns):
-        return []
+        return _given(node) if schema.name in MAY_BE_VIEWS else []
     shared: list[fx.Node] = []
     for index, parameter in enumerate(schema.arguments):
         if parameter.alias_info is not None:
             shared += _nodes(node, parameter.name, index)
     return shared
+
+
+MAY_BE_VIEWS = frozenset(
+    f"aten::{name}"
+    for name in ("alpha_dropout", "atleast_1d", "atleast_2d", "atleast_3d", "broadcast_tensors", "cartesian_prod",
+                 "conj_physical", "dropout", "einsum", "feature_alpha_dropout", "feature_dropout",
+                 "flatten_dense_tensors", "lift", "meshgrid", "sum_to_size", "to_dense", "type_as", "unsafe_chunk",
+                 "unsafe_split", "unsafe_split_with_sizes")
+)  # fmt: skip
+"""Names of ops that often give what they are given, or a view of it, which their schemas do not say. Found by running
+torch's own samples of every op; Inductor's decompositions leave few of them."""
 
 
 def owners(node: fx.Node) -> set[fx.Node]:
@@ -622,6 +662,12 @@ def _as_dtype(value: Any, dtype: torch.dtype | None) -> float | None:
         with unset_fake_temporarily():
             return torch.tensor(value, dtype=dtype, device="cpu").item()
     return float(value) if dtype.is_floating_point else float(int(value))
+
+
+def is_last(dims: Sequence[int], tensor: torch.Tensor) -> bool:
+    """Whether ``dims`` are the last dimension of ``tensor`` alone. One without dimensions, of which torch says that it
+    has dimension -1, has none."""
+    return tensor.dim() > 0 and [dim % tensor.dim() for dim in dims] == [tensor.dim() - 1]
 
 
 def same_geometry(shape: Sequence[Any], strides: Sequence[Any], tensor: torch.Tensor) -> bool:

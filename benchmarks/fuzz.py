@@ -1,5 +1,5 @@
 """Fuzz: random graphs over every dialect, random chains, random functions in eager Python, and graphs that fuse with
-one condition broken, or with a writer to one of their tensors, for a night or for a minute.
+one condition broken, with a writer to one of their tensors, or with operands by name, for a night or for a minute.
 
     python -m benchmarks.fuzz --seed 1 --sites 5000 --chains 5000 --programs 5000 --mutants 20000 --writings 20000
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import functools
 import logging
 import random
 import sys
@@ -144,6 +145,16 @@ def one_writing(seed: int, counts: Counts) -> str | None:
     return _changed(seed, mutants.write, counts)
 
 
+def one_silent(seed: int, counts: Counts) -> str | None:
+    """The same with writers whose ops do not say that they write, or what they give."""
+    return _changed(seed, functools.partial(mutants.write, ways=mutants.SILENT), counts)
+
+
+def one_named(seed: int, counts: Counts) -> str | None:
+    """A graph that fuses, with operands by name."""
+    return _changed(seed, mutants.named, counts)
+
+
 def _changed(seed: int, change: Change, counts: Counts) -> str | None:
     number = seed // 25
     if number not in _originals:
@@ -168,6 +179,8 @@ KINDS: dict[str, Callable[[int, Counts], str | None]] = {
     "programs": one_program,
     "mutants": one_mutant,
     "writings": one_writing,
+    "silent": one_silent,
+    "named": one_named,
 }
 
 

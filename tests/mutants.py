@@ -348,25 +348,43 @@ def _scaled(graph: fx.Graph, choose: random.Random) -> str | None:
     return f"{node} scaled"
 
 
-def write(module: fx.GraphModule, choose: random.Random) -> tuple[fx.GraphModule, str] | None:
+def write(
+    module: fx.GraphModule, choose: random.Random, ways: dict[str, Write] | None = None
+) -> tuple[fx.GraphModule, str] | None:
     """``module`` with somebody who writes to one of its tensors, in one of the ways of ``WRITES``, at any place behind
     it; None where that makes no graph."""
-    mutant = copied(module)
+    mutant, ways = copied(module), WRITES if ways is None else ways
     nodes = [node for node in mutant.graph.nodes if _floating(node) and node.meta["val"].itemsize > 1]
-    node, name = choose.choice(nodes), choose.choice(tuple(WRITES))
+    node, name = choose.choice(nodes), choose.choice(tuple(ways))
     later = [other for other in mutant.graph.nodes if node < other and other.op != "placeholder"]
     place = choose.choice(later[: choose.choice((6, 24, 60))])
     while place.op == "call_function" and place.target is operator.getitem:
         place = place.next
     try:
         with mutant.graph.inserting_before(place):
-            WRITES[name](mutant.graph.call_function, node, node.meta["val"])
+            ways[name](mutant.graph.call_function, node, node.meta["val"])
         mutant.graph.lint()
         propagate(mutant)
     except Exception:
         return None
     mutant.recompile()
     return mutant, f"{node} written by {name} in front of {place}"
+
+
+def named(module: fx.GraphModule, choose: random.Random) -> tuple[fx.GraphModule, str]:
+    """``module`` with the operands of some calls given by their names, as a pass may write them."""
+    mutant, changed = copied(module), []
+    for node in mutant.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or choose.random() < 0.5:
+            continue
+        kept = choose.randrange(len(node.args) + 1)
+        names = [parameter.name for parameter in schema.arguments]
+        node.kwargs = {**dict(zip(names[kept:], node.args[kept:], strict=False)), **node.kwargs}
+        node.args = node.args[:kept]
+        changed.append(node.name)
+    mutant.recompile()
+    return mutant, f"operands by name: {', '.join(changed)}"
 
 
 Call = Callable[..., fx.Node]
@@ -410,6 +428,24 @@ WRITES: dict[str, Write] = {
     ),
 }  # fmt: skip
 """Ways to write to a tensor, or to a part of it."""
+
+
+SILENT: dict[str, Write] = {
+    "function": lambda call, node, value: call(torch.relu_, (node,)),
+    "method of the class": lambda call, node, value: call(Tensor.mul_, (node, 2.0)),
+    "packet": lambda call, node, value: call(aten.mul_, (node, 2.0)),
+    "inplace=True": lambda call, node, value: call(torch.nn.functional.relu, (node, True)),
+    "by name": lambda call, node, value: call(aten.mul_.Tensor, (), {"other": 2.0, "self": node}),
+    "dropout": _to(lambda call, node, value: call(aten.dropout.default, (node, 0.5, False))),
+    "einsum": _to(lambda call, node, value: call(aten.einsum.default, ("...i->...i", [node]))),
+    "type_as": _to(lambda call, node, value: call(aten.type_as.default, (node, node))),
+    "atleast_2d": _to(lambda call, node, value: call(aten.atleast_2d.default, (node,))),
+    "broadcast_tensors": _to(lambda call, node, value: _part(call, aten.broadcast_tensors.default, [node])),
+    "unsafe_chunk": _to(lambda call, node, value: _part(call, aten.unsafe_chunk.default, node, 2)),
+    "sum_to_size": _to(lambda call, node, value: call(aten.sum_to_size.default, (node, list(value.shape)))),
+    "view by name": _to(lambda call, node, value: call(aten.view.default, (), {"size": [-1], "self": node})),
+}  # fmt: skip
+"""Ways whose op does not say that it writes, or that what it gives is memory of what it is given."""
 
 
 MUTATIONS: dict[str, Callable[[fx.Graph, random.Random], str | None]] = {

@@ -108,6 +108,10 @@ class Interpreter(fx.Interpreter):
     """Runs a graph node by node, its collectives by :func:`all_reduce`; engines' run over the whole world."""
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        schema = getattr(target, "_schema", None)
+        if kwargs and schema is not None and schema.name.startswith("_c10d_functional::"):
+            names = [parameter.name for parameter in schema.arguments]
+            args, kwargs = (*args, *(kwargs[name] for name in names[len(args) :])), {}
         if target is c10d.all_reduce.default:
             return all_reduce(args[0], args[2])
         if target is c10d.all_reduce_.default:
@@ -118,7 +122,6 @@ class Interpreter(fx.Interpreter):
             return all_gather(args[0], args[2])
         if target is c10d.wait_tensor.default:
             return args[0]
-        schema = getattr(target, "_schema", None)
         if schema is not None and schema.name in ENGINE_COLLECTIVES:
             if schema.name in ("vllm::reduce_scatter", "vllm::all_gather"):
                 collective = reduce_scatter if "scatter" in schema.name else all_gather

@@ -33,6 +33,18 @@ def test_writing(seed: int) -> None:
     assert fuzz.one_writing(seed, collections.Counter()) is None
 
 
+@pytest.mark.parametrize("seed", [1015, 1018, 1034, 1049, 1052, 1055])
+def test_silent_writing(seed: int) -> None:
+    """Contract *sound*: a writer whose op does not say so."""
+    assert fuzz.one_silent(seed, collections.Counter()) is None
+
+
+@pytest.mark.parametrize("seed", [1300, 1375, 1425])
+def test_operands_by_name(seed: int) -> None:
+    """Operands that a pass gave by name make no site fail but their own."""
+    assert fuzz.one_named(seed, collections.Counter()) is None
+
+
 def test_engine_norm_of_a_widened_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sum that is widened for an engine's norm is no error of the pass (a drawn graph that once failed)."""
     monkeypatch.setattr(groups, "_registered", {})

@@ -20,7 +20,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from arfusion_pass.graph import describe, is_pure, known_contiguous, mutated_arguments, owners, tensor_of
+from arfusion_pass.graph import describe, is_pure, known_contiguous, mutated_arguments, owners, says_nothing, tensor_of
 from arfusion_pass.ops.checks import FusedCall, check_call
 from arfusion_pass.ops.schema import OUTPUT_NAMES
 from arfusion_pass.patterns.chains import auto_functionalized
@@ -245,8 +245,9 @@ class Committer:
             if node in own:
                 continue  # an all-reduce in place
             if any(since.get(owner, end + 1) <= at <= end for owner in memory):
+                writes = "may write" if says_nothing(node) else "writes"
                 return (
-                    f"{describe(node)} writes to {describe(written)} between the all-reduce and the end of "
+                    f"{describe(node)} {writes} to {describe(written)} between the all-reduce and the end of "
                     "what would be fused, or what is read for it in front"
                 )
             if not shared.isdisjoint(memory):

@@ -24,6 +24,7 @@ from arfusion_pass.dialects import Norm, Reduced, Refused, norms_of
 from arfusion_pass.dialects.reading.op_calls import op_name
 from arfusion_pass.graph import (
     aten,
+    by_position,
     constant,
     describe,
     dtype_of,
@@ -277,7 +278,7 @@ def mergeable(step: fx.Node, operand: fx.Node, reductions: Reductions) -> bool:
 def linear(step: fx.Node, operand: fx.Node, group: str, reductions: Reductions) -> Kind | None:
     """What kind of linear step ``step`` is in ``operand``, which all-reduces of ``group`` give; None where it is none,
     or rounds to a lower dtype."""
-    if dtype_of(step) not in (dtype_of(operand), torch.float32) or tensor_of(step) is None:
+    if dtype_of(step) not in (dtype_of(operand), torch.float32) or tensor_of(step) is None or not by_position(step):
         return None
     if _scales(step, operand, group, reductions):
         return Kind.SCALE
@@ -322,7 +323,7 @@ def _scales(step: fx.Node, operand: fx.Node, group: str, reductions: Reductions)
 def _over_leading(step: fx.Node, operand: fx.Node) -> bool:
     tensor = tensor_of(operand)
     dims = step.args[1] if len(step.args) > 1 else None
-    if tensor is None or not isinstance(dims, (list, tuple)) or not dims:
+    if tensor is None or tensor.dim() == 0 or not isinstance(dims, (list, tuple)) or not dims:
         return False
     return all(isinstance(dim, int) and dim % tensor.dim() != tensor.dim() - 1 for dim in dims)
 

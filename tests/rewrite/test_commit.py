@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import pytest
@@ -305,15 +306,49 @@ def test_mutated_constant() -> None:
     assert check_fused(mutated(model, X, W), 1).fused[0].epsilon is None
 
 
-def test_write_that_no_schema_admits() -> None:
-    """``inductor::resize_storage_bytes_`` frees memory and says nowhere that it writes."""
+UNSAID: dict[str, Any] = {
+    "resize_storage_bytes_": lambda call, r: call(torch.ops.inductor.resize_storage_bytes_.default, (r, 0)),
+    "c10d.allreduce_": lambda call, r: call(torch.ops.c10d.allreduce_.default, ([r], None, None, None)),
+    "c10d.recv_": lambda call, r: call(torch.ops.c10d.recv_.default, ([r], None, 0, 0)),
+    "relu_": lambda call, r: call(torch.relu_, (r,)),
+    "function relu": lambda call, r: call(torch.nn.functional.relu, (r, True)),
+    "aten.mul_": lambda call, r: call(aten.mul_, (r, 2)),
+}
+"""Calls that write to what they are given, and say so nowhere."""
+
+
+@pytest.mark.parametrize("what", UNSAID)
+def test_write_that_no_schema_admits(what: str) -> None:
+    """Contract *sound*: c10d's own collectives write in place, and their schemas do not say so."""
     module = trace(lambda x, r, w: llama(r.float() + reduce(x), w, EPS), *tensors(X, X, W), functional=False)
     graph = module.graph
     residual = list(graph.nodes)[1]
     wait = graph.find_nodes(op="call_function", target=c10d.wait_tensor.default)[0]
     with graph.inserting_after(wait):
-        graph.call_function(torch.ops.inductor.resize_storage_bytes_.default, (residual, 0))
-    assert "resize_storage_bytes_" in check_unchanged(module).missed[0].reason
+        UNSAID[what](graph.call_function, residual)
+    reason = check_unchanged(module).missed[0].reason
+    assert what in reason and ("may write to" in reason or what.startswith("resize")), reason
+
+
+@pytest.mark.parametrize("view", ["dropout", "unsafe_chunk", "einsum", "by name"])
+def test_write_by_a_view_that_no_schema_admits(view: str) -> None:
+    """Contract *sound*: dropout that drops nothing gives its input, and chunks share its memory."""
+    module = trace(lambda x, r, w: llama(r.float() + reduce(x), w, EPS), *tensors(X, X, W), functional=False)
+    graph = module.graph
+    wait = graph.find_nodes(op="call_function", target=c10d.wait_tensor.default)[0]
+    residual = list(graph.nodes)[1]
+    call = graph.call_function
+    with graph.inserting_before(wait.next):
+        if view == "dropout":
+            part = call(aten.dropout.default, (residual, 0.5, False))
+        elif view == "unsafe_chunk":
+            part = call(operator.getitem, (call(aten.unsafe_chunk.default, (residual, 2)), 0))
+        elif view == "einsum":
+            part = call(aten.einsum.default, ("ij->ji", [residual]))
+        else:
+            part = call(aten._unsafe_view.default, (), {"size": [-1], "self": residual})
+        call(aten.mul_.Tensor, (part, 2))
+    assert "writes to" in check_unchanged(module).missed[0].reason
 
 
 def test_call_that_may_write() -> None:

@@ -220,6 +220,23 @@ def test_weight_left_outside(model: Callable[..., Any]) -> None:
     check_fused(trace(model, *tensors(X, W)), 1)
 
 
+@pytest.mark.parametrize("reassociate", [False, True])
+def test_tensor_without_dimensions(reassociate: bool) -> None:
+    """Torch takes dimension -1 of a tensor that has none: such a sum hinders nobody else's site."""
+
+    def model(s: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        one = reduce(s)
+        wide = aten.sum.dim_IntList(one, [0]).float()
+        root = torch.rsqrt(aten.mean.dim(wide.pow(2), [-1], True) + EPS)
+        return wide * root, aten.mean.dim(one.float().pow(2), [-1]), one.transpose(-1, 0), llama(reduce(x), w, EPS)
+
+    module = trace(model, *tensors((), (4, 32), (32,)))
+    fused, report = fused_copy(module, arf.FusionConfig(raise_errors=True, reassociate=reassociate))
+    assert report.matched_count == 1
+    assert report.missed[0].reason
+    check_same(module, fused)
+
+
 def test_sequence_parallelism() -> None:
     """``reduce_scatter`` and ``all_gather`` are no all-reduce: a site of another kind, and by default no change."""
 

@@ -26,6 +26,7 @@ from arfusion_pass.graph import (
     describe,
     dtype_of,
     is_call,
+    is_last,
     keeps_rows,
     last_dim,
     other_operand,
@@ -130,7 +131,7 @@ def _reduced(node: fx.Node, nodes: tuple[fx.Node, ...]) -> Statistic | Refused |
     if tensor is None or dims is None:
         return None
     is_mean = node.target is aten.mean.dim
-    if [dim % tensor.dim() for dim in dims] != [tensor.dim() - 1]:
+    if not is_last(dims, tensor):
         return (
             Refused(
                 f"{describe(node)} takes the mean over dimensions {list(dims)}; only a norm over the whole last "
@@ -150,8 +151,7 @@ def _magnitude(node: fx.Node, root: fx.Node) -> Statistic | None:
     tensor, dims = tensor_of(root), argument(node, "dim")
     if constant(argument(node, "ord", 2)) != 2.0 or tensor is None or dims is None:
         return None
-    whole = [dim % tensor.dim() for dim in dims] == [tensor.dim() - 1]
-    return Statistic(node, last_dim(root) or math.nan, 0.5, (node,)) if whole else None
+    return Statistic(node, last_dim(root) or math.nan, 0.5, (node,)) if is_last(dims, tensor) else None
 
 
 def _step(current: Statistic, user: fx.Node) -> Statistic | None:
