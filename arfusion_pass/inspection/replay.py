@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import fx
+from torch.utils._sympy.functions import FloorDiv
 
 from arfusion_pass.graph import aten, source_of, tensor_of
 from arfusion_pass.groups import resolve_group
@@ -394,7 +395,8 @@ def _as_given(fake: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 
 
 def _concrete(fake: torch.Tensor, real: torch.Tensor, bindings: dict[Any, int]) -> list[int]:
-    """The real sizes of a fake tensor, given a real tensor of as many elements; binds symbols and their multiples."""
+    """The real sizes of a fake tensor, given a real tensor of as many elements; binds symbols, their multiples and
+    shares."""
     known = [(size, actual) for size, actual in zip(fake.shape, real.shape, strict=False) if isinstance(size, int)]
     if real.dim() == fake.dim() and all(size == actual for size, actual in known):  # else the call took a view of it
         for size, actual in zip(fake.shape, real.shape, strict=True):
@@ -409,6 +411,8 @@ def _bind(size: Any, actual: int, bindings: dict[Any, int]) -> None:
         bindings.setdefault(size.node.expr, actual)
         factor, symbol = size.node.expr.as_coeff_Mul()
         bindings.setdefault(symbol, actual // int(factor))
+        if isinstance(symbol, FloorDiv) and symbol.args[1].is_number:  # each rank has as many rows
+            bindings.setdefault(symbol.args[0], actual // int(factor) * int(symbol.args[1]))
 
 
 def _size(value: Any, bindings: dict[Any, int]) -> Any:
