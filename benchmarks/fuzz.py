@@ -1,5 +1,6 @@
 """Fuzz: random graphs over every dialect, random chains, random functions in eager Python, and graphs that fuse with
-one condition broken, with a writer to one of their tensors, or with operands by name, for a night or for a minute.
+one condition broken, with a writer to one of their tensors, with operands by name, or with all-reduces in place, for a
+night or for a minute.
 
     python -m benchmarks.fuzz --seed 1 --sites 5000 --chains 5000 --programs 5000 --mutants 20000 --writings 20000
 
@@ -121,7 +122,11 @@ def one_of_sites(seed: int, counts: Counts) -> str | None:
 
 def one_chain(seed: int, counts: Counts) -> str | None:
     """A chain of sites with nodes in between, static; now and then with steps moved before the all-reduce."""
-    choose = random.Random(seed)
+    module, inputs = _chain(seed, random.Random(seed))
+    return compare(module, inputs, MOVING if seed % 5 == 4 else STRICT, counts)
+
+
+def _chain(seed: int, choose: random.Random) -> tuple[torch.fx.GraphModule, list[Any]]:
     dtype, steps = choose.choice(mutants.DTYPES), choose.randint(1, 10)
     module = trace(Program(seed, steps), *tensors((4, HIDDEN), (4, HIDDEN), (HIDDEN,), (HIDDEN,), dtype=dtype))
     generator = torch.Generator().manual_seed(seed)
@@ -129,7 +134,7 @@ def one_chain(seed: int, counts: Counts) -> str | None:
         torch.randn(tuple(node.meta["val"].shape), generator=generator).to(dtype)
         for node in module.graph.find_nodes(op="placeholder")
     ]
-    return compare(module, inputs, MOVING if seed % 5 == 4 else STRICT, counts)
+    return module, inputs
 
 
 _originals: dict[int, torch.fx.GraphModule] = {}
@@ -153,6 +158,17 @@ def one_silent(seed: int, counts: Counts) -> str | None:
 def one_named(seed: int, counts: Counts) -> str | None:
     """A graph that fuses, with operands by name."""
     return _changed(seed, mutants.named, counts)
+
+
+def one_in_place(seed: int, counts: Counts) -> str | None:
+    """A graph that fuses, or a chain of sites, with its all-reduces in place."""
+    if seed % 2:
+        return _changed(seed, mutants.in_place, counts)
+    choose = random.Random(seed)
+    module, inputs = _chain(seed, choose)
+    made = mutants.in_place(module, choose)
+    problem = None if made is None else compare(made[0], inputs, MOVING if seed % 10 == 8 else STRICT, counts)
+    return None if problem is None or made is None else f"{made[1]}\n{problem}"
 
 
 def _changed(seed: int, change: Change, counts: Counts) -> str | None:
@@ -181,6 +197,7 @@ KINDS: dict[str, Callable[[int, Counts], str | None]] = {
     "writings": one_writing,
     "silent": one_silent,
     "named": one_named,
+    "in-place": one_in_place,
 }
 
 
@@ -204,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
         begin, failed = time.monotonic(), 0
         with fake_world(WORLD):
             register_groups(WORLD)
-            for seed in range(arguments.seed, arguments.seed + getattr(arguments, kind)):
+            for seed in range(arguments.seed, arguments.seed + getattr(arguments, kind.replace("-", "_"))):
                 if time.monotonic() - begin > arguments.minutes * 60:
                     break
                 problem = check(seed, counts)
@@ -212,7 +229,7 @@ def main(argv: list[str] | None = None) -> int:
                     failed += 1
                     shown = problem if failures + failed <= arguments.show else problem.splitlines()[0]
                     print(f"{kind} {seed}: {shown}\n", flush=True)
-        if getattr(arguments, kind):
+        if getattr(arguments, kind.replace("-", "_")):
             columns = [counts[name] for name in ("graphs", "no graph", "sites", "fused", "quantised")]
             row = [kind, *columns, failed, f"{(time.monotonic() - begin) / 60:.1f}"]
             rows.append("| " + " | ".join(map(str, row)) + " |")

@@ -387,6 +387,39 @@ def named(module: fx.GraphModule, choose: random.Random) -> tuple[fx.GraphModule
     return mutant, f"operands by name: {', '.join(changed)}"
 
 
+def in_place(module: fx.GraphModule, choose: random.Random) -> tuple[fx.GraphModule, str] | None:
+    """``module`` whose all-reduces write over what they reduce, where that is a tensor of its own or a copy. The sum
+    is read from the result, its wait or that tensor, and now and then somebody writes to one of them."""
+    mutant, changed = copied(module), []
+    graph = mutant.graph
+    for node in graph.find_nodes(op="call_function", target=c10d.all_reduce.default):
+        x, group, (wait,) = node.args[0], node.args[2], node.users
+        if choose.random() < 0.2:
+            continue
+        with graph.inserting_before(node):
+            if x.op == "placeholder" or len(x.users) > 1 or choose.random() < 0.3:
+                x = graph.call_function(aten.clone.default, (x,))
+            if choose.random() < 0.3:
+                x = graph.call_function(aten.view.default, (x, list(node.meta["val"].shape)))
+            written = graph.call_function(c10d.all_reduce_.default, (x, "sum", group))
+            again = graph.call_function(c10d.wait_tensor.default, (choose.choice((written, x)),))
+        for reader in list(wait.users):
+            reader.replace_input_with(wait, choose.choice((x, x, written, again)))
+        if choose.random() < 0.3:
+            with graph.inserting_before(choose.choice([each for each in graph.nodes if again < each][:24])):
+                graph.call_function(aten.mul_.Tensor, (choose.choice((x, written, again)), 2.0))
+        changed.append(node.name)
+        graph.erase_node(wait)
+        graph.erase_node(node)
+    try:
+        graph.lint()
+        propagate(mutant)
+    except Exception:
+        return None
+    mutant.recompile()
+    return mutant, f"in place: {', '.join(changed)}"
+
+
 Call = Callable[..., fx.Node]
 Write = Callable[[Call, fx.Node, Tensor], Any]
 

@@ -45,6 +45,12 @@ def test_operands_by_name(seed: int) -> None:
     assert fuzz.one_named(seed, collections.Counter()) is None
 
 
+@pytest.mark.parametrize("seed", [1002, 1016, 1018, 1038, 1082, 1096])
+def test_in_place(seed: int) -> None:
+    """All-reduces in place, whose sum others read by the tensor's name, or write to."""
+    assert fuzz.one_in_place(seed, collections.Counter()) is None
+
+
 def test_engine_norm_of_a_widened_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sum that is widened for an engine's norm is no error of the pass (a drawn graph that once failed)."""
     monkeypatch.setattr(groups, "_registered", {})

@@ -154,6 +154,8 @@ def _quantised(norm: fx.Node, node: fx.Node, states: States, hidden: int) -> Qua
             scale_dtype=by.dtype,
         )
     scale, rule, written = _scales(by, state.scaled.apply, slice_, states)
+    if scale is None and (low := _low_scales(by, slice_, states)) is not None:
+        return Refused(f"{describe(low)} gives the scales in {dtype_of(low)}, and the kernels write float32", low)
     layout = spec.layout
     if scale is not None:
         slice_ |= _slice(norm, scale, states)
@@ -202,6 +204,14 @@ def _scales(
         if same and _read_outside(node, slice_) and _of_same_amax(node, slice_, states):
             return node, state.rule, state.scale_round
     return None, ScaleRule.DIVIDE if apply == Apply.MAX_OVER_AMAX else by.rule, by.scale_round
+
+
+def _low_scales(by: PerUnit, slice_: set[fx.Node], states: States) -> fx.Node | None:
+    """A node that holds the scales in 16 bits, which others than the quantiser read."""
+    for node in sorted(slice_):
+        if states.get(node) == by and by.kind == Kind.SCALE and dtype_of(node) in LOW and _read_outside(node, slice_):
+            return node
+    return None
 
 
 def _read_outside(node: fx.Node, slice_: set[fx.Node]) -> bool:

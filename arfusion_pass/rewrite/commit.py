@@ -20,7 +20,16 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from arfusion_pass.graph import describe, is_pure, known_contiguous, mutated_arguments, owners, says_nothing, tensor_of
+from arfusion_pass.graph import (
+    describe,
+    is_pure,
+    is_returned,
+    known_contiguous,
+    mutated_arguments,
+    owners,
+    says_nothing,
+    tensor_of,
+)
 from arfusion_pass.ops.checks import FusedCall, check_call
 from arfusion_pass.ops.schema import OUTPUT_NAMES
 from arfusion_pass.patterns.chains import auto_functionalized
@@ -72,9 +81,13 @@ class Committer:
         self.last_placeholder = placeholders[-1] if placeholders else None
         self.sizes = SizeSource(self.order)
         self.plans: dict[int, Plan] = {}
-        self.writer: dict[fx.Node, int] = {
-            value: index for index in self.calls for held in self.sites[index].holders.values() for value in held
-        }
+        self.writer: dict[fx.Node, int] = {}
+        self.earlier: dict[fx.Node, int] = {}  # of what one site writes and another reduces in place
+        for index in sorted(self.calls):
+            for value in _held(self.sites[index]):
+                if value in self.writer:
+                    self.earlier[value] = self.writer[value]
+                self.writer[value] = index
         self.planning: list[int] = []
         fakes = (tensor for node in self.order if isinstance(tensor := tensor_of(node), FakeTensor))
         self.mode = next((fake.fake_mode for fake in fakes), None)
@@ -105,6 +118,9 @@ class Committer:
         tail: dict[fx.Node, fx.Node] = {}
         replaced: dict[fx.Node, fx.Node] = {}
         for plan in self.plans.values():
+            _read_result(plan.site, undo)
+        for plan in self.plans.values():
+            readers = plan.site.outside_readers
             last = tail.get(plan.anchor, plan.anchor)
             for node in plan.moved:
                 undo.callback(node.prev.append, node)
@@ -114,7 +130,6 @@ class Committer:
             last = max([last, *(replaced.get(node, node) for node in _origins(plan.call))])
             call, last, values = self._write(plan, last, replaced, undo)
             tail[plan.anchor] = last
-            readers = plan.site.outside_readers
             for role, old_values in plan.site.holders.items():
                 outside = set(readers[role])
                 for user in readers[role]:
@@ -142,12 +157,15 @@ class Committer:
         call = self.calls[index]
         inputs = list(dict.fromkeys(origin for origin in _origins(call)))
         for node in inputs:
-            if node in self.writer and self.writer[node] != index:
-                self._plan(self.writer[node])
+            writers = (self.writer.get(node), self.earlier.get(node))
+            writer = next((each for each in writers if each not in (None, index)), None)
+            if writer is not None:
+                self._plan(writer)
         if site.reason is not None:
             return
-        own = set(site.nodes)
-        circular = next((node for node in inputs if node in own), None)
+        own = {*site.nodes, *_held(site)}
+        others = [node for role, node in site.inputs.items() if role != "x"]
+        circular = next((node for node in others if node in own), None)
         if circular is not None:
             site.reason = f"{describe(circular)} is both an input and a result of the fused call"
             return
@@ -157,7 +175,7 @@ class Committer:
         anchor = max([self._defined(node) for node in inputs] + [self.position[site.node]])
         moved: list[fx.Node] = []
         if anchor >= first:
-            moved_and_anchor = self._hoist(inputs, site, own, first)
+            moved_and_anchor = self._hoist(others, site, own, first)
             if site.reason is not None:
                 return
             if moved_and_anchor is None:
@@ -171,9 +189,8 @@ class Committer:
             moved, anchor = moved_and_anchor
         if self.last_placeholder is not None:
             anchor = max(anchor, self.position[self.last_placeholder])
-        reason = self._mutation(site, inputs, moved, anchor)
-        if reason is not None:
-            site.reason = reason
+        site.reason = _returned_twice(site) or self._mutation(site, inputs, moved, anchor)
+        if site.reason is not None:
             return
         buffers: dict[str, Buffer] = {}
         for role in OUTPUT_NAMES:
@@ -236,7 +253,7 @@ class Committer:
             for owner in owners(node).union(*map(owners, node.all_input_nodes)):
                 since[owner] = min(since.get(owner, begin), begin)
         own = set(nodes)
-        shared = {owner for held in site.holders.values() if len(held) > 1 for node in held for owner in owners(node)}
+        shared = set[fx.Node]().union(*map(_in_one_memory, site.holders.values()))
         end = max(self.position[nodes[-1]], anchor)
         begin = 0 if shared else bisect.bisect_left(self.mutations, min(since.values()), key=operator.itemgetter(0))
         for at, node, written, memory in itertools.islice(self.mutations, begin, None):
@@ -251,7 +268,7 @@ class Committer:
                     "what would be fused, or what is read for it in front"
                 )
             if not shared.isdisjoint(memory):
-                return f"{describe(node)} writes to {describe(written)}, which two quantisers would share"
+                return f"{describe(node)} writes to {describe(written)}, whose memory would become another value's too"
         return None
 
     def _write(
@@ -369,6 +386,23 @@ class Committer:
                 self.graph.erase_node(node)
 
 
+def _held(site: RaisedSite) -> set[fx.Node]:
+    """Every node that holds a value which the fused call of a site could write."""
+    return {node for nodes in site.holders.values() for node in nodes}
+
+
+def _read_result(site: RaisedSite, undo: contextlib.ExitStack) -> None:
+    """Let those who read what an all-reduce in place wrote by the tensor's name read its result instead: the fused call
+    reads that tensor as it was, and writes another."""
+    x = site.inputs.get("x") if site.prologue is None else site.prologue.x
+    if x is None or x not in _held(site):
+        return
+    for user in x.users:
+        if site.node < user:
+            undo.callback(_restore, user, user.args, user.kwargs)
+    x.replace_all_uses_with(site.node, delete_user_cb=lambda user: site.node < user)
+
+
 def _restore(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     node.args, node.kwargs = args, kwargs
 
@@ -380,6 +414,26 @@ def _origins(call: fx.Node) -> list[fx.Node]:
         for node in call.all_input_nodes
         for origin in ([node.meta["origin"]] if "origin" in node.meta else _origins(node))
     ]
+
+
+def _returned_twice(site: RaisedSite) -> str | None:
+    """A reason if two tensors that hold one value, each in memory of its own, leave the graph: whoever gets them may
+    write to one."""
+    for held in site.holders.values():
+        returned = {frozenset(owners(node)): node for node in held if len(held) > 1 and is_returned(node)}
+        if len(returned) > 1:
+            first, second, *_ = sorted(returned.values())
+            return (
+                f"{describe(first)} and {describe(second)} leave the graph, and the fused op writes one tensor for both"
+            )
+    return None
+
+
+def _in_one_memory(holders: Iterable[fx.Node]) -> set[fx.Node]:
+    """The owners of the memory of nodes that hold one value, where each has its own, as twins and casts do, and will
+    have one; none where they are views of one."""
+    memories = {frozenset(owners(node)) for node in holders}
+    return set[fx.Node]().union(*memories) if len(memories) > 1 else set()
 
 
 def _looked_through(nodes: Iterable[fx.Node], inputs: Iterable[fx.Node]) -> set[fx.Node]:

@@ -506,7 +506,7 @@ def _blame(steps: list[fx.Node], norm: Norm | Refused) -> tuple[str, fx.Node | N
         return f"{describe(step)} belongs to a LayerNorm, which subtracts the mean; RMSNorm is fused", step
     if is_cast(step) and added and dtype_of(step.args[0]) == torch.float32:
         reason = (
-            f"{describe(step)} rounds the sum with an fp32 residual to {dtype_of(step)} before the norm "
+            f"{describe(step)} rounds the float32 sum to {dtype_of(step)} before the norm "
             f"{describe(norm.result)}, which the fused op would read unrounded"
         )
         return reason, step

@@ -409,7 +409,8 @@ def _read_inside(nodes: tuple[fx.Node, ...], values: set[fx.Node | None], what: 
             continue  # produced by the kernel, or computed from what it produces
         for user in node.users:
             if user not in inside:
-                training = "; a training graph keeps such values for its backward" if user.op == "output" else ""
+                kept = user.op == "output" and what == "RMSNorm"
+                training = "; a training graph keeps such values for its backward" if kept else ""
                 return f"{describe(node)}, a value inside the {what}, is also read by {describe(user)}{training}"
     return None
 

@@ -177,6 +177,14 @@ for function, note in (
     (q.group_pow2_bits, "by its bits"),
 ):
     add(function.__name__, site(function), "FusedAddRMSNorm", None, "residual norm", note=note)
+add(
+    "low_scales",
+    site(q.low_scales),
+    "FusedAddRMSNorm",
+    None,
+    "residual norm",
+    note="gives the scales in torch.bfloat16",
+)
 add("inside_read", q.inside_read, "FusedAddRMSNorm", None, "norm", note="a value inside the quantiser")
 
 TWINS = ("twins_token", "twins_static")

@@ -351,6 +351,77 @@ def test_write_by_a_view_that_no_schema_admits(view: str) -> None:
     assert "writes to" in check_unchanged(module).missed[0].reason
 
 
+def test_casts_that_leave_the_graph() -> None:
+    """Two casts of one fp32 sum are two tensors: returned both, they must not become one."""
+
+    def model(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        wide = reduce(x.float())
+        low = wide.to(x.dtype)
+        return llama(low + r, w, EPS), low, wide.to(x.dtype)
+
+    assert "one tensor for both" in check_unchanged(trace(model, *tensors(X, X, W))).missed[0].reason
+
+
+def test_write_to_what_was_reduced_in_place() -> None:
+    """What was reduced in place is written behind the norm: in the memory that the fused call wrote, as before."""
+
+    def model(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        own = x.clone()
+        y = c10d.wait_tensor(c10d.all_reduce_(own, "sum", "0"))
+        norm = llama(y + r, w, EPS)
+        aten.mul_.Tensor(own, 2)
+        return norm, y, own
+
+    module = mutated(model, X, X, W)
+    fused, report = fused_copy(module)
+    assert report.matched_count == 1, str(report)
+    check_same(module, fused)
+
+
+def reduced_in_place(y: Tensor) -> Tensor:
+    return c10d.wait_tensor(c10d.all_reduce_(y, "sum", "0"))
+
+
+def read_by_name(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    own = x.clone()
+    return llama(reduced_in_place(own) + r, w, EPS), own, own.sum()
+
+
+def norm_reduced_in_place(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    norm = llama(reduce(x) + r, w, EPS)
+    return llama(reduced_in_place(norm) + x, w, EPS), norm
+
+
+def late_residual(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    own = x.clone()
+    first, y = reduced_in_place(own), c10d.all_reduce(r, "sum", "0")
+    gamma = w * r.sum()
+    return llama(first, gamma, EPS), llama(c10d.wait_tensor(y) + own, w, EPS)
+
+
+def its_own_residual(x: Tensor, r: Tensor, w: Tensor) -> Tensor:
+    own = x.clone()
+    return llama(reduced_in_place(own) + own, w, EPS)
+
+
+def its_own_weight(x: Tensor, r: Tensor, w: Tensor) -> Tensor:
+    own = x.clone()
+    return llama(reduced_in_place(own) + r, own[0] + w, EPS)
+
+
+@pytest.mark.parametrize(
+    ("model", "fused"),
+    [(read_by_name, 1), (norm_reduced_in_place, 2), (late_residual, 2), (its_own_residual, 0), (its_own_weight, 0)],
+)
+def test_reduced_in_place_and_read_by_name(model: Any, fused: int) -> None:
+    """What was reduced in place is read by the tensor's own name afterwards: the call reads the tensor as it was, and
+    everybody else the sum (the graph was no graph any more, or a residual was this rank's share of it)."""
+    module = mutated(model, X, X, W)
+    copy, report = fused_copy(module)
+    assert report.matched_count == fused, str(report)
+    check_same(module, copy)
+
+
 def test_call_that_may_write() -> None:
     """A higher-order op that is not known to copy may write to whatever it is given."""
     module = trace(lambda x, r, w: llama(r + reduce(x), w, EPS), *tensors(X, X, W))

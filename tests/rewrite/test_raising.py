@@ -314,7 +314,7 @@ def test_reasons_past_the_add() -> None:
     assert "clamp_min" in reason(clamped)
     assert f"normalises rows of {HIDDEN // 4}" in reason(one_head)
     assert "computed in torch.bfloat16 throughout" in reason(low)
-    assert "rounds the sum with an fp32 residual to torch.bfloat16" in reason(rounded, torch.float32)
+    assert "rounds the float32 sum to torch.bfloat16" in reason(rounded, torch.float32)
     assert "aten.mul.Tensor) stands between" in reason(streams)
 
 
