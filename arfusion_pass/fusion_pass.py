@@ -198,7 +198,7 @@ def run(graph: fx.Graph, config: FusionConfig) -> FusionReport:
     fused = {id(plan.site): (plan, call) for plan, call in written}
     final: list[Site] = []
     for site, text in zip(sites, described, strict=True):
-        final += [provenance.merged(merged, text) for merged in moves.into(site.node)]
+        final += [provenance.merged(merged, text) for merged in moves.merged.get(site.node, ())]
         if id(site) in fused:
             final.append(provenance.finish(text, *fused[id(site)], chains))
         else:

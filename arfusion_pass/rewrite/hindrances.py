@@ -114,21 +114,16 @@ def why_no_norm(reduced: Reduced, reductions: Reductions, moved: bool) -> tuple[
         reductions: all of its graph.
         moved: what can be moved was moved: nobody is told to have it moved.
     """
+    hindrance, norm = find_hindrance(reduced, reductions)
+    if hindrance is not None and norm is not None:
+        step = hindrance.step
+        advice = "" if moved else _ADVICE[hindrance.kind]
+        inexact = _why_inexact(step, hindrance.operand, reduced)
+        reason = f"{describe(step)} stands between it and the norm {describe(norm.result)}{inexact}{advice}"
+        return hindrance, reason, step
     readers = dict(_readers(*reduced.values))
-    for reader in list(readers):
-        if widens(reader):  # steps in fp32, on values of 16 bits
-            readers |= dict(_readers(reader))
-    for reader, operand in readers.items():
-        hindrance = hindrance_of(reduced, reader, operand, reductions)
-        norm = None if hindrance is None else _norm_behind(reader, reduced, reductions)
-        if hindrance is not None and norm is not None:
-            advice = "" if moved else _ADVICE[hindrance.kind]
-            inexact = _why_inexact(reader, operand, reduced)
-            reason = f"{describe(reader)} stands between it and the norm {describe(norm.result)}{inexact}{advice}"
-            return hindrance, reason, reader
     if not readers:
         return None, "nobody reads its result", None
-    readers = dict(_readers(*reduced.values))
     found = _nearest_norm(reduced, reductions)
     if found is not None:
         reason, culprit = found
@@ -140,6 +135,20 @@ def why_no_norm(reduced: Reduced, reductions: Reductions, moved: bool) -> tuple[
         f"its result is read by {listed}: no RMSNorm over its last dimension follows, with or without a residual add"
     )
     return None, reason, next(iter(readers))
+
+
+def find_hindrance(reduced: Reduced, reductions: Reductions) -> tuple[Hindrance | None, Norm | None]:
+    """What hinders an all-reduce that no norm reads, where that could be moved, and the norm behind it; else None."""
+    readers = dict(_readers(*reduced.values))
+    for reader in list(readers):
+        if widens(reader):  # steps in fp32, on values of 16 bits
+            readers |= dict(_readers(reader))
+    for reader, operand in readers.items():
+        hindrance = hindrance_of(reduced, reader, operand, reductions)
+        norm = None if hindrance is None else _norm_behind(reader, reduced, reductions)
+        if norm is not None:
+            return hindrance, norm
+    return None, None
 
 
 def _why_inexact(step: fx.Node, operand: fx.Node, reduced: Reduced) -> str:
@@ -339,22 +348,23 @@ def following(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
 def _norm_behind(node: fx.Node, reduced: Reduced, reductions: Reductions) -> Norm | None:
     """A norm that reads whole rows of ``node``, or one behind further linear steps and a rounding to 16 bits.
 
-    Behind sums with many other all-reduces it is found once the nearer of those are merged: each of ``n`` would look
-    through ``n`` sums.
+    What was found is kept: each of ``n`` all-reduces that are summed one by one would look through ``n`` sums.
     """
     lengths = row_lengths(reduced.x)
-    sums = 0
-    while sums < FARTHEST:
-        for norm in _norms_of(node, lengths):
-            if isinstance(norm, Norm):
-                return norm
+    ahead = reductions.ahead.setdefault((reduced.group, None if lengths is None else frozenset(lengths)), {})
+    passed: list[fx.Node] = []
+    norm: Norm | None = None
+    while node not in ahead:
+        passed.append(node)
+        norm = next((norm for norm in _norms_of(node, lengths) if isinstance(norm, Norm)), None)
         cast, step = narrowed(node), following(node)
-        kind = None if step is None else linear(*step, reduced.group, reductions)
-        if cast is None and (step is None or kind is None):
+        if norm is not None or (cast is None and (step is None or not linear(*step, reduced.group, reductions))):
             break
-        sums += kind == Kind.MERGE
         node = cast or step[0]  # type: ignore[index]
-    return None
+    else:
+        norm = ahead[node]
+    ahead.update(dict.fromkeys(passed, norm))
+    return norm
 
 
 def _norms_of(node: fx.Node, lengths: set[int] | None) -> Iterator[Norm | Refused]:

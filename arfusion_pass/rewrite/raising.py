@@ -36,6 +36,7 @@ from arfusion_pass.graph import (
     without_views,
 )
 from arfusion_pass.ops.spec import Flags, group_fits
+from arfusion_pass.rewrite import hindrances
 from arfusion_pass.rewrite.gathering import Gathering, gathering
 from arfusion_pass.rewrite.hindrances import Hindrance, Reductions, following, merges, sum_before, why_no_norm
 from arfusion_pass.rewrite.output_views import codes_layout, scale_layout
@@ -173,14 +174,15 @@ class RaisedSite:
 def find_sites(graph: fx.Graph, config: FusionConfig) -> list[RaisedSite]:
     """Every all-reduce of ``graph`` in graph order, with its stages or the reason why it has none; and every
     reduce-scatter that a norm follows, with ``sequence_parallel`` every other one as well."""
-    sites = [site for node in graph.nodes if (site := _site(node, config)) is not None]
+    sites = [site for node in graph.nodes if (site := open_site(node, config)) is not None]
     candidates: dict[fx.Node, list[tuple[Norm, str]]] = {}
     for site in sites:
         if site.reason is None:
             candidates[site.node] = _norms(site, config)
     if not config.sequence_parallel:
         sites = [site for site in sites if not site.scatters or _has_norm(site, candidates)]
-    reductions = open_reductions(site for site in sites if site.node in candidates and not site.scatters)
+    summed = (site.reduced for site in sites if site.node in candidates and not site.scatters)
+    reductions = Reductions(reduced for reduced in summed if reduced is not None)
     for site in sites:
         if site.reduced is None or site.reason is not None:
             continue
@@ -189,11 +191,7 @@ def find_sites(graph: fx.Graph, config: FusionConfig) -> list[RaisedSite]:
             site.hindrance, site.reason, site.culprit = why_no_norm(site.reduced, reductions, moved)
             site.hindrance = None if site.scatters else site.hindrance
         elif not site.scatters:
-            norms = [norm for norm, _ in candidates[site.node]]
-            site.hindrance = next(filter(None, (sum_before(norm, site.reduced, reductions) for norm in norms)), None)
-            if all(_adds_reduced(norm, reductions) for norm in norms):  # as well as the addend's own site
-                found, *_ = why_no_norm(site.reduced, reductions, config.reassociate)
-                site.hindrance = found if merges(found, site.reduced, reductions) else site.hindrance
+            site.hindrance = _sum_behind(site.reduced, candidates[site.node], reductions)
     _assign(sites, candidates, reductions, config)
     for site in sites:
         if site.reason is None and site.scatters:
@@ -210,6 +208,25 @@ def find_sites(graph: fx.Graph, config: FusionConfig) -> list[RaisedSite]:
         for site in sites:
             site.reason = site.reason or "its graph is half of a training step, and only inference graphs are fused"
     return sites
+
+
+def find_hindrance(reduced: Reduced, reductions: Reductions, config: FusionConfig) -> Hindrance | None:
+    """What hinders one all-reduce: the :attr:`RaisedSite.hindrance` of :func:`find_sites`, for it alone."""
+    site = RaisedSite(reduced.node, reduced.group, reduced)
+    candidates = _norms(site, config)
+    if candidates:
+        return _sum_behind(reduced, candidates, reductions)
+    return hindrances.find_hindrance(reduced, reductions)[0] if site.reason is None else None
+
+
+def _sum_behind(reduced: Reduced, candidates: list[tuple[Norm, str]], reductions: Reductions) -> Hindrance | None:
+    """The sum of two all-reduces that could be one, where norms are found behind one of them."""
+    norms = [norm for norm, _ in candidates]
+    if all(_adds_reduced(norm, reductions) for norm in norms):  # as well as the addend's own site
+        found, _ = hindrances.find_hindrance(reduced, reductions)
+        if merges(found, reduced, reductions):
+            return found
+    return next(filter(None, (sum_before(norm, reduced, reductions) for norm in norms)), None)
 
 
 def _has_norm(site: RaisedSite, candidates: dict[fx.Node, list[tuple[Norm, str]]]) -> bool:
@@ -230,13 +247,7 @@ def _adds_reduced(norm: Norm, reductions: Reductions) -> bool:
     return False
 
 
-def open_reductions(sites: Iterable[RaisedSite]) -> dict[fx.Node, Reduced]:
-    """The all-reduces of sites that could be fused, by the nodes that hold the result."""
-    reduced = (site.reduced for site in sites)
-    return {value: each for each in reduced if each is not None for value in each.values}
-
-
-def _site(node: fx.Node, config: FusionConfig) -> RaisedSite | None:
+def open_site(node: fx.Node, config: FusionConfig) -> RaisedSite | None:
     """The site that ``node`` opens, if it is an all-reduce or a reduce-scatter in any dialect, with what speaks against
     it already."""
     if node.op != "call_function" or getattr(node.target, "namespace", None) in COMPUTES:

@@ -60,7 +60,7 @@ from arfusion_pass.rewrite.hindrances import (
     mergeable,
     narrowed,
 )
-from arfusion_pass.rewrite.raising import RaisedSite, find_sites, open_reductions
+from arfusion_pass.rewrite.raising import find_hindrance, open_site
 from arfusion_pass.rewrite.replicated import Reductions, is_row_factor
 
 
@@ -70,13 +70,11 @@ class Merged:
 
     Attributes:
         name, group, dtype: its own.
-        into: the node of the other.
     """
 
     name: str
     group: str
     dtype: str
-    into: fx.Node
 
 
 @dataclasses.dataclass
@@ -85,12 +83,12 @@ class Moves:
 
     Attributes:
         steps: for each all-reduce, in words.
-        merged: the all-reduces that are gone.
+        merged: for each all-reduce, those that went into it.
         origins: the words for nodes that now stand for a step of the user's graph.
     """
 
     steps: dict[fx.Node, list[str]] = dataclasses.field(default_factory=dict)
-    merged: list[Merged] = dataclasses.field(default_factory=list)
+    merged: dict[fx.Node, list[Merged]] = dataclasses.field(default_factory=dict)
     origins: dict[fx.Node, str] = dataclasses.field(default_factory=dict)
 
     def describe(self, step: fx.Node) -> str:
@@ -108,59 +106,58 @@ class Moves:
         if words not in steps:
             steps.append(words)
 
-    def into(self, node: fx.Node) -> list[Merged]:
-        """The all-reduces that went into ``node``, in their order."""
-        return [merged for merged in self.merged if merged.into is node]
 
-
-SWEEPS = 64
-"""Each takes one step of every all-reduce, and goes through the whole graph: models have one to three steps. A chain of
-2,000 addends would take minutes; what is left of it stays, and stays right."""
+ROUNDS = 64
+"""How often every all-reduce is looked at, and how many steps of one are moved at a time, at most. Models need two and
+three."""
 
 
 def reassociate(graph: fx.Graph, config: FusionConfig) -> Moves:
     """Move every step that hinders an all-reduce of ``graph`` (:class:`arfusion_pass.rewrite.hindrances.Hindrance`) and
     can be moved, and then what stood behind it. A graph without such a step is not touched."""
     moves = Moves()
-    for _ in range(SWEEPS):
-        changed: set[fx.Node] = set()
-        sites = find_sites(graph, config)
-        mover = _Mover(graph, open_reductions(sites), moves)
-        for site in sites:
-            # What was found of a site is stale where an earlier move of this sweep changed it: the next one sees it.
-            if changed.isdisjoint(named := _named(site)) and mover.move(site):
-                changed |= named | mover.gone
-        if not changed:
+    for _ in range(ROUNDS):
+        if not _Mover(graph, config, moves).clear():
             break
     return moves
 
 
-def _named(site: RaisedSite) -> set[fx.Node]:
-    """Every node that a move of what hinders a site would read, replace or erase."""
-    hindrance = site.hindrance
-    if hindrance is None or site.reduced is None:
-        return set()
-    named = {hindrance.step, hindrance.operand, *hindrance.step.all_input_nodes}
-    for reduced, operand in filter(None, ((site.reduced, hindrance.operand), hindrance.other)):
-        named |= {reduced.node, reduced.value, reduced.x, operand, *reduced.nodes, *_between(reduced.value, operand)}
-    behind = following(hindrance.step) if hindrance.kind == Kind.ADDEND else None
-    if behind is not None:
-        named |= {behind[0], *behind[0].all_input_nodes, *path(hindrance.step, behind[1])}
-    return named
-
-
 class _Mover:
-    """Moves what hinders the sites of one sweep."""
+    """Moves what hinders the all-reduces of a graph, one after the other."""
 
-    def __init__(self, graph: fx.Graph, reductions: Reductions, moves: Moves) -> None:
-        self.graph, self.reductions, self.moves = graph, reductions, moves
-        self.gone: set[fx.Node] = set()
+    def __init__(self, graph: fx.Graph, config: FusionConfig, moves: Moves) -> None:
+        self.graph, self.config, self.moves = graph, config, moves
+        self.reductions = Reductions(filter(None, map(self._reduced, graph.nodes)))
 
-    def move(self, site: RaisedSite) -> bool:
-        """Move what hinders one site; whether it could be."""
-        hindrance, reduced = site.hindrance, site.reduced
-        if hindrance is None or reduced is None:
-            return False
+    def clear(self) -> bool:
+        """Move what hinders them; whether anything did. Sums with anything else wait until nothing else moves: by then
+        those all-reduces that can be one are one."""
+        collectives = self.reductions.nodes
+        return any(sum(self._clear(node, joins) for node in collectives) for joins in (False, True))
+
+    def _reduced(self, node: fx.Node) -> Reduced | None:
+        """The all-reduce that ``node`` is by now, if it is one that can be fused."""
+        site = None if node._erased else open_site(node, self.config)
+        return None if site is None or site.scatters or site.reason is not None else site.reduced
+
+    def _clear(self, node: fx.Node, joins: bool) -> int:
+        """Move what hinders one all-reduce, step after step, sums with what is no all-reduce only if it ``joins``; how
+        many steps."""
+        reduced, steps = self._reduced(node), 0
+        while reduced is not None and steps < ROUNDS:
+            hindrance = find_hindrance(reduced, self.reductions, self.config)
+            if hindrance is None or (hindrance.kind == Kind.ADDEND and not joins):
+                break
+            if not self._move(reduced, hindrance):
+                break
+            self.reductions.remove(reduced)
+            reduced, steps = self._reduced(node), steps + 1
+            if reduced is not None:
+                self.reductions.add(reduced)
+        return steps
+
+    def _move(self, reduced: Reduced, hindrance: Hindrance) -> bool:
+        """Move what hinders an all-reduce; whether it could be."""
         if hindrance.kind == Kind.COMPOSITE:
             return self._take_apart(reduced, hindrance.step)
         if hindrance.kind == Kind.ADDEND:
@@ -170,9 +167,10 @@ class _Mover:
         if hindrance.kind == Kind.SCALE:
             return self._scale(reduced, hindrance)
         assert hindrance.other is not None
-        first = hindrance.other[0]  # the sum is seen from both: from the later one both inputs exist
-        early = first.node < site.node and not _written_between(self.graph, first, site.node)
-        return early and self._merge(reduced, hindrance, first)
+        first = self._reduced(hindrance.other[0].node)
+        if first is None or reduced.node < first.node or _written_between(first, reduced.node):
+            return False  # the sum is seen from both: from the later one both inputs exist
+        return self._merge(reduced, hindrance, first)
 
     def _scale(self, reduced: Reduced, hindrance: Hindrance) -> bool:
         """``c * all_reduce(x)`` to ``all_reduce(c * x)``, and so on with the factors behind it."""
@@ -234,7 +232,6 @@ class _Mover:
         for node in reduced.nodes:
             node.meta["val"] = step.meta["val"].to(dtype_of(x))
         self._replace(reduced, step, reduced.value, Kind.SUM)
-        self.gone.update(between)
         for each in reversed(between):
             self.graph.erase_node(each)
         return True
@@ -260,7 +257,6 @@ class _Mover:
             elif step.target is aten.sub.Tensor:
                 factor = -constant(factor)  # type: ignore[operator,arg-type]
             result = emit(aten.add.Tensor, first, product if factor == 1 else emit(aten.mul.Tensor, product, factor))
-        self.gone.add(step)
         step.replace_all_uses_with(result)
         self.graph.erase_node(step)
         return True
@@ -279,14 +275,12 @@ class _Mover:
         total = _insert_before(self.graph, step, aten.add.Tensor, (value, addend), step)
         self.moves.note(reduced, step, f"in {dtype_of(value)}")
         self.moves.origins[total] = self.moves.describe(step)
-        self.gone.update((step, cast))
         cast.replace_all_uses_with(total)
         for node in (cast, step, *_casts(value, hindrance.operand)):
             if not node.users:
                 self.graph.erase_node(node)
         while not wide.users and (widens(wide) or wide.target in VIEWS):
             unread, wide = wide, wide.args[0]
-            self.gone.add(unread)
             self.graph.erase_node(unread)
         return True
 
@@ -314,15 +308,13 @@ class _Mover:
         reduced.node.replace_input_with(reduced.x, total)
         self._replace(reduced, hindrance.step, hindrance.operand, Kind.MERGE)
         dtype = str(dtype_of(first.x)).removeprefix("torch.")
-        self.moves.merged = [
-            dataclasses.replace(each, into=reduced.node) if each.into is first.node else each
-            for each in self.moves.merged
-        ]
-        self.moves.merged.append(Merged(first.node.name, first.group, dtype, reduced.node))
+        gone = [*self.moves.merged.pop(first.node, []), Merged(first.node.name, first.group, dtype)]
+        self.moves.merged.setdefault(reduced.node, []).extend(gone)
         earlier = self.moves.steps.pop(first.node, [])
         self.moves.steps[reduced.node] = earlier + self.moves.steps[reduced.node]
         for node in (*reversed(path(first.value, hindrance.other[1])), *reversed(first.nodes)):
             self.graph.erase_node(node)
+        self.reductions.remove(first)
         return True
 
     def _join(self, reduced: Reduced, hindrance: Hindrance) -> bool:
@@ -381,7 +373,6 @@ class _Mover:
     def _replace(self, reduced: Reduced, step: fx.Node, operand: fx.Node, kind: Kind) -> None:
         """Let the readers of a step read its operand, in the step's dtype."""
         self.moves.add(reduced, step, kind)
-        self.gone.add(step)
         value = operand
         if dtype_of(step) != dtype_of(operand):
             arguments = (operand, dtype_of(step))
@@ -390,18 +381,16 @@ class _Mover:
         self.graph.erase_node(step)
         if widens(value):  # and rounded again
             for cast in [user for user in value.users if is_cast(user, dtype_of(value.args[0]))]:
-                self.gone.add(cast)
                 cast.replace_all_uses_with(value.args[0])  # type: ignore[arg-type]
                 self.graph.erase_node(cast)
             if not value.users:
-                self.gone.add(value)
                 self.graph.erase_node(value)
 
 
 def _between(start: fx.Node, end: fx.Node) -> tuple[fx.Node, ...]:
-    """The views and lossless casts from ``start`` to ``end``, ``end`` included; up to one that a move has erased."""
+    """The views and lossless casts from ``start`` to ``end``, ``end`` included."""
     nodes: list[fx.Node] = []
-    while end is not start and end is not None:
+    while end is not start:
         nodes.append(end)
         end = end.args[0]  # type: ignore[assignment]
     return tuple(reversed(nodes))
@@ -412,7 +401,7 @@ def _casts(start: fx.Node, end: fx.Node) -> tuple[fx.Node, ...]:
     return tuple(reversed(_between(start, end)))
 
 
-def _written_between(graph: fx.Graph, first: Reduced, second: fx.Node) -> bool:
+def _written_between(first: Reduced, second: fx.Node) -> bool:
     """Whether anybody writes, between two all-reduces, to what the first one reads."""
     read = owners(first.x)
     node = first.node

@@ -11,13 +11,13 @@ from anything else, a matrix for instance, may be one rank's own.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import torch
 from torch import fx
 
-from arfusion_pass.dialects import Reduced
+from arfusion_pass.dialects import Norm, Reduced
 from arfusion_pass.graph import (
     CASTS,
     aten,
@@ -36,8 +36,31 @@ from arfusion_pass.graph import (
     without_views,
 )
 
-Reductions = Mapping[fx.Node, Reduced]
-"""A graph's all-reduces that could be fused, by the nodes that hold the result."""
+
+class Reductions(dict[fx.Node, Reduced]):
+    """A graph's all-reduces that could be fused, by the nodes that hold the result.
+
+    Attributes:
+        nodes: the all-reduces' own, in graph order.
+        ahead: what :mod:`arfusion_pass.rewrite.hindrances` keeps: for all-reduces of one group and of rows of the same
+            lengths, the norm behind each node that it looked at.
+    """
+
+    def __init__(self, reductions: Iterable[Reduced]) -> None:
+        super().__init__()
+        self.nodes: list[fx.Node] = []
+        self.ahead: dict[Hashable, dict[fx.Node, Norm | None]] = {}
+        for reduced in reductions:
+            self.nodes.append(reduced.node)
+            self.add(reduced)
+
+    def add(self, reduced: Reduced) -> None:
+        self.update(dict.fromkeys(reduced.values, reduced))
+
+    def remove(self, reduced: Reduced) -> None:
+        for value in reduced.values:
+            self.pop(value, None)
+
 
 PARTS = (aten.select.int, aten.slice.Tensor)
 
