@@ -14,6 +14,7 @@ from arfusion_pass.graph import (
     is_call,
     is_cast,
     last_dim,
+    only_user,
     other_operand,
     peel,
     tensor_of,
@@ -32,6 +33,7 @@ BIAS = f"add the bias in the tensor's dtype, or {ONE_RANK}"
 AVERAGE = "reduce by 'sum' and divide by the group's size before the all-reduce"
 FUNCTIONAL = "make the graph functional first: ExportedProgram.run_decompositions() does, and so does AOT autograd"
 NO_NORM = "no RMSNorm over its last dimension follows"
+ROWS = "take those rows before the all-reduce: it need not sum the others"
 WHOLE = "compile the module that holds the norm in the same graph as the all-reduce"
 BREAK = (
     "the graph ends there, at a graph break: {where}; take that out of the compiled region, or put it behind the norm"
@@ -66,6 +68,8 @@ def advise(all_reduce: fx.Node, culprit: fx.Node | None, reason: str, broken: Gr
         if part is not None:
             return PART.format(where=describe(part))
         return WHOLE if broken is None else BREAK.format(where=broken)
+    if takes_rows(culprit, all_reduce):
+        return ROWS
     if adds_bias(culprit):
         return BIAS if "reassociate" in reason else BEFORE
     return None
@@ -80,6 +84,24 @@ def adds_bias(node: fx.Node) -> bool:
         if vector is not None and vector.dim() == 1 and tensor_of(rows) is not None:
             return tensor_of(rows).dim() > 1 and last_dim(rows) == last_dim(operand)  # type: ignore[union-attr]
     return False
+
+
+def takes_rows(node: fx.Node, all_reduce: fx.Node) -> bool:
+    """Whether ``node`` takes some rows of an all-reduce's result, whose others nobody reads."""
+    if not is_call(node, *_TAKES) or last_dim(node) != last_dim(node.all_input_nodes[0]):
+        return False
+    source = node.all_input_nodes[0]
+    while only_user(source) is not None:
+        if source is all_reduce:
+            return True
+        above = viewed(source)
+        if not above:
+            return False
+        source = above[0]
+    return False
+
+
+_TAKES = (aten.slice.Tensor, aten.select.int, aten.index.Tensor, aten.index_select.default)
 
 
 def _leaves(node: fx.Node, added: bool = False) -> bool:

@@ -420,7 +420,7 @@ def _read_inside(nodes: tuple[fx.Node, ...], values: set[fx.Node | None], what: 
             continue  # produced by the kernel, or computed from what it produces
         for user in node.users:
             if user not in inside:
-                kept = user.op == "output" and what == "RMSNorm"
+                kept = user.op == "output" and what == "RMSNorm" and last_dim(node) == 1  # a row's statistic
                 training = "; a training graph keeps such values for its backward" if kept else ""
                 return f"{describe(node)}, a value inside the {what}, is also read by {describe(user)}{training}"
     return None

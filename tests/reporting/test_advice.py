@@ -99,6 +99,22 @@ def test_an_all_reduce_in_a_branch() -> None:
     assert '"return llama(r + torch.cond(' in str(site.advice)
 
 
+@pytest.mark.parametrize("alone", [True, False])
+def test_rows_that_are_taken_behind_the_all_reduce(alone: bool) -> None:
+    """The last token's rows could be taken before it, where nobody reads the others."""
+
+    def model(x: torch.Tensor, r: torch.Tensor, w: torch.Tensor) -> Any:
+        y = reduce(x @ r)
+        last = y.view(2, 4, 32)[:, -1]
+        return llama(last + r[:2], w, 1e-6), None if alone else y
+
+    x, w = torch.randn(8, 32, dtype=torch.bfloat16), torch.ones(32, dtype=torch.bfloat16)
+    with torch.no_grad():
+        (site,) = report_of(model, x, torch.randn(32, 32, dtype=torch.bfloat16), w).missed
+    assert "aten.select.int) stands between" in site.reason
+    assert (site.advice == "take those rows before the all-reduce: it need not sum the others") == alone, site.advice
+
+
 def test_a_norm_in_a_region() -> None:
     """Of an all-reduce whose norm is in a graph that its own one runs; what runs such a graph writes to nothing, also
     where a fused call in there writes to buffers of its own."""
