@@ -21,11 +21,10 @@ from arfusion_pass.reporting.sites import Site
 from arfusion_pass.rewrite import marking, recording
 from arfusion_pass.rewrite.absence import why_no_all_reduce
 from arfusion_pass.rewrite.chains import Chain, find_chains, mark_chains
-from arfusion_pass.rewrite.commit import Committer, Plan
-from arfusion_pass.rewrite.pass_manager import FusionPassManager
+from arfusion_pass.rewrite.commit import Plan
+from arfusion_pass.rewrite.planning import planned
 from arfusion_pass.rewrite.raising import RaisedSite, find_sites
 from arfusion_pass.rewrite.reassociate import Moves, reassociate
-from arfusion_pass.rewrite.shadow import build_shadow
 from arfusion_pass.rewrite.sizes import SizesOfInputs
 
 log = logging.getLogger("arfusion_pass")
@@ -155,6 +154,9 @@ def run(graph: fx.Graph, config: FusionConfig) -> FusionReport:
             moves = reassociate(graph, config)
             moving = bool(moves.steps)
         found = find_sites(graph, config)
+        for site in found:
+            if site.reason is not None and site.node in moves.idle:
+                site.reason = f"{site.reason}, and without that {moves.idle[site.node]}"
         described = [
             provenance.describe(site, moves) for site in found
         ]  # while its nodes stand; from here on only reasons change
@@ -162,13 +164,9 @@ def run(graph: fx.Graph, config: FusionConfig) -> FusionReport:
         if not found:
             note = why_no_all_reduce(graph)
         if any(site.reason is None for site in sites):
-            shadow = build_shadow(sites)
-            calls = FusionPassManager(config).apply(shadow)
-            _reject_unmatched(sites, {call.meta["site"] for call in calls})
-            committer = Committer(graph, shadow, calls)
-            plans = committer.plan()
+            committer = planned(graph, sites, config)
             if recorder is not None:
-                taken = [recorder.take(plan) for plan in plans]
+                taken = [recorder.take(plan) for plan in committer.plans.values()]
             written = committer.apply()
             if any(map(_on_cpu, written)):
                 written_order.keep()
@@ -186,7 +184,7 @@ def run(graph: fx.Graph, config: FusionConfig) -> FusionReport:
     except Exception as error:
         if config.raise_errors:
             raise
-        kept = "fused nothing" if config.reassociate else "left the graph as it was"  # a moved step stays moved
+        kept = "fused nothing" if config.reassociate else "left the graph as it was"
         outcome = "had written its fused calls" if written else kept
         note = f"the pass met something it did not expect and {outcome}: {type(error).__name__}: {error}"
         log.warning("arfusion: %s", note, exc_info=True)
@@ -224,9 +222,3 @@ def run(graph: fx.Graph, config: FusionConfig) -> FusionReport:
 def _on_cpu(written: tuple[Plan, fx.Node]) -> bool:
     tensors = map(tensor_of, written[1].all_input_nodes)
     return any(tensor is not None and tensor.device.type == "cpu" for tensor in tensors)
-
-
-def _reject_unmatched(sites: list[RaisedSite], matched: set[int]) -> None:
-    for index, site in enumerate(sites):
-        if site.reason is None and index not in matched:
-            site.reason = "no registered pattern matches what was recognised behind it"

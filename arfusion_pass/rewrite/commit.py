@@ -93,11 +93,10 @@ class Committer:
         self.mode = next((fake.fake_mode for fake in fakes), None)
         self.shared: dict[fx.Node, fx.Node] = {}
 
-    def plan(self) -> list[Plan]:
-        """Plan every site; those that cannot be written get a reason. In an order in which each call's inputs exist."""
+    def plan(self) -> None:
+        """Plan every site, in an order in which each call's inputs exist; those that cannot be written get a reason."""
         for index in self.calls:
             self._plan(index)
-        return list(self.plans.values())
 
     def apply(self) -> list[tuple[Plan, fx.Node]]:
         """Write the planned calls; gives each with its node in the user's graph. The old nodes stay, unread, until

@@ -60,7 +60,8 @@ from arfusion_pass.rewrite.hindrances import (
     mergeable,
     narrowed,
 )
-from arfusion_pass.rewrite.raising import find_hindrance, open_site
+from arfusion_pass.rewrite.planning import planned
+from arfusion_pass.rewrite.raising import find_hindrance, find_sites, open_site
 from arfusion_pass.rewrite.replicated import Reductions, is_row_factor
 
 
@@ -85,11 +86,13 @@ class Moves:
         steps: for each all-reduce, in words.
         merged: for each all-reduce, those that went into it.
         origins: the words for nodes that now stand for a step of the user's graph.
+        idle: the all-reduces whose steps stay, as they would not fuse without them either, and why not.
     """
 
     steps: dict[fx.Node, list[str]] = dataclasses.field(default_factory=dict)
     merged: dict[fx.Node, list[Merged]] = dataclasses.field(default_factory=dict)
     origins: dict[fx.Node, str] = dataclasses.field(default_factory=dict)
+    idle: dict[fx.Node, str] = dataclasses.field(default_factory=dict)
 
     def describe(self, step: fx.Node) -> str:
         """A step as the user's graph calls it."""
@@ -114,26 +117,67 @@ three."""
 
 def reassociate(graph: fx.Graph, config: FusionConfig) -> Moves:
     """Move every step that hinders an all-reduce of ``graph`` (:class:`arfusion_pass.rewrite.hindrances.Hindrance`) and
-    can be moved, and then what stood behind it. A graph without such a step is not touched."""
+    can be moved, and then what stood behind it: of those all-reduces alone that fuse afterwards, as a copy of the graph
+    shows. A graph in which none does so is not touched."""
+    allowed, idle = set(graph.nodes), dict[fx.Node, str]()
+    while _Mover(graph, config, Moves(), allowed).hindered():
+        trial, copies = _copied(graph)
+        moved = _cleared(trial, config, {copies[node] for node in allowed}).steps
+        if not moved:
+            break
+        missed = {node: reason for node, reason in _missed(trial, config).items() if node in moved}
+        if not missed:
+            moves = _cleared(graph, config, allowed)
+            moves.idle = idle
+            return moves
+        idle |= {node: missed[copies[node]] for node in allowed if copies[node] in missed}
+        allowed -= idle.keys()
+    return Moves(idle=idle)
+
+
+def _copied(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    """A copy of a graph, and the copy of each of its nodes."""
+    copies: dict[fx.Node, fx.Node] = {}
+    copy = fx.Graph(graph.owning_module)
+    result = copy.graph_copy(graph, copies)
+    copies[graph.output_node()] = copy.output(result)
+    return copy, copies
+
+
+def _missed(graph: fx.Graph, config: FusionConfig) -> dict[fx.Node, str]:
+    """The all-reduces of a graph that do not fuse, each with its reason."""
+    sites = find_sites(graph, config)
+    if any(site.reason is None for site in sites):
+        planned(graph, sites, config)
+    return {site.node: site.reason for site in sites if site.reason is not None}
+
+
+def _cleared(graph: fx.Graph, config: FusionConfig, allowed: set[fx.Node]) -> Moves:
+    """Move what hinders those all-reduces of a graph that are ``allowed`` to."""
     moves = Moves()
     for _ in range(ROUNDS):
-        if not _Mover(graph, config, moves).clear():
+        if not _Mover(graph, config, moves, allowed).clear():
             break
     return moves
 
 
 class _Mover:
-    """Moves what hinders the all-reduces of a graph, one after the other."""
+    """Moves what hinders the ``allowed`` ones of a graph's all-reduces, one after the other."""
 
-    def __init__(self, graph: fx.Graph, config: FusionConfig, moves: Moves) -> None:
+    def __init__(self, graph: fx.Graph, config: FusionConfig, moves: Moves, allowed: set[fx.Node]) -> None:
         self.graph, self.config, self.moves = graph, config, moves
         self.reductions = Reductions(filter(None, map(self._reduced, graph.nodes)))
+        self.collectives = [node for node in self.reductions.nodes if node in allowed]
+
+    def hindered(self) -> bool:
+        """Whether anything hinders any of them."""
+        reduced = filter(None, map(self._reduced, self.collectives))
+        return any(find_hindrance(each, self.reductions, self.config) is not None for each in reduced)
 
     def clear(self) -> bool:
         """Move what hinders them; whether anything did. Sums with anything else wait until nothing else moves: by then
         those all-reduces that can be one are one."""
-        collectives = self.reductions.nodes
-        return any(sum(self._clear(node, joins) for node in collectives) for joins in (False, True))
+        return any(sum(self._clear(node, joins) for node in self.collectives) for joins in (False, True))
 
     def _reduced(self, node: fx.Node) -> Reduced | None:
         """The all-reduce that ``node`` is by now, if it is one that can be fused."""

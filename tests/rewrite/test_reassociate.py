@@ -578,6 +578,51 @@ def test_not_moved(model: Callable[..., Any]) -> None:
     assert not any("reassociate" in f"{site.reason}{site.advice}" for site in report.missed), report
 
 
+def scaled_short_rows(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> Tensor:
+    return norm(r[:, :3] + reduce(x[:, :3].contiguous()) * 0.22, w[:3])
+
+
+def scaled_in_front_of_a_write(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    total = r + reduce(x) * 0.22
+    torch.ops.aten.mul_.Tensor(w, 2)
+    return norm(total, w), total
+
+
+def scaled_for_a_circle(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    value = reduce(x) * 0.22
+    return norm(value, w * value.sum(0)), value
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "why"),
+    [
+        (scaled_short_rows, MOVING, "no multiple of 16"),
+        (scaled_in_front_of_a_write, MOVING, "writes to"),
+        (scaled_for_a_circle, MOVING, "which the call itself would produce"),
+        (scaled, dataclasses.replace(MOVING, epsilons=(1e-5,)), "not among the epsilons"),
+        (scaled, dataclasses.replace(MOVING, dtypes=(torch.float32,)), "not among the dtypes"),
+    ],
+)
+def test_nothing_moves_for_nothing(model: Callable[..., Any], config: Any, why: str) -> None:
+    """Contract *sound*: the step of a site that would not fuse without it either stays, and the reason says both."""
+    module = trace(model, *tensors(*[(4, HIDDEN)] * 3, (HIDDEN,)), functional=False)
+    reason = str(check_unchanged(module, config).missed[0].reason)
+    assert "stands between" in reason and why in reason, reason
+
+
+def test_one_moves_and_one_stays() -> None:
+    """The step of a site that fuses moves, beside one that would move for nothing."""
+
+    def model(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        return *scaled(x, y, r, w), scaled_short_rows(x, y, r, w)
+
+    module = trace(model, *tensors(*[(4, HIDDEN)] * 3, (HIDDEN,)))
+    fused, report = fused_copy(module, MOVING)
+    assert [len(site.moved) for site in report.sites] == [1, 0]
+    inputs = random_inputs(module)
+    assert torch.equal(run(module, inputs)[2], run(fused, inputs)[2])
+
+
 @pytest.mark.parametrize(
     ("model", "reason"),
     [

@@ -53,7 +53,7 @@ def test_many_summed_all_reduces(
         for config in (STRICT, MOVING):
             looked.clear()
             fused, report = fused_copy(module, config)
-            assert len(looked) < 10 * count
+            assert len(looked) < 20 * count  # a copy of the graph is tried first
         assert report.matched_count == count
         assert calls(fused, c10d.all_reduce.default) == 0
 
