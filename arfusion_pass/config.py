@@ -52,8 +52,8 @@ class FusionConfig:
             elsewhere. Weights of ``[H]`` or one element, and the residual stream, are taken to be the same on all
             ranks of a group. One tensor beside the residual fuses exactly without it.
         sequence_parallel: also fuse ``reduce_scatter -> (add +) RMSNorm -> (quantise) -> all_gather``, as DTensor's
-            ``SequenceParallel`` and engines' passes leave it, into one call of the kernels. Off until it has run in an
-            engine: a group without peer access makes the two collectives, with an epilogue that is not compiled.
+            ``SequenceParallel`` and engines' passes leave it, into one call of the kernels; in a group without peer
+            access one kernel between the two collectives.
         pdl: launch with programmatic dependent launch where the GPU has it.
         raise_errors: let an unexpected error inside the pass reach the compiler instead of leaving the graph as it
             came with a note in the report. For tests.
@@ -68,7 +68,7 @@ class FusionConfig:
     backend: Backend = "auto"
     strategy: Strategy = "auto"
     reassociate: bool = False
-    sequence_parallel: bool = False
+    sequence_parallel: bool = True
     pdl: bool = True
     raise_errors: bool = False
 

@@ -79,6 +79,11 @@ def all_gather(mine: torch.Tensor, group: Any) -> torch.Tensor:
     return ranks.view(mine.dtype).view(group.size() * mine.shape[0], *mine.shape[1:])
 
 
+def ordered_all_reduce(x: torch.Tensor, group: Any) -> torch.Tensor:
+    """:func:`reference.ordered_all_reduce` on the simulated ranks; no group is a world of one."""
+    return x.clone() if group is None else all_reduce(x, group)
+
+
 def scatter_rows(x: torch.Tensor, group: Any, block: int) -> torch.Tensor:
     """:func:`reference.scatter_rows` on the simulated ranks."""
     world = group.size()
@@ -97,7 +102,7 @@ def simulated_ranks() -> Iterator[None]:
     """The fused ops and the replays reduce with :func:`all_reduce`, scatter and gather with the two above."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (reference, replay):
-            patch.setattr(module, "ordered_all_reduce", all_reduce)
+            patch.setattr(module, "ordered_all_reduce", ordered_all_reduce)
             patch.setattr(module, "scatter_rows", scatter_rows)
         patch.setattr(reference, "gather_rows", gather_rows)
         patch.setattr(replay, "rows_of_owners", lambda x, group: x)  # the reference leaves every row on every rank

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 import arfusion_pass as arf
 from arfusion_pass.demo.model import Decoder, ModelConfig, initialise, parallelize_sequence
@@ -23,7 +24,7 @@ from tests.helpers import run_ranks
 from tests.models import Tensor, llama
 from tests.sequence_parallel import block, vllm_like
 
-ON = arf.FusionConfig(raise_errors=True, sequence_parallel=True)
+ON = arf.FusionConfig(raise_errors=True)
 ADD, PLAIN = "ReduceScatterFusedAddRMSNormAllGather", "ReduceScatterRMSNormAllGather"
 PATTERNS = {
     "dtensor": [PLAIN, ADD, ADD],
@@ -63,6 +64,12 @@ def _models(rank: int, world: int) -> dict[str, tuple[Callable[..., Any], list[t
     def ids(*shape: int) -> tuple[Tensor, ...]:
         return (torch.randint(config.vocab, shape, generator=same),)
 
+    def uneven(x: Tensor, r: Tensor, w: Tensor) -> Tensor:
+        """Tokens in the second dimension, as DTensor shares them out."""
+        total = DTensor.from_local(x, mesh, [Partial()]).redistribute(placements=[Shard(1)])
+        total = total + DTensor.from_local(r, mesh, [Replicate()]).redistribute(placements=[Shard(1)])
+        return llama(total, DTensor.from_local(w, mesh, [Replicate()]), 1e-6).full_tensor()
+
     w = (1 + 0.2 * values(32, generator=same).float()).bfloat16()
     rest = (w, torch.tensor([0.05]), values(32, 32), values(32, 32))
     return {
@@ -73,6 +80,8 @@ def _models(rank: int, world: int) -> dict[str, tuple[Callable[..., Any], list[t
             lambda x, r, w: block(x, r, w, world, llama, 1),
             [(values(3, 4, 32), values(3, 2, 32), w)],
         ),
+        "seven tokens": (uneven, [(values(1, 7, 32), values(1, 7, 32, generator=same), w)]),
+        "one token": (uneven, [(values(1, 1, 32), values(1, 1, 32, generator=same), w)]),
     }
 
 
@@ -116,3 +125,13 @@ def test_model(name: str, results: list[dict[str, Result]]) -> None:
         assert result.patterns[: len(PATTERNS[name])] == PATTERNS[name]
         assert result.problems == []
         assert result.differing and not any(result.differing)
+
+
+@pytest.mark.parametrize("name", ["seven tokens", "one token"])
+def test_tokens_that_ranks_share_unevenly(name: str, results: list[dict[str, Result]]) -> None:
+    """Each rank has a graph of its own, one with all rows of its share and one with less: neither fuses."""
+    for rank in results:
+        result = rank[name]
+        assert result.patterns == [] and len(result.missed) == 1
+        assert result.differing and not any(result.differing)
+    assert "share the tokens unevenly" in str(results[0][name].missed[0])

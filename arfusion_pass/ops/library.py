@@ -9,24 +9,25 @@ Each op, eagerly::
     result = epilogue(reduced, residual, weight, scale, ...)
     for every output given: output.copy_(result's field)
 
-Sequence parallelism's op runs the epilogue on this rank's rows, and gathers what is written of all::
+Sequence parallelism's op is the all-reduce's op, of a world of one, on this rank's rows, and gathers what is written of
+all: one kernel between two collectives where the native library is loaded::
 
     mine = scatter_rows(x, group, block)
-    result = epilogue(mine, residual, weight, scale, ...)
-    allreduce_out, residual_out = mine, result.total; norm_out.copy_(gather_rows(result.norm, group, block)); ...
+    allreduce_rms_norm(mine, residual, ..., "", allreduce_out=allreduce_out, residual_out=residual_out, norm_out=norm)
+    norm_out.copy_(gather_rows(norm, group, block)); ...
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from arfusion_pass.groups import resolve_group
 from arfusion_pass.ops import layouts, marks, record, reference
-from arfusion_pass.ops.checks import FusedCall, check_call
+from arfusion_pass.ops.checks import SHARED_ROWS, FusedCall, check_call
 from arfusion_pass.ops.schema import NAMESPACE, OUTPUT_NAMES, SCATTERING_OP, SCATTERING_SCHEMAS, SCHEMAS
 from arfusion_pass.ops.spec import Flags
 
@@ -66,11 +67,11 @@ def run_reference(op: str, arguments: dict[str, Any]) -> None:
 @torch.inference_mode()  # as kernels write: into a tensor that requires a gradient, or was made in inference mode, too
 def _run(call: FusedCall) -> None:
     group = resolve_group(call.group_name) if call.group_name else None
+    if call.op == SCATTERING_OP:
+        _run_scattering(call, group)
+        return
     outputs = call.outputs
-    hidden = call.x.shape[-1]
-    scatters = call.op == SCATTERING_OP
-    x, block = _prologue(call), int(call.block)
-    reduced = reference.scatter_rows(x, group, block) if scatters else reference.ordered_all_reduce(x, group)
+    reduced = reference.ordered_all_reduce(_prologue(call), group)
     result = reference.epilogue(
         reduced,
         None if call.residual is None else call.residual.view(reduced.shape),
@@ -85,8 +86,6 @@ def _run(call: FusedCall) -> None:
         with_norm="norm_out" in outputs or "quant_out" in outputs,
         addend=_addend(call, reduced),
     )
-    if scatters:
-        result = _gathered(result, call, group)
     fields = {"allreduce_out": result.reduced, "residual_out": result.total, "norm_out": result.norm}
     for name, value in fields.items():
         if name in outputs and value is not None:
@@ -94,24 +93,47 @@ def _run(call: FusedCall) -> None:
     if result.codes is not None:
         _bytes(outputs["quant_out"]).copy_(_bytes(result.codes))
     if result.scales is not None:
-        layouts.write_scales(result.scales, outputs["scale_out"], hidden, call.spec)
+        layouts.write_scales(result.scales, outputs["scale_out"], call.x.shape[-1], call.spec)
+
+
+def _run_scattering(call: FusedCall, group: dist.ProcessGroup | None) -> None:
+    outputs, spec, hidden, block = call.outputs, call.spec, call.x.shape[-1], int(call.block)
+    mine = reference.scatter_rows(call.x.view(-1, hidden), group, block)
+    tokens = mine.shape[0]
+    rows = {name: tensor.view(mine.shape) for name, tensor in outputs.items() if name in SHARED_ROWS}
+    gathered = [name for name in ("norm_out", "quant_out") if name in outputs]
+    for name in gathered:
+        rows[name] = outputs[name].new_empty(tokens, outputs[name].shape[-1])
+    if (scales := layouts.allocate_scales(tokens, hidden, spec, mine.device)) is not None:
+        rows["scale_out"] = scales
+    fused_op("allreduce_rms_norm")(
+        mine,
+        None if call.residual is None else call.residual.view(mine.shape),
+        call.weight,
+        call.scale,
+        "",
+        call.epsilon,
+        call.weight_bias,
+        marks.without_mark(call.flags),
+        spec.pack(),
+        spec.bound,
+        call.scale_value,
+        epsilon_tensor=call.epsilon_tensor,
+        addend=_addend(call, mine),
+        **rows,
+    )
+    for name in gathered:
+        own = rows[name].view(torch.uint8)
+        outputs[name].view(torch.uint8).view(-1, own.shape[-1]).copy_(reference.gather_rows(own, group, block))
+    if scales is not None:
+        logical = layouts.read_scales(scales, tokens, hidden, spec)
+        layouts.write_scales(reference.gather_rows(logical, group, block), outputs["scale_out"], hidden, spec)
 
 
 def _addend(call: FusedCall, reduced: torch.Tensor) -> torch.Tensor | None:
     """``[H]``, or as many rows as ``reduced`` has."""
     addend = call.addend
     return addend if addend is None or addend.dim() == 1 else addend.view(reduced.shape)
-
-
-def _gathered(result: reference.EpilogueResult, call: FusedCall, group: Any) -> reference.EpilogueResult:
-    """The norm, codes and scales of all rows, as far as they are written; the norm in its output's dtype."""
-
-    def whole(value: torch.Tensor | None) -> torch.Tensor | None:
-        return None if value is None else reference.gather_rows(value.contiguous(), group, int(call.block))
-
-    norm = call.outputs.get("norm_out")
-    given = None if norm is None or result.norm is None else result.norm.to(norm.dtype)
-    return dataclasses.replace(result, norm=whole(given), codes=whole(result.codes), scales=whole(result.scales))
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

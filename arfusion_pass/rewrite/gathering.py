@@ -10,13 +10,25 @@ and the residual stay this rank's rows. The norm must be read through all-gather
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable, Iterable, Iterator
 
 from torch import fx
 
 from arfusion_pass.dialects import DIALECTS, Gathered, Norm, Quantised, Refused, Rows, Scattered
 from arfusion_pass.dialects.reading.pieces import size_of
-from arfusion_pass.graph import describe, last_dim, path, row_views, same_shape, source_of, statically_equal, views_of
+from arfusion_pass.graph import (
+    aten,
+    describe,
+    is_call,
+    last_dim,
+    path,
+    row_views,
+    same_shape,
+    source_of,
+    statically_equal,
+    views_of,
+)
 from arfusion_pass.ops.spec import ScaleLayout
 
 
@@ -93,6 +105,27 @@ def gathering(scattered: Scattered, norm: Norm) -> Gathering | Refused:
         if not same_shape(node, held_norms[0]):
             return Refused(f"{describe(node)} gathers the norm in another shape than {describe(held_norms[0])}", node)
     return Gathering(rows, held_norms, quant, tuple(node for each in norms for node in each.nodes(rows)))
+
+
+def uneven(scattered: Scattered) -> Refused | None:
+    """The reason where the rows that are scattered are padded, which all ranks see alike. They then share the tokens
+    unevenly, as DTensor does: one cuts its rows before it normalises them, and another has nothing to cut."""
+    stack, seen = [scattered.x], set[fx.Node]()
+    while stack:
+        node = stack.pop()
+        made = node.op == "call_function" and not node.all_input_nodes  # zeros to put behind the rows
+        if made or is_call(node, aten.constant_pad_nd.default):
+            return Refused(
+                f"{describe(node)} pads the rows that are scattered: the ranks share the tokens unevenly", node
+            )
+        if node not in seen and (is_call(node, *_DEALT) or source_of(node) is not None):
+            stack += node.all_input_nodes
+        seen.add(node)
+    return None
+
+
+_DEALT = (aten.cat.default, aten.split.Tensor, aten.split_with_sizes.default, aten.slice.Tensor, operator.getitem)
+"""How rows are cut, and put behind one another, before they are scattered."""
 
 
 def _readings(value: fx.Node, views: Callable[[fx.Node], Iterable[fx.Node]] = row_views) -> Iterator[_Reading]:

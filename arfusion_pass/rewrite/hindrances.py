@@ -137,6 +137,11 @@ def why_no_norm(reduced: Reduced, reductions: Reductions, moved: bool) -> tuple[
     return None, reason, next(iter(readers))
 
 
+def leads_to_norm(reduced: Reduced, reductions: Reductions) -> bool:
+    """Whether :func:`why_no_norm` speaks of a norm somewhere behind ``reduced``."""
+    return find_hindrance(reduced, reductions)[1] is not None or _nearest_norm(reduced, reductions) is not None
+
+
 def find_hindrance(reduced: Reduced, reductions: Reductions) -> tuple[Hindrance | None, Norm | None]:
     """What hinders an all-reduce that no norm reads, where that could be moved, and the norm behind it; else None."""
     readers = dict(_readers(*reduced.values))

@@ -37,8 +37,16 @@ from arfusion_pass.graph import (
 )
 from arfusion_pass.ops.spec import Flags, group_fits
 from arfusion_pass.rewrite import hindrances
-from arfusion_pass.rewrite.gathering import Gathering, gathering
-from arfusion_pass.rewrite.hindrances import Hindrance, Reductions, following, merges, sum_before, why_no_norm
+from arfusion_pass.rewrite.gathering import Gathering, gathering, uneven
+from arfusion_pass.rewrite.hindrances import (
+    Hindrance,
+    Reductions,
+    following,
+    leads_to_norm,
+    merges,
+    sum_before,
+    why_no_norm,
+)
 from arfusion_pass.rewrite.output_views import codes_layout, scale_layout
 from arfusion_pass.rewrite.reductions import (
     check_reduced,
@@ -173,16 +181,15 @@ class RaisedSite:
 
 def find_sites(graph: fx.Graph, config: FusionConfig) -> list[RaisedSite]:
     """Every all-reduce of ``graph`` in graph order, with its stages or the reason why it has none; and every
-    reduce-scatter that a norm follows, with ``sequence_parallel`` every other one as well."""
+    reduce-scatter that a norm follows."""
     sites = [site for node in graph.nodes if (site := open_site(node, config)) is not None]
     candidates: dict[fx.Node, list[tuple[Norm, str]]] = {}
     for site in sites:
         if site.reason is None:
             candidates[site.node] = _norms(site, config)
-    if not config.sequence_parallel:
-        sites = [site for site in sites if not site.scatters or _has_norm(site, candidates)]
     summed = (site.reduced for site in sites if site.node in candidates and not site.scatters)
     reductions = Reductions(reduced for reduced in summed if reduced is not None)
+    sites = [site for site in sites if not site.scatters or _concerns_norm(site, candidates, reductions)]
     for site in sites:
         if site.reduced is None or site.reason is not None:
             continue
@@ -229,9 +236,11 @@ def _sum_behind(reduced: Reduced, candidates: list[tuple[Norm, str]], reductions
     return next(filter(None, (sum_before(norm, reduced, reductions) for norm in norms)), None)
 
 
-def _has_norm(site: RaisedSite, candidates: dict[fx.Node, list[tuple[Norm, str]]]) -> bool:
-    """Whether a norm was found behind a site, one that may be fused or one with a reason against it."""
-    return site.node in candidates and bool(candidates[site.node] or site.reason)
+def _concerns_norm(site: RaisedSite, candidates: dict[fx.Node, list[tuple[Norm, str]]], reductions: Reductions) -> bool:
+    """Whether a norm stands behind a reduce-scatter, or its kind of reduction is a reason by itself."""
+    if site.reduced is None or site.reason is not None or candidates[site.node]:
+        return True
+    return leads_to_norm(site.reduced, reductions)
 
 
 def _adds_reduced(norm: Norm, reductions: Reductions) -> bool:
@@ -272,7 +281,7 @@ def open_site(node: fx.Node, config: FusionConfig) -> RaisedSite | None:
 def _gather(site: RaisedSite, config: FusionConfig) -> None:
     """Find what gathers a reduce-scatter's norm, and a quantiser in front of that; else the reason."""
     assert isinstance(site.reduced, Scattered) and site.norm is not None
-    found = gathering(site.reduced, site.norm)
+    found = uneven(site.reduced) or gathering(site.reduced, site.norm)
     if isinstance(found, Refused):
         site.reason, site.culprit = found.reason, found.node
         return
@@ -280,8 +289,7 @@ def _gather(site: RaisedSite, config: FusionConfig) -> None:
     site.reduced = dataclasses.replace(site.reduced, x=found.rows.node)
     if not config.sequence_parallel:
         site.reason = (
-            f"its norm {describe(site.norm.result)} is gathered again, and only FusionConfig(sequence_parallel=True) "
-            "fuses that"
+            f"its norm {describe(site.norm.result)} is gathered again, and FusionConfig has sequence_parallel=False"
         )
     elif last_dim(found.rows.node) != last_dim(site.norm.operand):
         site.reason = (

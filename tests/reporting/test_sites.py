@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 
 import pytest
@@ -100,9 +99,8 @@ def test_strategy(monkeypatch: pytest.MonkeyPatch, tokens: int | str) -> None:
 def test_no_strategy_of_a_reduce_scatter(monkeypatch: pytest.MonkeyPatch) -> None:
     """The process group runs sequence parallelism's op: the kernels' table says nothing of it."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    config = dataclasses.replace(STRICT, sequence_parallel=True)
     x, r, w = symbolic((4, 32), (2, 32), (32,))
     with x.fake_mode:  # type: ignore[attr-defined]
         given = [torch.empty(each.shape, dtype=each.dtype, device="cuda") for each in (x, r, w)]
-    (site,) = arf.fuse(trace(lambda x, r, w: sequence_parallel.block(x, r, w, 2, llama), *given), config).sites
+    (site,) = arf.fuse(trace(lambda x, r, w: sequence_parallel.block(x, r, w, 2, llama), *given), STRICT).sites
     assert (site.fused, site.strategy) == (True, None)

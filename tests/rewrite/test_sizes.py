@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,10 +12,9 @@ from torch import fx
 
 from tests.models import Tensor, llama, reduce
 from tests.sequence_parallel import gather, scatter
-from tests.simulate import STRICT, check_same, check_unchanged, fake_world, fused_copy, symbolic, trace
+from tests.simulate import check_same, check_unchanged, fake_world, fused_copy, symbolic, trace
 
 WORLD, HIDDEN, EPSILON = 2, 32, 1e-6
-CONFIG = dataclasses.replace(STRICT, sequence_parallel=True)
 aten = torch.ops.aten
 c10d = torch.ops._c10d_functional
 
@@ -76,7 +74,7 @@ def asked(model: Callable[..., Any], of: Any, live: bool, target: Any = aten.sym
 def test_a_size_is_no_reader(model: Callable[..., Any], of: Any, target: Any, live: bool) -> None:
     """Of the reduced value, or of one inside the norm: the site fuses without it, and the size is what it was."""
     module = asked(model, of, live, target)
-    fused, report = fused_copy(module, CONFIG)
+    fused, report = fused_copy(module)
     (site,) = report.fused
     assert not report.missed and site.outputs == ("residual_out", "norm_out"), str(report)
     check_same(module, fused, **({"s": 6, "t": 3} if model is scattered else {"s": 6}))
@@ -85,4 +83,4 @@ def test_a_size_is_no_reader(model: Callable[..., Any], of: Any, target: Any, li
 @pytest.mark.parametrize("live", [False, True])
 def test_a_graph_that_fuses_nothing_keeps_its_sizes(live: bool) -> None:
     """Node for node, the readers of a size included."""
-    check_unchanged(asked(alone, c10d.wait_tensor.default, live), CONFIG)
+    check_unchanged(asked(alone, c10d.wait_tensor.default, live))
