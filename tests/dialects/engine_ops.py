@@ -670,6 +670,7 @@ def _flat(outputs: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, tor
 
 
 def register_symm_mem() -> None:
-    """torch's own op, of which a CPU build has no implementation."""
-    library = _libraries.setdefault("symm_mem", torch.library.Library("symm_mem", "IMPL"))
-    library.impl("one_shot_all_reduce", lambda input, reduce_op, group_name: all_reduce(input), "CPU")
+    """torch's own op, of which a CPU build has no implementation: one, once a process, as torch 2.11 insists on."""
+    if "symm_mem" not in _libraries:
+        library = _libraries["symm_mem"] = torch.library.Library("symm_mem", "IMPL")
+        library.impl("one_shot_all_reduce", lambda input, reduce_op, group_name: all_reduce(input), "CPU")
