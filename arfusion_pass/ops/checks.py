@@ -118,6 +118,10 @@ class FusedCall:
             return index.shape[0]
         return layouts.token_count(self.x.shape)
 
+    def describe_reduced(self) -> str:
+        """What is reduced, the same on all ranks: ``bfloat16 [4, 4096]``."""
+        return f"{str(self.x.dtype).removeprefix('torch.')} [{self.tokens}, {self.x.shape[-1]}]"
+
 
 def known(condition: Any) -> bool:
     """Whether ``condition`` holds for certain; a symbolic one that could go either way does not, and adds no guard."""

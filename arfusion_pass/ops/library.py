@@ -60,7 +60,7 @@ def run_reference(op: str, arguments: dict[str, Any]) -> None:
     """Run ``arfusion::op`` on the reference: check, reduce over the group, epilogue, write the outputs given."""
     call = FusedCall.bind(op, arguments)
     check_call(call, eager=True)
-    marks.first_call(call.group_name, call.flags)
+    marks.first_call(call.group_name, call.flags, call.describe_reduced)
     _run(call)
 
 
@@ -179,7 +179,7 @@ def _implementations(name: str) -> tuple[Callable[..., None], Callable[..., None
             return
         call = FusedCall.bind(name, arguments)
         check_call(call, eager=True)
-        marks.first_call(call.group_name, call.flags)
+        marks.first_call(call.group_name, call.flags, call.describe_reduced)
         if not (call.x.is_cuda and native_dispatch(name, arguments)):
             _run(call)
 

@@ -1,7 +1,7 @@
 """The mark that a graph's fused calls carry: what the pass made of the all-reduces of one group, as 31 bits.
 
 Ranks that run one program have one mark. It stands in the upper bits of ``flags``, so it is stored with a compiled
-artefact, and what runs the ops compares it over the group at a mark's first call
+artefact, and what runs the ops compares it over the group at a mark's first call, with what that call reduces
 (:mod:`arfusion_pass.runtime.one_graph`)::
 
     mark = mark_of([Step(True, "bfloat16 [.., 4096]", "all_reduce ..."), Step(False, "", "all_reduce_1: ... reads it")])
@@ -29,7 +29,7 @@ class Step:
 
     Args:
         fused: whether a fused op performs it.
-        message: dtype and width of what is reduced, the same on all ranks; "" where it is not fused.
+        message: what the ranks send one another, the same on all of them; "" where it is not fused.
         text: the all-reduce, and the reason where it was missed, for a reader.
     """
 
@@ -44,7 +44,7 @@ class Step:
 
 
 Listener = Callable[[str, int, "tuple[Step, ...]"], None]
-Agree = Callable[[str, int], None]
+Agree = Callable[[str, int, Callable[[], str]], None]
 
 _known: dict[int, tuple[Step, ...]] = {}
 _listener: Listener | None = None
@@ -84,14 +84,16 @@ def set_runtime(agree: Agree, listener: Listener) -> None:
     """Handed down by the runtime when the package is imported.
 
     Args:
-        agree: called with the group's name and the mark before a marked call runs; raises where the ranks differ.
+        agree: called with the group's name, the mark and what says what is reduced before a marked call runs; raises
+            where the ranks differ.
         listener: called with what :func:`remember` is.
     """
     global _agree, _listener
     _agree, _listener = agree, listener
 
 
-def first_call(group: str, flags: int) -> None:
-    """Before a call runs: compare its mark over the group, where it has one that was not compared yet."""
+def first_call(group: str, flags: int, reduced: Callable[[], str]) -> None:
+    """Before a call runs: compare its mark over the group, where it has one that was not compared yet, and what is
+    ``reduced``."""
     if _agree is not None and group and (mark := mark_in(flags)):
-        _agree(group, mark)
+        _agree(group, mark, reduced)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from arfusion_pass.graph import tensor_of
 from arfusion_pass.ops import marks
 from arfusion_pass.ops.marks import Step
+from arfusion_pass.ops.schema import OUTPUT_NAMES
 from arfusion_pass.ops.spec import SHARDED_FLAGS, Flags
 from arfusion_pass.rewrite.commit import Plan
 from arfusion_pass.rewrite.raising import RaisedSite
@@ -42,8 +44,23 @@ def _step(site: RaisedSite, call: fx.Node | None) -> Step:
     if value is None:
         return Step(True, "", site.node.name)
     width = value.shape[-1] if isinstance(value.shape[-1], int) else "*"
-    dtype = str(value.dtype).removeprefix("torch.")
-    return Step(True, f"{dtype} [..., {width}] flags {_flags(call) & _PROTOCOL:#x}", site.node.name)
+    flags = _flags(call)
+    message = f"{_name(value.dtype)} [..., {width}] flags {flags & _PROTOCOL:#x}"
+    return Step(True, message + (_sent(call) if flags & SHARDED_FLAGS else ""), site.node.name)
+
+
+def _sent(call: fx.Node) -> str:
+    """What the owner of a row sends of it, where a call may leave its residual sharded: all that the call writes."""
+    written = [
+        f"{role} {_name(value.dtype)}"
+        for role in OUTPUT_NAMES
+        if (value := tensor_of(call.kwargs.get(role))) is not None
+    ]
+    return f" writing {', '.join(written)} quantised by {call.kwargs['quant']:#x}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _flags(call: fx.Node) -> int:

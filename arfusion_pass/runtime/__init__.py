@@ -6,6 +6,7 @@ built, loaded or allocated before the first call.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from arfusion_pass.ops import library, marks
@@ -18,10 +19,10 @@ def _dispatch(op: str, arguments: dict[str, Any]) -> bool:
     return dispatch.dispatch(op, arguments)
 
 
-def _agree(group: str, mark: int) -> None:
+def _agree(group: str, mark: int, reduced: Callable[[], str]) -> None:
     from arfusion_pass.runtime import one_graph
 
-    one_graph.agree(group, mark)
+    one_graph.agree(group, mark, reduced)
 
 
 def _compiled(group: str, mark: int, steps: tuple[marks.Step, ...]) -> None:

@@ -113,7 +113,7 @@ def _first_op(op: str) -> Callable[..., None]:
     def first(*args: Any, **kwargs: Any) -> None:
         call = FusedCall.bind(op, bind(*args, **kwargs))
         check_call(call, eager=True)
-        marks.first_call(call.group_name, call.flags)
+        marks.first_call(call.group_name, call.flags, call.describe_reduced)
 
     return first
 
@@ -127,7 +127,8 @@ def _python_op(op: str) -> Callable[..., None]:
         if int(arguments["flags"]) & Flags.RECORD:
             record.observe(arguments, lambda plain: fused_op(op)(**plain))
         elif int(arguments["flags"]) & Flags.FLASHINFER:
-            marks.first_call(arguments["group_name"], int(arguments["flags"]))
+            call = FusedCall.bind(op, arguments)
+            marks.first_call(call.group_name, call.flags, call.describe_reduced)
             flashinfer.run(op, arguments)
         else:
             run_reference(op, arguments)

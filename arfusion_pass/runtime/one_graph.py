@@ -3,8 +3,9 @@
 Where one rank's site was fused and another's was not, the one would exchange in a fused kernel and the other in an
 all-reduce, each waiting for the other until a timeout. So the first call of every mark compares it over the group,
 through the group's store: nothing on the device, nothing in a replayed CUDA graph, and for later calls a look into a
-set. What the ranks have in common is the order of a group's fused and missed all-reduces; what is fused around them,
-which outputs are written and where a graph ends may differ.
+set. What the ranks have in common is the order of a group's fused and missed all-reduces, and what the first call of a
+mark reduces: all are at the same call of the group then. What is fused around them, where a graph ends, and, unless
+owners send them, which outputs are written, may differ.
 
 A rank that stands in an all-reduce which it missed does not come here before the timeout: what its pass missed it
 leaves in the store, for the warning and the error of those that wait for it. That a rank missed something is no proof
@@ -20,6 +21,7 @@ import itertools
 import logging
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
@@ -45,12 +47,14 @@ class _Compared:
 _groups: weakref.WeakKeyDictionary[dist.ProcessGroup, _Compared] = weakref.WeakKeyDictionary()
 
 
-def agree(name: str, mark: int) -> None:
-    """Compare ``mark`` with the other ranks' at its first call in group ``name``. Collective then.
+def agree(name: str, mark: int, reduced: Callable[[], str]) -> None:
+    """Compare ``mark``, and what is ``reduced``, with the other ranks' at its first call in group ``name``. Collective
+    then.
 
     Raises:
-        RuntimeError: the ranks' graphs do not fit together, on every rank that came; or a rank did not come within the
-            group's timeout. Says which ranks, which all-reduces, and why those were missed.
+        RuntimeError: the ranks' graphs do not fit together, or their first calls reduce other shapes: on every rank
+            that came. Or a rank did not come within the group's timeout. Says which ranks, which all-reduces, and why
+            those were missed.
     """
     group = resolve_group(name)
     compared = _groups.get(group)
@@ -61,7 +65,7 @@ def agree(name: str, mark: int) -> None:
     compared = _groups.setdefault(group, _Compared())
     with compared.lock:
         if mark not in compared.problems:
-            compared.problems[mark] = None if compared.over else _compare(name, group, compared, mark)
+            compared.problems[mark] = None if compared.over else _compare(name, group, compared, mark, reduced())
         problem = compared.problems[mark]
     if problem is not None:
         raise RuntimeError(problem)
@@ -93,10 +97,10 @@ def _note(name: str, rank: int) -> str:
     return f"arfusion/{name}/missed/{rank}"
 
 
-def _compare(name: str, group: dist.ProcessGroup, compared: _Compared, mark: int) -> str | None:
+def _compare(name: str, group: dist.ProcessGroup, compared: _Compared, mark: int, reduced: str) -> str | None:
     """The sentence that all ranks raise, or None."""
     steps = marks.steps_of(mark)
-    mine: dict[str, Any] = {"mark": mark, "steps": None}
+    mine: dict[str, Any] = {"mark": mark, "steps": None, "reduced": reduced}
     if steps is not None:
         mine["steps"] = [[step.key, step.text] for step in steps]
     try:
@@ -110,7 +114,7 @@ def _compare(name: str, group: dist.ProcessGroup, compared: _Compared, mark: int
     except agreement.NoAnswerError as error:
         return str(error)
     if all(other["mark"] == mark for other in everyone):
-        return None
+        return other_shapes(name, [other["reduced"] for other in everyone])
     problem = difference([other["steps"] for other in everyone])
     if problem is not None:
         return f"arfusion: the ranks of group {name!r} do not run one graph: {problem}"
@@ -122,6 +126,20 @@ def _compare(name: str, group: dist.ProcessGroup, compared: _Compared, mark: int
             name,
         )
     return None
+
+
+def other_shapes(name: str, everyone: list[str]) -> str | None:
+    """The sentence on ranks whose first calls of a graph do not reduce the same, given by rank; None where they do."""
+    ranks: dict[str, list[str]] = {}
+    for rank, reduced in enumerate(everyone):
+        ranks.setdefault(reduced, []).append(str(rank))
+    if len(ranks) == 1:
+        return None
+    listed = "; ".join(f"rank {', '.join(those)}: {reduced}" for reduced, those in ranks.items())
+    return (
+        f"arfusion: the ranks of group {name!r} do not make the same calls: the first of a graph reduces {listed}. All "
+        "ranks have to call a group in one order, with the same shapes"
+    )
 
 
 def difference(everyone: list[list[list[str]] | None]) -> str | None:

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from torch import fx
 
 import arfusion_pass as arf
+from arfusion_pass.ops.marks import mark_in
 from arfusion_pass.ops.spec import SHARDED_FLAGS, Flags
+from arfusion_pass.patterns.chains import auto_functionalized
 from arfusion_pass.reporting.tables import report_table
 from tests import moe_cases
 from tests import quant_cases as q
@@ -82,6 +84,28 @@ def test_the_report_says_which_chain_and_how_long() -> None:
     _, report = fused_copy(traced(stack))
     assert [(site.chain, site.chain_length) for site in report.sites] == [(1, 4)] * 4
     assert " chain " in report_table([report], width=240)
+
+
+def test_a_chain_s_mark_follows_what_its_calls_write() -> None:
+    """An owner sends what its call writes, so ranks have to write alike there; who finishes rows by itself may write
+    what it likes."""
+
+    def chain(statistic: bool) -> Callable[..., Any]:
+        def fn(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+            h, r = block(x, r, w)
+            h, _ = block(q.static_div(h, w.amax()).to(h.dtype), r, w)
+            return (q.static_div(h, w.amax()), *([h] if statistic else []))
+
+        return fn
+
+    def compared(config: arf.FusionConfig) -> set[int]:
+        fused = [fused_copy(traced(chain(statistic)), config)[0] for statistic in (False, True)]
+        nodes = [module.graph.find_nodes(op="call_function", target=auto_functionalized) for module in fused]
+        assert [len(calls) for calls in nodes] == [2, 2]
+        return {mark_in(calls[0].kwargs["flags"]) for calls in nodes}
+
+    assert len(compared(STRICT)) == 2
+    assert len(compared(dataclasses.replace(STRICT, strategy="twoshot"))) == 1
 
 
 def test_two_chains_in_one_graph() -> None:

@@ -63,12 +63,26 @@ def test_difference(everyone: list[list[list[str]] | None], problem: str | None)
     assert found == problem or (problem is not None and problem in str(found))
 
 
-def _agree(name: str, steps: list[Step]) -> str:
+def _agree(name: str, steps: list[Step], reduced: str = "bfloat16 [4, 4096]") -> str:
     """What a first call with these steps comes to: "" or the error."""
     mark = mark_of(steps)
     marks.remember(name, mark, steps)
     try:
-        one_graph.agree(name, mark)
+        one_graph.agree(name, mark, lambda: reduced)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def _call(name: str, tokens: int) -> str:
+    """What a fused call of a graph comes to on the reference: "" or the error."""
+    x, weight = torch.ones(tokens, 32), torch.ones(32)
+    flags = mark_of([FUSED]) << MARK_SHIFT
+    try:
+        torch.ops.arfusion.allreduce_rms_norm(
+            x, None, weight, None, name, 1e-6, 0.0, flags, 0, 0.0, 1.0,
+            allreduce_out=None, residual_out=None, norm_out=torch.empty_like(x), quant_out=None, scale_out=None,
+        )  # fmt: skip
     except RuntimeError as error:
         return str(error)
     return ""
@@ -76,7 +90,7 @@ def _agree(name: str, steps: list[Step]) -> str:
 
 def _compare(rank: int, world: int) -> dict[str, Any]:
     results: dict[str, Any] = {}
-    groups = [dist.new_group(list(range(world)), timeout=datetime.timedelta(seconds=3)) for _ in range(4)]
+    groups = [dist.new_group(list(range(world)), timeout=datetime.timedelta(seconds=3)) for _ in range(5)]
     names = [group.group_name for group in groups]
     calls = []
     exchange = agreement.exchange
@@ -94,6 +108,7 @@ def _compare(rank: int, world: int) -> dict[str, Any]:
         _agree(names[2], [FUSED] * (1 + rank)),
         _agree(names[2], [FUSED, *[MISSED] * (1 + rank)]),
     ]
+    results["other shape"] = [_call(names[4], tokens) for tokens in (4 + 2 * rank, 4)]
     began = time.monotonic()
     if rank == 0:  # it stands in the all-reduce that it missed, in front of the one that it fused: it never comes
         marks.remember(names[3], mark_of([MISSED, FUSED]), [MISSED, FUSED])
@@ -129,6 +144,9 @@ def test_ranks_compare_a_mark_once() -> None:
         assert result["other group"] == ""
         assert result["ends elsewhere"] == ["", ""]
         assert result["off"] == ""
+        for said in result["other shape"]:  # and from then on: what was exchanged last is not known
+            assert "do not make the same calls: the first of a graph reduces rank 0: float32 [4, 32]; rank 1: " in said
+            assert "float32 [6, 32]. All ranks have to call a group in one order, with the same shapes" in said
     assert re.match(r"arfusion: rank 0 of group '\w+' did not", second["alone"])
     assert "did not answer rank 1, which is comparing what the pass fused, within 3 s" in second["alone"]
     missed = "It has compiled a graph in which it left alone all_reduce_1: mean reads a value of the norm"
