@@ -219,11 +219,12 @@ def by_position(node: fx.Node) -> bool:
 
 def understood(node: fx.Node) -> bool:
     """Whether a call of an aten or prims op gives its operands by position, and no optional argument that its
-    recogniser does not read a value other than the default. Of other ops' arguments their dialects know."""
-    if not by_position(node):
+    recogniser does not read a value other than the default; and whether it is known what the call gives. Of other ops'
+    arguments their dialects know."""
+    positional, optional = _operands(node.target)
+    if not by_position(node) or (positional and value_of(node) is None):
         return False
     args, kwargs = node.args, node.kwargs
-    _, optional = _operands(node.target)
     for name, index, default, allowed in optional:
         value = kwargs.get(name, args[index] if index < len(args) else default)
         if value is default:
@@ -307,7 +308,7 @@ def source_of(node: Any) -> fx.Node | None:
     """What ``node`` gives the elements of: all of them, in the same order and dtype, in whatever shape. None if it
     computes anything, leaves elements out or moves them. Such a node is a view, a ``permute`` that moves dimensions of
     size 1 only, a wait for what was waited for already, a clone, the functional ``copy`` that a tensor reduced in place
-    leaves, or a split into one part, which is a list, with the ``getitem`` of it."""
+    leaves, dropout that does not train, or a split into one part, which is a list, with the ``getitem`` of it."""
     if not (isinstance(node, fx.Node) and node.op == "call_function" and node.args and by_position(node)):
         return None
     target = node.target
@@ -321,6 +322,9 @@ def source_of(node: Any) -> fx.Node | None:
             return source if source.target is target else None
     elif target is operator.getitem:
         return source if _is_list_of_one(source) else None
+    elif target is aten.dropout.default:
+        if node.args[2] is not False:
+            return None
     elif target in _SPLITS:
         if not _is_list_of_one(node):
             return None

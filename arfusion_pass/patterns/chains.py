@@ -159,8 +159,8 @@ class AllReduceRMSNormChain:
             if "role" in node.meta and any(user not in matched for user in node.users)
         }
         buffers: dict[str, fx.Node | None] = dict.fromkeys(OUTPUT_NAMES)
-        written = [*read, *(("quant_out", "scale_out") if self.quantiser and self.quantiser.has_scales else ())]
-        for role in written:  # a quantiser that makes scales writes them, read or not
+        outputs = ("quant_out", "scale_out") if self.quantiser and self.quantiser.has_scales else ("quant_out",)
+        for role in [*read, *(outputs if self.quantiser else ())]:  # a quantiser writes all that it has, read or not
             buffers[role] = graph.call_function(torch.empty, ((0,),))  # its shape is known at commit
         rare = {"addend": addend, "epsilon_tensor": epsilon_tensor}
         rare = {name: node for name, node in rare.items() if node is not None}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 
 from torch import fx
+from torch._ops import OpOverloadPacket
 
 from arfusion_pass.compilation import breaks_at_collectives, raised_at_collectives
 from arfusion_pass.graph import aten, describe, is_call
@@ -28,6 +29,12 @@ def why_no_all_reduce(graph: fx.Graph) -> str | None:
     it has neither."""
     found = [node for node in graph.nodes if _is_collective(node)]
     if not found:
+        early = next((node for node in graph.nodes if _is_before_autograd(node)), None)
+        if early is not None:
+            return (
+                f"no all-reduce: {describe(early)} is a call as Dynamo traces it; give the pass the graph behind AOT "
+                "autograd, as aot_autograd(fw_compiler=...) of torch._dynamo.backends.common and torch.export do"
+            )
         norm = any(is_call(node, *_ROOTS) or "rms_norm" in str(node.target) for node in graph.nodes)
         return met_by_dynamo() if norm else None
     eager = [node for node in found if node.target._schema.name == "c10d::allreduce_"]  # type: ignore[union-attr]
@@ -44,6 +51,12 @@ def why_no_all_reduce(graph: fx.Graph) -> str | None:
         )
     listed = ", ".join(dict.fromkeys(str(node.target) for node in found))
     return f"no all-reduce: its collectives are {listed} (first {describe(found[0])}), and only all-reduces are fused"
+
+
+def _is_before_autograd(node: fx.Node) -> bool:
+    """Whether a node calls a collective without saying which of its overloads."""
+    target = node.target
+    return isinstance(target, OpOverloadPacket) and target._qualified_op_name.partition("::")[0] in _NAMESPACES
 
 
 def _is_own_all_reduce(node: fx.Node) -> bool:

@@ -369,7 +369,13 @@ class Committer:
     def _computed(self, node: fx.Node, args: tuple[Any, ...]) -> Any:
         """The fake value of a shadow graph's node on fake values; what it makes of numbers alone is fake as well."""
         with self.mode or contextlib.nullcontext():
-            return node.target(*args, **node.kwargs)  # type: ignore[operator]
+            return node.target(*map(self._as_fake, args), **node.kwargs)  # type: ignore[operator]
+
+    def _as_fake(self, value: Any) -> Any:
+        """A value as one of the graph's fakes: a constant's may be the tensor itself."""
+        if self.mode is None or not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor):
+            return value
+        return self.mode.from_tensor(value, static_shapes=True)
 
     def _erase(self, site: RaisedSite) -> None:
         """Erase a site's nodes, and what only they read, from the last to the first."""

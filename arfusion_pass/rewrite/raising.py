@@ -506,6 +506,8 @@ def _find_quantiser(site: RaisedSite) -> None:
             for quant in dialect.quantisers(value):
                 if isinstance(quant, Refused):
                     site.note = site.note or quant.reason
+                elif not any(node.users for node in (quant.codes, quant.scales) if node is not None):
+                    continue  # nobody reads it: a graph whose dead code nobody removed
                 elif (unfit := _unfit(quant, site)) is not None:
                     site.note = site.note or unfit
                 elif quant.codes not in codes:

@@ -31,6 +31,20 @@ def test_other_collective() -> None:
     assert "reduce_scatter_tensor" in str(report)
 
 
+def test_graph_before_autograd() -> None:
+    """A back-end that gives Dynamo's own graph is told which one to give."""
+    notes = []
+
+    def backend(module: torch.fx.GraphModule, inputs: Any) -> Any:
+        notes.append(arf.fuse(module, STRICT).note)
+        return module.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(lambda x, w: llama(reduce(x), w, 1e-6), backend=backend)(torch.randn(4, 32), torch.ones(32))
+    assert "is a call as Dynamo traces it" in notes[0] and "aot_autograd" in notes[0]
+
+
 def test_graph_break_at_a_collective() -> None:
     """``async_op=True`` breaks the graph: no graph holds the all-reduce, and the report says where it went."""
 

@@ -58,6 +58,40 @@ def test_dead_residual() -> None:
     assert check_fused(trace(model, *tensors(X, X, W)), 1).fused[0].outputs == ("norm_out",)
 
 
+@pytest.mark.parametrize("dead", [False, True])
+def test_dead_quantiser(dead: bool) -> None:
+    """A quantiser that nobody reads, in a graph whose dead code stands, is no part of the site; one beside it is."""
+
+    def model(x: Tensor, r: Tensor, w: Tensor, s: Tensor) -> tuple[Tensor, ...]:
+        norm = llama(r + reduce(x), w, EPS)
+        _ = (norm.float() / s).to(torch.float8_e4m3fn)
+        return (norm,) if dead else (norm, (norm.float() * s).to(torch.float8_e4m3fn))
+
+    outputs = check_fused(trace(model, *tensors(X, X, W, (1,))), 1).fused[0].outputs
+    assert outputs == (("norm_out",) if dead else ("norm_out", "quant_out"))
+
+
+def test_dropout_of_a_graph_before_decompositions() -> None:
+    """``torch.export`` leaves dropout in a model that does not train: it gives what it is given."""
+
+    def model(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        y = reduce(x)
+        total = r + y
+        return llama(total, w, EPS), total
+
+    module = trace(model, *tensors(X, X, W))
+    wait = module.graph.find_nodes(op="call_function", target=c10d.wait_tensor.default)[0]
+    for trains in (False, True):
+        with module.graph.inserting_after(wait):
+            dropout = module.graph.call_function(aten.dropout.default, (wait, 0.1, trains))
+        dropout.meta["val"] = wait.meta["val"]
+        wait.replace_all_uses_with(dropout, delete_user_cb=lambda user, own=dropout: user is not own)
+        if trains:
+            assert "aten.dropout.default) stands between" in check_unchanged(module).missed[0].reason
+        else:
+            check_fused(module, 1)
+
+
 def test_nobody_reads() -> None:
     """A site that nobody reads (dead code) has nothing to write; the op refuses such a call, so it is not made."""
     module = trace(lambda x, w: (x * 2, llama(reduce(x), w, EPS)), *tensors(X, W))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ from arfusion_pass.ops.marks import without_mark
 from arfusion_pass.ops.spec import Flags
 from arfusion_pass.rewrite import commit
 from arfusion_pass.rewrite.buffers import Buffer
+from tests import mutants
 from tests.models import Tensor, llama, reduce, weightless
 from tests.simulate import (
     STRICT,
@@ -29,6 +31,7 @@ from tests.simulate import (
     check_fused,
     check_same,
     check_unchanged,
+    copied,
     fused_copy,
     symbolic,
     tensors,
@@ -350,6 +353,16 @@ def test_some_values_missing() -> None:
             nodes[victim].meta.pop("val", None)
             _, report = fused_copy(module)
             assert all(site.fused or site.reason for site in report.sites)
+
+
+def test_a_value_missing_in_front_of_the_all_reduce() -> None:
+    """The same of an MoE combination, whose weights and rows are compared by their values."""
+    original = mutants.original(random.Random(6971))
+    for victim in range(len(original.graph.nodes)):
+        module = copied(original)
+        list(module.graph.nodes)[victim].meta.pop("val", None)
+        _, report = fused_copy(module)
+        assert all(site.fused or site.reason for site in report.sites)
 
 
 def test_nothing_to_do() -> None:
