@@ -221,7 +221,10 @@ def verify(as_json: bool, fail_on_missed: bool, folder: Path) -> None:
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def doctor(as_json: bool) -> None:
-    """Say what this machine has (torch, CUDA, links, compilers, kernels), which backend would be used, and why."""
+    """Say what this machine has (torch, CUDA, links, compilers, kernels), which backend would be used, and why.
+
+    Exit status 1 if it names a problem.
+    """
     try:
         from arfusion_pass.cli.doctor import collect
     except ImportError as error:
@@ -229,11 +232,12 @@ def doctor(as_json: bool) -> None:
     facts = collect()
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(facts), indent=2))
-        return
-    rows = facts.rows()
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        click.echo(f"{name:<{width}}  {value}")
+    else:
+        rows = facts.rows()
+        width = max(len(name) for name, _ in rows)
+        for name, value in rows:
+            click.echo(f"{name:<{width}}  {value}")
+    sys.exit(1 if facts.problems else 0)
 
 
 @main.command()

@@ -4,8 +4,10 @@ import dataclasses
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from arfusion_pass.cli import doctor
+from arfusion_pass.cli.commands import main
 from arfusion_pass.cli.doctor import Device, LibraryState
 from arfusion_pass.runtime import build, native, thresholds
 
@@ -110,3 +112,5 @@ def test_a_variable_that_cannot_be_is_a_problem(monkeypatch, variable, value, pr
     """A server with this environment would run unfused, or on the reference: the doctor says so before it starts."""
     monkeypatch.setenv(variable, value)
     assert [each for each in doctor.collect().problems if problem in each]
+    for options in ([], ["--json"]):
+        assert CliRunner().invoke(main, ["doctor", *options]).exit_code == 1, "for a script that starts the server"

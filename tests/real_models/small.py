@@ -130,7 +130,15 @@ def sharded(rank: int, model_class: Any, config: Any, folder: str | Path) -> tup
         model.save_pretrained(folder, **({} if as_published else {"save_original_format": False}))
     dist.barrier()
     exact = model_class.from_pretrained(folder, dtype=torch.float32).eval()
-    return exact, model_class.from_pretrained(folder, tp_plan="auto", dtype=torch.bfloat16).eval()
+    return exact, model_class.from_pretrained(folder, dtype=torch.bfloat16, **_plan()).eval()
+
+
+def _plan() -> dict[str, Any]:
+    """What :meth:`from_pretrained` takes for the model's own plan: newer transformers take it in a config."""
+    from transformers.distributed import DistributedConfig
+
+    plan = {"tp_plan": "auto"}
+    return {"distributed_config": DistributedConfig(**plan)} if hasattr(DistributedConfig, "tp_plan") else plan
 
 
 def token_ids(config: Any) -> torch.Tensor:
