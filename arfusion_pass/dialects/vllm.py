@@ -62,7 +62,7 @@ from arfusion_pass.dialects.reading.custom_quantisers import (
     token_fp8,
 )
 from arfusion_pass.dialects.reading.op_calls import OpCall, Operand, same
-from arfusion_pass.graph import describe, last_dim, multiplies_instead
+from arfusion_pass.graph import describe, last_dim, multiplies_instead, statically_equal, value_of
 from arfusion_pass.ops.spec import Apply, Bound, Flags, QuantFormat, QuantSpec, ScaleLayout, ScaleRound, ScaleRule
 
 
@@ -95,12 +95,10 @@ def _weight_in_fp32() -> bool:
 
 
 def _whole_variance(call: OpCall) -> str | None:
-    size = call["variance_size"]
-    return (
-        None
-        if size is None
-        else f"{describe(call.node)} takes its variance over {size} columns, not over the whole row"
-    )
+    size = value_of(call["variance_size"])
+    if size is None or statically_equal(size, last_dim(call["x"])):
+        return None
+    return f"{describe(call.node)} takes its variance over {size} columns, not over the whole row"
 
 
 def _no_upper_bound(call: OpCall) -> str | None:

@@ -54,6 +54,10 @@ def of_all_columns(h: Tensor) -> Tensor:
     return torch.rsqrt(h[..., : h.shape[-1]].pow(2).mean(-1, keepdim=True) + EPS)
 
 
+def expanded(h: Tensor) -> Tensor:
+    return torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + EPS).expand_as(h)
+
+
 def without_epsilon(h: Tensor) -> Tensor:
     return h.pow(2).mean(-1, keepdim=True).rsqrt()
 
@@ -71,6 +75,7 @@ STATISTICS = [
     vector_norm,
     of_absolutes,
     of_all_columns,
+    expanded,
     without_epsilon,
     root_without_epsilon,
 ]

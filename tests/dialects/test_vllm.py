@@ -134,6 +134,10 @@ def f_ir_variance_size(x, r, w):  # type: ignore[no-untyped-def]
     return torch.ops.vllm_ir.rms_norm(reduce(x), w, EPSILON, 64)
 
 
+def f_ir_whole_variance(x, r, w):  # type: ignore[no-untyped-def]
+    return torch.ops.vllm_ir.rms_norm(reduce(x), w, EPSILON, HIDDEN)
+
+
 def f_ir_3d(x, r, w):  # type: ignore[no-untyped-def]
     y = reduce(x.view(2, TOKENS // 2, HIDDEN))
     norm, total = ir_add(y.view(-1, HIDDEN), r, w)
@@ -411,6 +415,7 @@ NORM_CASES = {
     "ir_two_layers": Case(f_ir_two_layers, standard, (ADD, ADD)),
     "ir_3d": Case(f_ir_3d, standard, (ADD,)),
     "ir_fp32_residual": Case(f_ir_add, fp32_residual, (ADD,)),
+    "ir_whole_variance": Case(f_ir_whole_variance, standard, (PLAIN,)),
     "ir_variance_size": Case(f_ir_variance_size, standard, missed=("variance over 64 columns",)),
     "aten_add": Case(f_aten_add, standard, (ADD,)),
     "aten_norm": Case(f_aten_norm, standard, (ADD,)),

@@ -31,6 +31,7 @@ from arfusion_pass.graph import (
     last_dim,
     other_operand,
     peel,
+    same_shape,
     source_of,
     statically_equal,
     tensor_of,
@@ -215,7 +216,8 @@ def _inverses(mean: Statistic, root: fx.Node) -> Iterator[Inverse | Refused]:
 
 
 def _in_rows(inverse: Inverse, root: fx.Node) -> Iterator[Inverse | Refused]:
-    """The views of an inverse that hold one element for each row of ``root``, in the shape that rows are multiplied."""
+    """The views of an inverse that hold one element for each row of ``root``, in the shape that rows are multiplied, or
+    that element as often as the row is long (``expand_as``)."""
     stack, rows = [inverse], tensor_of(root)
     assert rows is not None
     while stack:
@@ -224,6 +226,9 @@ def _in_rows(inverse: Inverse, root: fx.Node) -> Iterator[Inverse | Refused]:
         same_rank = tensor is not None and tensor.dim() == rows.dim()
         if same_rank and all(map(statically_equal, tensor.shape, (*rows.shape[:-1], 1))):  # type: ignore[union-attr]
             yield current
+            for expand in users_of(current.node, aten.expand.default):
+                if same_shape(expand, root):
+                    yield dataclasses.replace(current, node=expand, nodes=(*current.nodes, expand))
         for user in list(current.node.users):
             if source_of(user) is current.node:
                 stack.append(dataclasses.replace(current, node=user, nodes=(*current.nodes, user)))
