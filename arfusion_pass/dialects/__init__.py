@@ -46,6 +46,10 @@ DIALECTS: tuple[Dialect, ...] = (
 """Every dialect, in the order they are asked."""
 
 
+NO_NORM = "no RMSNorm over its last dimension follows"
+"""What is said of an all-reduce behind which no dialect knows one."""
+
+
 def norms_of(value: fx.Node) -> Iterator[tuple[Norm | Refused, str]]:
     """The norms whose operand is ``value``, with or without an add, each with its dialect's name."""
     candidates = (Sum(value), *sums(value))
@@ -56,6 +60,7 @@ def norms_of(value: fx.Node) -> Iterator[tuple[Norm | Refused, str]]:
 
 __all__ = [
     "DIALECTS",
+    "NO_NORM",
     "Dialect",
     "Gathered",
     "Norm",

@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import fx
 
 from arfusion_pass.compilation import GraphBreak, inference_leaf, runs_as_part
+from arfusion_pass.dialects import NO_NORM
 from arfusion_pass.graph import (
     aten,
     describe,
@@ -32,7 +33,6 @@ BEFORE = f"add the bias {ONE_RANK}"
 BIAS = f"add the bias in the tensor's dtype, or {ONE_RANK}"
 AVERAGE = "reduce by 'sum' and divide by the group's size before the all-reduce"
 FUNCTIONAL = "make the graph functional first: ExportedProgram.run_decompositions() does, and so does AOT autograd"
-NO_NORM = "no RMSNorm over its last dimension follows"
 ROWS = "take those rows before the all-reduce: it need not sum the others"
 WHOLE = "compile the module that holds the norm in the same graph as the all-reduce"
 BREAK = (

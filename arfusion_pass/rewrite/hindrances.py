@@ -20,7 +20,7 @@ from torch._ops import HigherOrderOperator
 from torch.utils import _pytree as pytree
 
 from arfusion_pass.compilation import known
-from arfusion_pass.dialects import Norm, Reduced, Refused, norms_of
+from arfusion_pass.dialects import NO_NORM, Norm, Reduced, Refused, norms_of
 from arfusion_pass.dialects.reading.op_calls import op_name
 from arfusion_pass.graph import (
     aten,
@@ -131,9 +131,7 @@ def why_no_norm(reduced: Reduced, reductions: Reductions, moved: bool) -> tuple[
         return None, reason + stays, culprit
     described = list(dict.fromkeys(map(describe, readers)))
     listed = ", ".join(described[:3]) + (", ..." if len(described) > 3 else "")
-    reason = (
-        f"its result is read by {listed}: no RMSNorm over its last dimension follows, with or without a residual add"
-    )
+    reason = f"its result is read by {listed}: {NO_NORM}, with or without a residual add"
     return None, reason, next(iter(readers))
 
 
@@ -202,16 +200,17 @@ def hindrance_of(reduced: Reduced, step: fx.Node, operand: fx.Node, reductions: 
         kind = Kind.ADDEND  # the other one is read elsewhere too, or one of them reduces what cannot be replaced
     if kind in (Kind.SCALE, Kind.SUM) and not _takes_another_input(reduced):
         return None
-    if kind == Kind.SCALE and not _fits_before(other_operand(step, operand), operand, reduced):
+    if kind == Kind.SCALE and needed_before(other_operand(step, operand), operand, reduced) is None:
         return None
     return Hindrance(kind, step, operand) if kind != Kind.ADDEND or _may_join(step, reduced.group, reductions) else None
 
 
-def _fits_before(factor: Any, operand: fx.Node, reduced: Reduced) -> bool:
-    """Whether a factor of ``operand`` could be one of what is reduced."""
+def needed_before(factor: Any, operand: fx.Node, reduced: Reduced) -> list[fx.Node] | None:
+    """What would move in front of an all-reduce (:func:`computed_late`) with a factor of ``operand``, which then is one
+    of what is reduced; None where it cannot be."""
     tensor = tensor_of(factor)
     rows = tensor is None or tensor.numel() == 1 or last_dim(operand) == last_dim(reduced.x)
-    return rows and computed_late(factor, reduced) is not None
+    return computed_late(factor, reduced) if rows else None
 
 
 def computed_late(factor: Any, reduced: Reduced) -> list[fx.Node] | None:

@@ -54,11 +54,11 @@ from arfusion_pass.rewrite.commit import META_KEYS
 from arfusion_pass.rewrite.hindrances import (
     Hindrance,
     Kind,
-    computed_late,
     following,
     linear,
     mergeable,
     narrowed,
+    needed_before,
 )
 from arfusion_pass.rewrite.planning import planned
 from arfusion_pass.rewrite.raising import find_hindrance, find_sites, open_site
@@ -245,14 +245,12 @@ class _Mover:
         """A factor of ``operand`` as one of what is reduced, in front of the all-reduce; None where that has other
         rows, or where the factor cannot exist there."""
         x = tensor_of(reduced.x)
-        late = computed_late(factor, reduced)
-        if late is None or x is None:
+        needed = needed_before(factor, operand, reduced)
+        if needed is None or x is None:
             return None
         given = tensor_of(factor)
         assert given is not None
-        if last_dim(reduced.x) != last_dim(operand) and given.numel() != 1:
-            return None
-        for node in late:
+        for node in needed:
             reduced.node.prepend(node)
         if given.numel() == 1 or not is_row_factor(factor, operand):
             spreads = given.dim() > x.dim()
