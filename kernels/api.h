@@ -17,7 +17,7 @@ extern "C" {
 #endif
 
 #define ARF_API __attribute__((visibility("default")))
-#define ARF_ABI_VERSION 4
+#define ARF_ABI_VERSION 5
 
 #define ARF_MAX_WORLD 8
 #define ARF_MAX_HIDDEN 16384 /* elements of a token; hidden * itemsize is a multiple of 16 bytes */
@@ -200,6 +200,7 @@ typedef struct arf_call {
   /* With OWNER_BLOCKS: token t is rank t / block mod world's (0: tokens / world); residual, residual_out and an addend of rows
    * hold this rank's tokens alone, one block behind the other. */
   int64_t block;
+  int64_t own_rows; /* how many those are, for the check; 0: none, or the caller knows */
 } arf_call;
 
 /* Runs the call on `stream` (a cudaStream_t) of `device` in the group's workspace; group "": no exchange. Checks what it

@@ -115,6 +115,13 @@ void boxed(StableIValue* stack, uint64_t, uint64_t) {
     ask_python(Op::kOp, words);
     known.insert(kind);
   }
+  if constexpr (Op::kBetween != 0) {
+    if (!Scatter::fits(c)) {
+      words.ours = false;
+      return redispatch("_fallback_", Op::kOp, stack);
+    }
+    Scatter::make_blocks(c);
+  }
   const int device = c.x.device;
   const DeviceGuard guard(device);
   void* const stream = current_stream(device);
@@ -144,6 +151,7 @@ struct Registration {
     add<AllReduce>();
     add<MoeReduce>();
     add<MoeFinalize>();
+    add<Scatter>();
     constexpr uint64_t kTorch213 = (2ull << 56) | (13ull << 48);
     arf_set_cast_saturates(aoti_torch_abi_version() >= kTorch213);
   }

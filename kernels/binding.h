@@ -16,10 +16,13 @@ namespace {
 }
 
 /* The part of the arguments that all ops share, at stack[0] on: EPILOGUE_INPUTS and OUTPUTS in schema.py. */
-/* residual weight scale group_name epsilon weight_bias flags quant quant_bound scale_value, addend epsilon_tensor, then the five outputs */
+/* residual weight scale group_name epsilon weight_bias flags quant quant_bound scale_value; behind what an op has in
+ * between, addend epsilon_tensor, then the five outputs */
 enum { kResidual, kWeight, kScale, kGroup, kEpsilon, kBias, kFlags, kQuant, kQuantBound, kScaleValue, kAddend,
        kEpsilonTensor, kAllreduceOut, kResidualOut, kNormOut, kQuantOut, kScaleOut };
-#define ARF_EPILOGUE_KINDS "tttsddiiddttttttt"
+#define ARF_GIVEN_KINDS "tttsddiidd"
+#define ARF_RARE_KINDS "ttttttt"
+#define ARF_EPILOGUE_KINDS ARF_GIVEN_KINDS ARF_RARE_KINDS
 constexpr int kMaxArguments = 22;
 
 struct Call {
@@ -54,18 +57,20 @@ void read_optional(Tensor& t, const char* name, StableIValue word) {
   if (auto* inner = word_to<StableIValue*>(word)) read_tensor(t, name, *inner);
 }
 
-void read_arguments(Call& c, const StableIValue* stack) {
+/* `between`: words of the op's own in front of the rare ones. */
+void read_arguments(Call& c, const StableIValue* stack, int between) {
+  const StableIValue* const rare = stack + between;
   check(torch_string_c_str(word_to<StringHandle>(stack[kGroup]), &c.group), "string_c_str");
   read_optional(c.residual, "residual", stack[kResidual]);
   read_optional(c.weight, "weight", stack[kWeight]);
   read_optional(c.scale, "scale", stack[kScale]);
-  read_optional(c.addend, "addend", stack[kAddend]);
-  read_optional(c.epsilon_tensor, "epsilon_tensor", stack[kEpsilonTensor]);
-  read_optional(c.allreduce_out, "allreduce_out", stack[kAllreduceOut]);
-  read_optional(c.residual_out, "residual_out", stack[kResidualOut]);
-  read_optional(c.norm_out, "norm_out", stack[kNormOut]);
-  read_optional(c.quant_out, "quant_out", stack[kQuantOut]);
-  read_optional(c.scale_out, "scale_out", stack[kScaleOut]);
+  read_optional(c.addend, "addend", rare[kAddend]);
+  read_optional(c.epsilon_tensor, "epsilon_tensor", rare[kEpsilonTensor]);
+  read_optional(c.allreduce_out, "allreduce_out", rare[kAllreduceOut]);
+  read_optional(c.residual_out, "residual_out", rare[kResidualOut]);
+  read_optional(c.norm_out, "norm_out", rare[kNormOut]);
+  read_optional(c.quant_out, "quant_out", rare[kQuantOut]);
+  read_optional(c.scale_out, "scale_out", rare[kScaleOut]);
   c.flags = word_to<int64_t>(stack[kFlags]);
   c.raw.epsilon = c.factor(stack[kEpsilon]);
   c.raw.weight_bias = c.factor(stack[kBias]);
@@ -117,6 +122,9 @@ void need_rows(const Call& c, const Tensor& t, int64_t width, int64_t rows) {
 
 /* With the call's tokens. */
 void need_rows(const Call& c, const Tensor& t, int64_t width) { need_rows(c, t, width, c.raw.tokens); }
+
+/* Rows of what a rank may have of its own tokens alone: residual, addend, allreduce_out, residual_out. */
+int64_t own_rows(const Call& c) { return c.raw.own_rows ? c.raw.own_rows : c.raw.tokens; }
 
 void read_scale_out(Call& c) {
   const Tensor& s = c.scale_out;
@@ -175,7 +183,7 @@ void read_epilogue(Call& c) {
     need_device(c, *t);
   }
   if (c.residual) {
-    need_rows(c, c.residual, raw.hidden);
+    need_rows(c, c.residual, raw.hidden, own_rows(c));
     raw.residual_fp32 = is_fp32(c, c.residual);
     raw.residual_stride = c.residual.row_stride();
     need_row_stride(c, c.residual, raw.residual_stride);
@@ -192,7 +200,7 @@ void read_epilogue(Call& c) {
   if (c.addend) {
     need_device(c, c.addend);
     raw.addend_rows = c.addend.dim != 1;
-    need_rows(c, c.addend, raw.hidden, raw.addend_rows ? raw.tokens : 1);
+    need_rows(c, c.addend, raw.hidden, raw.addend_rows ? own_rows(c) : 1);
     need_contiguous(c, c.addend);
     is_fp32(c, c.addend, false);
     raw.addend = c.addend.data;
@@ -216,7 +224,7 @@ void read_epilogue(Call& c) {
   for (const Output& o : {Output{c.allreduce_out, raw.allreduce_out, nullptr}, Output{c.residual_out, raw.residual_out, &raw.residual_out_fp32},
                           Output{c.norm_out, raw.norm_out, &raw.norm_out_fp32}}) {
     if (!o.t) continue;
-    need_rows(c, o.t, raw.hidden);
+    need_rows(c, o.t, raw.hidden, &o.t == &c.norm_out ? raw.tokens : own_rows(c));
     need_contiguous(c, o.t);
     const bool fp32 = is_fp32(c, o.t, o.fp32 != nullptr);
     if (o.fp32) *o.fp32 = fp32;
@@ -324,7 +332,7 @@ void read_x(Call& c) {
 
 struct AllReduce {
   static constexpr const char* kOp = "allreduce_rms_norm";
-  static constexpr int kArguments = 1;
+  static constexpr int kArguments = 1, kBetween = 0;
   static constexpr const char* kKinds = "T" ARF_EPILOGUE_KINDS;
   static void take(Call& c, const StableIValue* stack) { read_tensor(c.x, "x", stack[0]); }
   static void read(Call& c) {
@@ -338,7 +346,7 @@ struct AllReduce {
 
 struct MoeReduce {
   static constexpr const char* kOp = "moe_reduce_allreduce_rms_norm";
-  static constexpr int kArguments = 3;
+  static constexpr int kArguments = 3, kBetween = 0;
   static constexpr const char* kKinds = "TTt" ARF_EPILOGUE_KINDS;
   static void take(Call& c, const StableIValue* stack) {
     read_tensor(c.x, "expert_x", stack[0]);
@@ -366,7 +374,7 @@ struct MoeReduce {
 
 struct MoeFinalize {
   static constexpr const char* kOp = "moe_finalize_allreduce_rms_norm";
-  static constexpr int kArguments = 5;
+  static constexpr int kArguments = 5, kBetween = 0;
   static constexpr const char* kKinds = "TTttd" ARF_EPILOGUE_KINDS;
   static void take(Call& c, const StableIValue* stack) {
     read_tensor(c.x, "permuted_x", stack[0]);
@@ -398,12 +406,44 @@ struct MoeFinalize {
   }
 };
 
+/* Sequence parallelism: norm, codes and scales of all tokens, the rest of this rank's own. A launch of a sharded residual. */
+struct Scatter {
+  static constexpr const char* kOp = "reduce_scatter_rms_norm_all_gather";
+  static constexpr int kArguments = 1, kBetween = 1;
+  static constexpr const char* kKinds = "T" ARF_GIVEN_KINDS "i" ARF_RARE_KINDS;
+  static void take(Call& c, const StableIValue* stack) {
+    AllReduce::take(c, stack);
+    c.raw.block = word_to<int64_t>(stack[kArguments + kAddend]); /* where the others have their addend */
+  }
+  static void read(Call& c) {
+    AllReduce::read(c);
+    if (c.raw.block < 0) c.fail("block must not be negative, got " + std::to_string(c.raw.block));
+    for (const Tensor* t : {&c.residual, &c.residual_out, &c.allreduce_out, &c.addend}) {
+      if (*t && (t != &c.addend || t->dim != 1) && !c.raw.own_rows) c.raw.own_rows = t->numel / c.raw.hidden;
+    }
+  }
+  /* Whether the kernels have the call, by what all ranks know of it: one sum of a row is read. */
+  static bool fits(const Call& c) {
+    const bool summed = c.allreduce_out && (c.residual || c.addend || c.residual_out);
+    return *c.group && c.raw.tokens && !summed && (c.norm_out || c.quant_out);
+  }
+  static void make_blocks(Call& c) {
+    constexpr uint32_t kKept = kRoundingFlags | kNoPdl | kTriggerEarly;
+    constexpr uint32_t kBlocks = kSharded | kResidualInSharded | kResidualOutSharded | kOwnerBlocks;
+    c.raw.flags = static_cast<int32_t>((static_cast<uint32_t>(c.flags) & kKept) | kBlocks);
+    if (!c.raw.allreduce_out) return;
+    c.raw.residual_out = c.raw.allreduce_out; /* without a residual the sum is the residual's */
+    c.raw.residual_out_fp32 = c.raw.dtype == ARF_FP32;
+    c.raw.allreduce_out = nullptr;
+  }
+};
+
 /* Everything about a call that can be wrong, before anything is asked of the group or the device. */
 template <typename Op>
 void read_call(Call& c, const StableIValue* stack) {
   c.op = Op::kOp;
   Op::take(c, stack);
-  read_arguments(c, stack + Op::kArguments);
+  read_arguments(c, stack + Op::kArguments, Op::kBetween);
   Op::read(c);
   if (c.shared) {
     need_device(c, c.shared);

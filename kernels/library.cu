@@ -222,7 +222,7 @@ int parts(Neighbours* here, const Workspace* w, cudaStream_t stream, unsigned lo
     }
   }
   whole = whole && (capture ? here->apart_capture != capture : here->launches - here->apart > kRemembered);
-  return whole ? 1 : std::max<int>(1, here->workspaces.size());
+  return whole ? 1 : static_cast<int>(here->workspaces.size()); /* w is one of them */
 }
 
 /* Makes `stream` wait for the workspace's last launch where that was on another stream: eager after eager, and within

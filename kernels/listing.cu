@@ -19,7 +19,8 @@ const char* arf_schemas(void) {
          "moe_reduce_allreduce_rms_norm(Tensor expert_x, Tensor expert_scale, Tensor? token_input, " ARF_EPILOGUE
          ", *, " ARF_RARE ARF_OUTPUTS ") -> ()\n"
          "moe_finalize_allreduce_rms_norm(Tensor permuted_x, Tensor index, Tensor? expert_scale, Tensor? shared, "
-         "float routed_scaling_factor, " ARF_EPILOGUE ", *, " ARF_RARE ARF_OUTPUTS ") -> ()\n";
+         "float routed_scaling_factor, " ARF_EPILOGUE ", *, " ARF_RARE ARF_OUTPUTS ") -> ()\n"
+         "reduce_scatter_rms_norm_all_gather(Tensor x, " ARF_EPILOGUE ", SymInt block=0, *, " ARF_RARE ARF_OUTPUTS ") -> ()\n";
 }
 
 const char* arf_spec_constants(void) {

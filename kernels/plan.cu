@@ -332,11 +332,15 @@ std::string make_plan(int world, int64_t workspace_bytes, const arf_call& c, boo
     const int64_t two = piece_capacity(world, workspace_bytes, row_bytes, ARF_TWOSHOT);
     if (strategy == ARF_ONESHOT && one < c.tokens && two > one) strategy = ARF_TWOSHOT;
   }
-  const bool blocks = c.flags & kOwnerBlocks;
+  const bool blocks = has_blocks(c, world);
   const int64_t chunk = blocks ? block_of(c, world) * world : c.tokens; /* tokens that pieces do not reach beyond */
   if (blocks && (strategy != ARF_SHARDED || chunk < 1 || c.tokens % chunk)) {
     return number(c.tokens) + " tokens are no whole number of blocks of " + number(block_of(c, world)) + " for each of " +
            number(world) + " ranks, in a sharded call";
+  }
+  if (blocks && c.own_rows && c.own_rows != c.tokens / world) {
+    return "a residual, its sum or an addend has " + number(c.own_rows) + " rows, and " + number(c.tokens) + " tokens are " +
+           number(c.tokens / world) + " for each of " + number(world) + " ranks";
   }
   const int64_t capacity = strategy == ARF_SHARDED ? sharded_capacity(c, world, workspace_bytes)
                                                    : piece_capacity(world, workspace_bytes, row_bytes, strategy);
@@ -387,15 +391,15 @@ std::string make_plan(int world, int64_t workspace_bytes, const arf_call& c, boo
   return "";
 }
 
-Piece piece_of(const arf_call& c, const Plan& plan, int world, int64_t number) {
-  if (!(c.flags & kOwnerBlocks)) {
-    const int64_t first = number * plan.piece_tokens, tokens = std::min(plan.piece_tokens, c.tokens - first);
+Piece piece_of(const arf_call& c, const Plan& plan, int world, int64_t index) {
+  if (!has_blocks(c, world)) {
+    const int64_t first = index * plan.piece_tokens, tokens = std::min(plan.piece_tokens, c.tokens - first);
     return {first, std::max<int64_t>(tokens, 0), 0, first + tokens == c.tokens};
   }
   const int64_t block = block_of(c, world), each = (block * world + plan.piece_tokens - 1) / plan.piece_tokens;
-  const int64_t chunk = number / each, row = number % each * (plan.piece_tokens / world);
+  const int64_t chunk = index / each, row = index % each * (plan.piece_tokens / world);
   return {chunk * block * world + row, std::min(plan.piece_tokens, (block - row) * world), chunk * block + row,
-          number + 1 == plan.pieces};
+          index + 1 == plan.pieces};
 }
 
 Grid grid_of(const Plan& plan, int world, int64_t tokens, int resident, int allowed) {
@@ -463,7 +467,7 @@ void fill_params(const arf_call& c, const Plan& plan, int rank, int world, void*
                  const Piece& piece, ShardedParams* params) {
   *params = {};
   const auto [first, tokens, own, last] = piece;
-  const bool blocks = c.flags & kOwnerBlocks;
+  const bool blocks = has_blocks(c, world);
   Params* const p = &params->base;
   const int item = item_bytes(c.dtype);
   const int64_t row = c.hidden * item;

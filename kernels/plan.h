@@ -27,6 +27,8 @@ struct Plan {
   int64_t pieces;
 };
 
+/* Whether ranks own blocks of consecutive tokens; one rank owns all in any case. */
+inline bool has_blocks(const arf_call& call, int world) { return (call.flags & kOwnerBlocks) && world > 1; }
 inline int64_t block_of(const arf_call& call, int world) { return call.block ? call.block : call.tokens / world; }
 inline int item_bytes(int dtype) { return dtype == ARF_FP32 ? 4 : 2; }
 
@@ -49,7 +51,7 @@ struct Piece {
   int64_t own;    /* with kOwnerBlocks: tokens in front of it in what holds a rank's own alone */
   bool last;
 };
-Piece piece_of(const arf_call& call, const Plan& plan, int world, int64_t number);
+Piece piece_of(const arf_call& call, const Plan& plan, int world, int64_t index);
 /* Everything of `params` but control words, error record, timeout and the grid's. */
 void fill_params(const arf_call& call, const Plan& plan, int rank, int world, void* const* buffers, int64_t workspace_bytes,
                  const Piece& piece, ShardedParams* params);

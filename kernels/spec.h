@@ -27,6 +27,7 @@ enum Flags : uint32_t {
   kResidualOutSharded = 1u << 21,
   kOwnerBlocks = 1u << 22,
   kAllFlags = 0x007fbf1fu,
+  kRoundingFlags = kUnroundedSum | kRoundBeforeWeight | kAddendLast | kDivideByRoot | kReciprocalRoot,
 };
 
 enum class Format : uint32_t { kNone = 0, kFp8 = 1, kInt8 = 2, kNvfp4 = 3, kMxfp8 = 4 };

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from arfusion_pass.groups import resolve_group
 from arfusion_pass.ops import layouts, marks, record, reference
 from arfusion_pass.ops.checks import SHARED_ROWS, FusedCall, check_call
-from arfusion_pass.ops.schema import NAMESPACE, OUTPUT_NAMES, SCATTERING_OP, SCATTERING_SCHEMAS, SCHEMAS
+from arfusion_pass.ops.schema import NAMESPACE, OUTPUT_NAMES, SCATTERING_OP, SCHEMAS
 from arfusion_pass.ops.spec import Flags
 
 Dispatcher = Callable[[str, dict[str, Any]], bool]
@@ -202,11 +202,10 @@ def _implementations(name: str) -> tuple[Callable[..., None], Callable[..., None
 
 def _define() -> torch.library.Library | None:
     """Define all ops, once a process: a module imported twice (a reload, two paths) must not define again."""
-    schemas = {**SCHEMAS, **SCATTERING_SCHEMAS}
-    if all(hasattr(getattr(torch.ops, NAMESPACE), name) for name in schemas):
+    if all(hasattr(getattr(torch.ops, NAMESPACE), name) for name in SCHEMAS):
         return None
     library = torch.library.Library(NAMESPACE, "DEF")
-    for name, schema in schemas.items():
+    for name, schema in SCHEMAS.items():
         # With any other tag Inductor hands the op a transposed producer's strides.
         library.define(name + schema, tags=(torch.Tag.needs_contiguous_strides,))
         real, fake, negated = _implementations(name)

@@ -41,6 +41,9 @@ OUTPUTS = (
 
 OUTPUT_NAMES = ("allreduce_out", "residual_out", "norm_out", "quant_out", "scale_out")
 
+SCATTERING_OP = "reduce_scatter_rms_norm_all_gather"
+"""Sequence parallelism's op."""
+
 SCHEMAS: dict[str, str] = {
     # x [..., H]
     "allreduce_rms_norm": f"(Tensor x, {EPILOGUE_INPUTS}, *, {RARE_INPUTS}, {OUTPUTS}) -> ()",
@@ -57,17 +60,9 @@ SCHEMAS: dict[str, str] = {
         "(Tensor permuted_x, Tensor index, Tensor? expert_scale, Tensor? shared, float routed_scaling_factor, "
         f"{EPILOGUE_INPUTS}, *, {RARE_INPUTS}, {OUTPUTS}) -> ()"
     ),
-}
-"""Op name to schema, of the ops that have kernels. ``tests/ops/test_schema.py`` freezes it and compares it with the op
-library's own list."""
-
-SCATTERING_OP = "reduce_scatter_rms_norm_all_gather"
-
-SCATTERING_SCHEMAS: dict[str, str] = {
     # x [..., H], T rows of which row t is rank t // block % world's, a block of 0 standing for T / world. residual,
     # an addend of rows, allreduce_out (this rank's rows of the sum) and residual_out hold the rank's own T / world
     # rows; norm_out, quant_out and scale_out all T
     SCATTERING_OP: f"(Tensor x, {EPILOGUE_INPUTS}, SymInt block=0, *, {RARE_INPUTS}, {OUTPUTS}) -> ()",
 }
-"""The same of sequence parallelism's op, which the library launches but does not register
-(:mod:`arfusion_pass.runtime.scattering`)."""
+"""Op name to schema. ``tests/ops/test_schema.py`` freezes it and compares it with the op library's own list."""

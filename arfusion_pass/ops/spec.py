@@ -39,7 +39,7 @@ class Flags(enum.IntFlag):
       rank's tokens (``token % world == rank``) need be defined. Set for all members of a chain
       (:mod:`arfusion_pass.rewrite.chains`), which decide alike whether they make use of it; not with
       ``allreduce_out``, and with the norm or its codes among the outputs.
-    * ``OWNER_BLOCKS``: of a launch alone (:mod:`arfusion_pass.runtime.scattering`), with ``SHARDED`` and both of the
+    * ``OWNER_BLOCKS``: of a launch alone (``kernels/binding.h``), with ``SHARDED`` and both of the
       above: rank ``r`` owns the tokens from ``r * tokens / world`` on, and the residuals hold those alone.
     * ``RECORD``: hand inputs and outputs to the recorder whose site number stands in bits 32 and up
       (:mod:`arfusion_pass.inspection.replay`), and run as without it.
@@ -84,6 +84,9 @@ ROUNDING_FLAGS = (
 
 SHARDED_FLAGS = Flags.RESIDUAL_IN_SHARDED | Flags.RESIDUAL_OUT_SHARDED
 """The marks of a chain's members."""
+
+BLOCKS = Flags.SHARDED | SHARDED_FLAGS | Flags.OWNER_BLOCKS
+"""How sequence parallelism's op is launched."""
 
 
 class QuantFormat(enum.IntEnum):

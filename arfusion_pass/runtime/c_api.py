@@ -11,7 +11,7 @@ import enum
 from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_longlong, c_uint32, c_void_p
 from pathlib import Path
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 MAX_WORLD = 8
 CONTROL_BYTES = 20480
 
@@ -135,6 +135,7 @@ class Call(ctypes.Structure):
         ("epsilon_dtype", c_int32),
         ("epsilon_tensor", c_void_p),
         ("block", c_int64),
+        ("own_rows", c_int64),
     ]
 
 

@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 
-from arfusion_pass.ops.schema import SCHEMAS
 from arfusion_pass.ops.spec import Flags
-from arfusion_pass.runtime import fallback, flashinfer, native, scattering, workspace
+from arfusion_pass.runtime import fallback, flashinfer, native, workspace
 from arfusion_pass.runtime.agreement import Backend
 
 
@@ -23,8 +22,6 @@ def dispatch(op: str, arguments: dict[str, Any]) -> bool:
     """
     if int(arguments.get("flags") or 0) & Flags.REFERENCE:
         return False
-    if op not in SCHEMAS:
-        return scattering.run(arguments)
     if int(arguments.get("flags") or 0) & Flags.FLASHINFER:
         flashinfer.run(op, arguments)
         return True

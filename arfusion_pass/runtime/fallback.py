@@ -2,10 +2,10 @@
 
 ``arfusion::_fallback_<op>`` has the schema of ``arfusion::<op>``; the op library redispatches to it where a group
 cannot use the exchange kernels (no P2P, several hosts, more than 8 ranks), decided once a group and the same on all
-ranks (:mod:`arfusion_pass.runtime.workspace`). Each is::
+ranks (:mod:`arfusion_pass.runtime.workspace`), and what of sequence parallelism the kernels do not have. Each is::
 
     x = prologue(...)                                   # MoE ops: the local kernel, all-reduce output only
-    x = dist.all_reduce(x.clone(), group)
+    x = dist.all_reduce(x.clone(), group)                   # sequence parallelism: a reduce-scatter, all-gathers behind
     arfusion.<allreduce_rms_norm>(x, ..., group_name="")    # a world of one rank: add, norm and quantiser in one kernel
 
 Here the summation order, and so the last bit of a sum, is the process group's, not ours.
@@ -31,7 +31,7 @@ from arfusion_pass.groups import resolve_group
 from arfusion_pass.ops import marks, record
 from arfusion_pass.ops.checks import FusedCall, check_call
 from arfusion_pass.ops.library import fused_op, run_reference
-from arfusion_pass.ops.schema import NAMESPACE, SCHEMAS
+from arfusion_pass.ops.schema import NAMESPACE, SCATTERING_OP, SCHEMAS
 from arfusion_pass.ops.spec import Flags
 from arfusion_pass.runtime import flashinfer
 
@@ -69,6 +69,7 @@ def register(tell: Tell = lambda error: None) -> None:
         "allreduce_rms_norm": allreduce_rms_norm,
         "moe_reduce_allreduce_rms_norm": moe_reduce_allreduce_rms_norm,
         "moe_finalize_allreduce_rms_norm": moe_finalize_allreduce_rms_norm,
+        SCATTERING_OP: reduce_scatter_rms_norm_all_gather,
     }
     for op, schema in SCHEMAS.items():
         for name, run in (
@@ -210,6 +211,12 @@ def moe_finalize_allreduce_rms_norm(
     )
     _all_reduce(total, group_name)
     _local_epilogue(total, residual, weight, scale, *scalars, **keywords)
+
+
+def reduce_scatter_rms_norm_all_gather(*args: Any, **keywords: Any) -> None:
+    """The group's reduce-scatter, the local epilogue on this rank's rows, and its all-gathers: what the reference makes
+    of it, with the op library in place."""
+    run_reference(SCATTERING_OP, _binder(SCATTERING_OP)(*args, **keywords))
 
 
 def _all_reduce(total: torch.Tensor, group_name: str) -> None:

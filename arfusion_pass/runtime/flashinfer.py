@@ -26,6 +26,7 @@ from arfusion_pass.ops.flashinfer_enums import SCALE_LAYOUTS
 from arfusion_pass.ops.flashinfer_enums import AllReduceFusionPattern as Pattern
 from arfusion_pass.ops.flashinfer_specs import STATIC_FP8, TOKEN_FP8, packed_group_fp8
 from arfusion_pass.ops.library import fused_op
+from arfusion_pass.ops.schema import SCATTERING_OP
 from arfusion_pass.ops.spec import Flags, QuantFormat, QuantSpec, ScaleLayout
 from arfusion_pass.runtime.agreement import exchange
 from arfusion_pass.runtime.aside import aside
@@ -74,6 +75,8 @@ def refusal(call: FusedCall, world: int, capability: tuple[int, int]) -> str | N
         world: ranks of its group.
         capability: the GPU's compute capability.
     """
+    if call.op == SCATTERING_OP:
+        return "it has no sequence parallelism"
     if call.op != "allreduce_rms_norm":
         return (
             "its MoE kernels round at every step, take fp32 router weights for 16-bit ones, lose NVFP4's global scale "

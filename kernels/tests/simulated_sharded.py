@@ -17,8 +17,7 @@ import time
 
 import torch
 
-from arfusion_pass.ops.spec import Flags, QuantFormat, QuantSpec
-from arfusion_pass.runtime.scattering import BLOCKS
+from arfusion_pass.ops.spec import BLOCKS, Flags, QuantFormat, QuantSpec
 from kernels.tests.machine import DEVICE, EMULATED, load, synchronize
 from kernels.tests.simulated import DTYPES, SPECS, Ranks, make_call
 from tests.gpu.calls import Config, Result, Shared, allocate, rank_input, shared_inputs

@@ -77,6 +77,16 @@ def test_errors_of_python_ops_keep_kind_and_words(library: Path) -> None:
     }
 
 
+def test_sequence_parallelism(library: Path) -> None:
+    """What the kernels have of its op is launched, each rank owning blocks of its own rows; the rest is the group's
+    collectives'. Rows that are no rank's share are refused at every call, not at the first alone."""
+    results = _in_process(library, "scattering")
+    taken = {name: what for name, (what, _) in SCATTERED.items()}
+    assert {name: results[name] for name in taken} == taken
+    assert results["launch"] == results["wanted"]
+    assert results["first sum"] == results["wanted first sum"]
+
+
 def _words(stub: ctypes.CDLL, alone: bool) -> dict[str, list[str]]:
     from arfusion_pass.runtime import fallback
     from tests.bad_calls import calls
@@ -136,11 +146,87 @@ def _errors(stub: ctypes.CDLL) -> dict[str, list[str]]:
     return results
 
 
+OWN, WHOLE = torch.empty(4, 64, dtype=torch.bfloat16), torch.empty(8, 64, dtype=torch.bfloat16)
+SHARE = "a residual, its sum or an addend has 2 rows, and 8 tokens are 4 for each of 2 ranks"
+SCATTERED: dict[str, tuple[str, dict[str, object]]] = {
+    "add": ("launched", {"residual": OWN, "residual_out": OWN.clone()}),
+    "first": ("launched", {"allreduce_out": OWN}),
+    "one block": ("launched", {"block": 4}),
+    "several blocks": ("launched", {"block": 2}),
+    "addend": ("launched", {"residual": OWN, "residual_out": OWN.clone(), "addend": OWN.clone()}),
+    "sum beside an addend": ("collectives", {"addend": OWN, "allreduce_out": OWN.clone()}),
+    "sum beside the add": ("collectives", {"residual": OWN, "allreduce_out": OWN.clone()}),
+    "sums alone": ("collectives", {"norm_out": None, "residual_out": OWN}),
+    "no group": ("collectives", {"group_name": "", "residual": WHOLE, "residual_out": WHOLE.clone()}),
+    "no tokens": ("collectives", {"x": WHOLE[:0], "norm_out": WHOLE[:0].clone()}),
+    "other rows": (
+        "residual_out must be [..., 64] with 4 tokens, got [2, 64]",
+        {"residual": OWN, "residual_out": OWN[:2].clone()},
+    ),
+    "no rank's share": (SHARE, {"residual": OWN[:2], "residual_out": OWN[2:].clone()}),
+    "no whole blocks": (
+        "8 tokens are no whole number of blocks of 3 for each of 2 ranks, in a sharded call",
+        {"block": 3},
+    ),
+}
+"""What becomes of a call of sequence parallelism's op, ``[8, 64]`` among two ranks."""
+
+
+def _scattering(stub: ctypes.CDLL) -> dict[str, object]:
+    from arfusion_pass.ops.library import fused_op
+    from arfusion_pass.ops.schema import SCATTERING_OP
+    from arfusion_pass.ops.spec import BLOCKS, Flags
+    from arfusion_pass.runtime import c_api, fallback
+    from tests.ops.cases import SPECS
+
+    stub.stub_call.restype = ctypes.POINTER(c_api.Call)
+    fallback.check_call = lambda *_, **__: None  # type: ignore[assignment]
+    op, took = fused_op(SCATTERING_OP), list[str]()
+    fallback.run_reference = lambda *_: took.append("collectives")  # type: ignore[assignment]
+
+    def call(**changes: object) -> c_api.Call:
+        given = {"x": WHOLE, "group_name": "0", "norm_out": WHOLE.clone(), **changes}
+        before = stub.stub_launches()
+        op(**{**dict.fromkeys(("residual", "weight", "scale")), **given})
+        took.extend(["launched"] * (stub.stub_launches() - before))
+        return stub.stub_call().contents
+
+    results: dict[str, object] = {}
+    for name, (_, changes) in SCATTERED.items():
+        took.clear()
+        try:
+            call(**changes)
+        except Exception as error:
+            took.append(str(error).removeprefix(f"arfusion::{SCATTERING_OP}: "))
+        results[name] = ", ".join(took)
+    spec = SPECS["group_tma"]
+    tensors = {
+        "x": torch.zeros(8, 128, dtype=torch.bfloat16)[:, :64],
+        "residual": torch.zeros(4, 64),
+        "weight": torch.ones(64),
+        "residual_out": OWN,
+        "quant_out": torch.empty(8, 64, dtype=torch.float8_e4m3fn),
+        "scale_out": torch.empty(2, 8),
+        "addend": torch.zeros(4, 64, dtype=torch.bfloat16),
+    }
+    flags = Flags.UNROUNDED_SUM | Flags.TWOSHOT | Flags.NO_PDL
+    launch = call(**tensors, norm_out=None, quant=spec.pack(), flags=int(flags), weight_bias=1.0, block=2)
+    wanted = {"block": 2, "own_rows": 4, "addend_rows": 1, "x_stride": 128, "residual_fp32": 1, "scale_pad_last": 1}
+    wanted["flags"] = int(Flags.UNROUNDED_SUM | Flags.NO_PDL | BLOCKS)
+    wanted |= {name: tensor.data_ptr() for name, tensor in tensors.items()}
+    results["wanted"], results["launch"] = wanted, {name: getattr(launch, name) for name in wanted}
+    first = call(allreduce_out=OWN)
+    results["first sum"] = [first.residual_out, first.allreduce_out]
+    results["wanted first sum"] = [OWN.data_ptr(), None]
+    return results
+
+
 if __name__ == "__main__":
     from arfusion_pass.runtime import fallback, native
 
     torch.ops.load_library(sys.argv[1])
     native._library = ctypes.CDLL(sys.argv[1])
     fallback.register(native._tell)
-    done = _errors(native._library) if sys.argv[2] == "errors" else _words(native._library, sys.argv[2] == "alone")
+    modes = {"errors": _errors, "scattering": _scattering}
+    done = modes.get(sys.argv[2], lambda stub: _words(stub, sys.argv[2] == "alone"))(native._library)
     print(json.dumps(done))

@@ -20,9 +20,8 @@ import sys
 import torch
 
 from arfusion_pass.ops import reference
-from arfusion_pass.ops.spec import NO_QUANT, Flags
+from arfusion_pass.ops.spec import BLOCKS, NO_QUANT, Flags
 from arfusion_pass.runtime import c_api
-from arfusion_pass.runtime.scattering import BLOCKS
 from kernels.tests.machine import DEVICE, EMULATED, load
 from kernels.tests.simulated import SPECS, make_call
 from tests.gpu.calls import Config, allocate, rank_input, shared_inputs, verify_epilogue

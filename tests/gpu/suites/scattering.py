@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import itertools
+from collections.abc import Iterator
 
 import torch
 
 from arfusion_pass.ops.schema import SCATTERING_OP
 from arfusion_pass.ops.spec import NO_QUANT, Flags
-from arfusion_pass.runtime import scattering
-from tests.gpu.calls import Config, Result, Shared, allocate, launch, rank_input, shared_inputs
+from arfusion_pass.runtime import fallback
+from tests.gpu.calls import Config, Shared, allocate, launch, rank_input, shared_inputs
 from tests.gpu.harness import Env, case
 from tests.gpu.suites.sharded import SPECS
+
+SHARED_ROWS = frozenset({"allreduce_out", "residual_out"})
+"""Outputs that hold a rank's own rows."""
 
 
 class Call:
@@ -27,22 +33,20 @@ class Call:
         addend = self.shared.addend
         self.addend = addend if addend is None or addend.dim() == 1 else addend[self.own]
         self.wanted, self.result = allocate(config, env.device), allocate(config, env.device)
-        self.rows = {name: torch.empty_like(self.wanted[name][self.own]) for name in self.scattered(self.wanted)}
-
-    @staticmethod
-    def scattered(result: Result) -> list[str]:
-        return [name for name in ("allreduce_out", "residual_out") if name in result.buffers]
+        share = dataclasses.replace(config, tokens=config.tokens // env.world)
+        for name in SHARED_ROWS & self.wanted.buffers.keys():
+            self.result.buffers[name] = allocate(share, env.device).buffers[name]
 
     def expect(self) -> None:
         launch(self.config, self.env, self.x, self.shared, self.wanted)
 
     def poison(self) -> None:
-        for tensor in (*self.result.tensors(), *self.rows.values()):
+        for tensor in self.result.tensors():
             tensor.view(torch.uint8).fill_(0xFF)
 
     def run(self) -> None:
         shared: Shared = self.shared
-        out = {name: buffer.tensor for name, buffer in self.result.buffers.items()} | self.rows
+        out = {name: buffer.tensor for name, buffer in self.result.buffers.items()}
         getattr(torch.ops.arfusion, SCATTERING_OP)(
             self.x,
             self.residual,
@@ -62,9 +66,9 @@ class Call:
 
     def compare(self, where: str) -> None:
         for name, buffer in self.result.buffers.items():
-            wanted = self.wanted[name][self.own] if name in self.rows else self.wanted[name]
-            got = self.rows.get(name, buffer.tensor)
-            differs = int((got.view(torch.uint8) != wanted.view(torch.uint8)).sum())
+            buffer.assert_guards(f"{where}: {name}")
+            wanted = self.wanted[name][self.own] if name in SHARED_ROWS else self.wanted[name]
+            differs = int((buffer.tensor.view(torch.uint8) != wanted.view(torch.uint8)).sum())
             if differs:
                 self.env.problems.append(f"{where}: {differs} bytes of {name} differ in {self.config}")
 
@@ -103,28 +107,33 @@ def calls(env: Env) -> list[Call]:
     return made
 
 
+@contextlib.contextmanager
+def fallbacks() -> Iterator[list[str]]:
+    """The ops that the group's collectives run in place of the kernels, as they come."""
+    names, run = [], fallback.run_reference
+
+    def counted(op: str, arguments: dict) -> None:
+        names.append(op)
+        run(op, arguments)
+
+    fallback.run_reference = counted
+    try:
+        yield names
+    finally:
+        fallback.run_reference = run
+
+
 @case("scattering", "all")
 def every_call(env: Env) -> None:
     """On the kernels, and not by the process group's collectives; in a graph as well."""
-    ran, run = 0, scattering.run
-
-    def counted(arguments: dict) -> bool:
-        nonlocal ran
-        done = run(arguments)
-        ran += done
-        return done
-
-    scattering.run = counted
-    try:
-        made = calls(env)
+    made = calls(env)
+    with fallbacks() as fell_back:
         for number, call in enumerate(made):
             call.expect()
             for again in range(3):
                 call.poison()
                 call.run()
                 call.compare(f"call {number}, run {again}")
-        if ran != 3 * len(made):
-            env.problems.append(f"{ran} of {3 * len(made)} calls ran on the kernels")
         graph = torch.cuda.CUDAGraph()
         some = made[::5]
         torch.cuda.synchronize()
@@ -139,5 +148,24 @@ def every_call(env: Env) -> None:
             torch.cuda.synchronize()
             for number, call in enumerate(some):
                 call.compare(f"replay {replay}, call {number}")
-    finally:
-        scattering.run = run
+    if fell_back:
+        env.problems.append(f"{len(fell_back)} of {3 * len(made)} calls did not run on the kernels")
+
+
+@case("scattering", "collectives", worlds=(2,))
+def between_collectives(env: Env) -> None:
+    """A sum read beside its residual add: one kernel between the group's collectives, whose sum of two is ours."""
+    made = []
+    for number, spec in enumerate(SPECS):
+        outputs = ("allreduce_out", "residual_out", "quant_out" if spec != NO_QUANT else "norm_out")
+        made.append(
+            Call(env, Config(48, 4096, torch.bfloat16, spec=spec, outputs=outputs, seed=number, residual="same"))
+        )
+    with fallbacks() as fell_back:
+        for number, call in enumerate(made):
+            call.expect()
+            call.poison()
+            call.run()
+            call.compare(f"call {number}")
+    if len(fell_back) != len(made):
+        env.problems.append(f"{len(fell_back)} of {len(made)} calls ran on collectives")
