@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import pytest
 import arfusion_pass as arf
 from arfusion_pass.cli import main
 from arfusion_pass.config import VARIABLES
+from tests.test_examples import EXAMPLES
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -60,6 +63,48 @@ def test_commands_and_names_in_the_pages_exist() -> None:
             assert getattr(arf, name) is not None, (page.name, name)
         for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
             compile(block, page.name, "exec")
+
+
+def commands_of(text: str) -> list[list[str]]:
+    """The commands of a page's ``sh`` blocks, in words, without their comments."""
+    lines = "\n".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL)).splitlines()
+    return [words for line in lines for part in line.split(" && ") if (words := shlex.split(part, comments=True))]
+
+
+def test_every_command_of_the_readme_runs_in_a_test(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Examples in ``test_examples``, our commands by their own parsers here and in ``tests/cli``, installs and tests in
+    ``.ci/run``; vLLM's own is read as far as that goes without vLLM."""
+    monkeypatch.chdir(tmp_path)
+    Path("serve.py").touch()
+    found = commands_of((ROOT / "README.md").read_text())
+    assert len(found) >= 10
+    ci = (ROOT / ".ci" / "run").read_text()
+    extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    for command, *arguments in found:
+        if command == "torchrun":
+            assert arguments[:2] == ["--nproc-per-node", "2"]
+            assert " ".join(arguments[2:]).removeprefix("examples/") in EXAMPLES, arguments
+        elif command == "arfusion":
+            name, *options = arguments
+            with main.commands[name].make_context(name, options):
+                pass
+            assert name in ("explain", "build") or f"arfusion {name}" in ci, name
+        elif command == "vllm":
+            assert json.loads(arguments[-1]) == {"pass_config": {"fuse_allreduce_rms": False}}
+        elif command == "pytest":
+            assert " ".join((command, *arguments)) in ci
+        else:
+            assert (command, arguments[0]) == ("pip", "install")
+            assert set(re.findall(r"\[(\w+)\]", " ".join(arguments))) <= set(extras)
+
+
+def test_every_command_has_its_row() -> None:
+    """Each command stands in ``commands.md``, and each option of a row is the command's."""
+    rows = re.findall(r"^\| `arfusion (\w+)[^|]*\|(.*)\|$", (DOCS / "commands.md").read_text(), re.MULTILINE)
+    assert {name for name, _ in rows} == set(main.commands)
+    for name, said in rows:
+        options = {option for parameter in main.commands[name].params for option in parameter.opts}
+        assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", said)) <= options, name
 
 
 TORCHS = ("Could not find schema for arfusion::", "object has no attribute 'allreduce_rms_norm'")

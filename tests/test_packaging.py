@@ -115,8 +115,6 @@ def test_the_readme_names_what_exists() -> None:
             target = getattr(target, part)
     for path in re.findall(r"\bexamples/\w+\.py", text):
         assert (ROOT / path).is_file()
-    for command in re.findall(r"^\| `arfusion (\w+)", text, re.MULTILINE):
-        assert command in cli.main.commands
     options = {
         option for command in cli.main.commands.values() for parameter in command.params for option in parameter.opts
     }

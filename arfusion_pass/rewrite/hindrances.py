@@ -420,7 +420,7 @@ def _is_added_to(product: fx.Node, operand: fx.Node) -> bool:
 
 def _other_norm(node: fx.Node, reduced: Reduced) -> tuple[str, fx.Node] | None:
     """What to say of a norm that is none of ours, from the step that makes it one."""
-    instead = "the pass knows RMSNorm written in torch, and the engines' ops in the README"
+    instead = "the pass knows RMSNorm written in torch, and the engines' ops in docs/recognised.md"
     if _names_norm(node):
         return f"{describe(node)} is an op that the pass does not know; {instead}", node
     if _NORM.search(kernel := _triton_kernel(node)):
