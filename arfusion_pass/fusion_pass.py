@@ -75,8 +75,9 @@ class AllReduceFusionPass(CustomGraphPass):
 
 
 def fuse(graph_module: fx.GraphModule, config: FusionConfig | None = None) -> FusionReport:
-    """Fuse a post-AOT graph module in place, for other back-ends and tests: with the graphs that it runs as parts, such
-    as the branches of ``torch.cond``, as Inductor does. Their sites stand in the report before its own.
+    """Fuse a post-AOT graph module in place, for other back-ends and tests: with the graphs that it runs as parts, as
+    Inductor does: the branches of ``torch.cond``, and the pieces of a split graph. Their sites stand in the report
+    before its own.
 
     Args:
         graph_module: a functional aten graph whose nodes carry ``meta["val"]``.

@@ -492,7 +492,12 @@ def _given(node: fx.Node) -> list[fx.Node]:
 
 
 def parts_of(node: fx.Node) -> list[fx.GraphModule]:
-    """The graphs that a higher-order op runs: the branches of ``torch.cond``, the region of ``invoke_subgraph``."""
+    """The graphs that a node runs: the branches of ``torch.cond``, the region of ``invoke_subgraph``, or the module
+    that it calls, such as a piece of a graph that a back-end has split."""
+    module = node.graph.owning_module
+    if node.op == "call_module" and module is not None:
+        called: Any = module.get_submodule(str(node.target))
+        return [called] if isinstance(called, fx.GraphModule) else []
     parts = [
         getattr(node.graph.owning_module, str(operand.target), None)
         for operand in node.all_input_nodes

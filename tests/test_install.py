@@ -14,6 +14,7 @@ from torch import fx
 from torch._inductor import config as inductor_config
 from torch._inductor import custom_graph_pass
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx.passes.split_module import split_module
 
 import arfusion_pass as arf
 from arfusion_pass.install import HOOK, CustomInferenceAwareGraphPass, PassChain, chained
@@ -289,6 +290,20 @@ def test_fuse_reaches_branches(world: None) -> None:
     assert_fused(report, 1, missed=1)
     assert "allreduce_rms_norm" in program.graph_module.true_graph_0.code  # type: ignore[operator]
     assert str(report.missed[0].advice).startswith("the all-reduce lies in a graph of its own, that of ")
+
+
+def test_fuse_reaches_pieces(world: None) -> None:
+    """The pieces of a graph that a back-end has split are modules that it calls: each is fused by itself."""
+
+    def model(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return llama(reduce(llama(reduce(x), w, 1e-6) * 2), w, 1e-6)
+
+    whole = trace(model, *tensors((4, 32), (32,)))
+    second = [node.name for node in whole.graph.nodes].index("all_reduce_1")
+    order = {node: index for index, node in enumerate(whole.graph.nodes)}
+    pieces = split_module(whole, torch.nn.Module(), lambda node: int(order[node] >= second))
+    assert_fused(arf.fuse(pieces), 2)
+    assert "allreduce_rms_norm" in pieces.submod_0.code and "allreduce_rms_norm" in pieces.submod_1.code  # type: ignore[operator]
 
 
 @pytest.fixture(autouse=True)
