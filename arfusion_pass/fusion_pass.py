@@ -151,6 +151,7 @@ def run(graph: fx.Graph, config: FusionConfig) -> FusionReport:
     sizes = SizesOfInputs(graph)
     moving = config.reassociate and not trains(graph)
     try:
+        sizes.give()
         if moving:
             moves = reassociate(graph, config)
             moving = bool(moves.steps)

@@ -19,18 +19,24 @@ from arfusion_pass.rewrite.buffers import SizeSource
 
 
 class SizesOfInputs:
-    """Gives those who ask for a size in ``graph`` one of its inputs, until :meth:`restore` or :meth:`keep`.
+    """From :meth:`give` on gives those who ask for a size in ``graph`` one of its inputs, until :meth:`restore` or
+    :meth:`keep`.
 
     Whichever of the two comes second does nothing."""
 
     def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
         self._undo = contextlib.ExitStack()
         self._idle: list[fx.Node] = []
+
+    def give(self) -> None:
+        """Let them ask the inputs."""
+        graph = self.graph
         inputs = list(graph.find_nodes(op="placeholder"))
         source, position = SizeSource(inputs), dict.fromkeys(inputs, 0)
         for target in (aten.sym_size.int, aten.sym_numel.default):
             for node in graph.find_nodes(op="call_function", target=target):
-                if node.args[0] in position or not isinstance(value_of(node), torch.SymInt):
+                if node.all_input_nodes[0] in position or not isinstance(value_of(node), torch.SymInt):
                     continue
                 if (size := source.find(value_of(node), position, 0, inputs)) is None:
                     continue

@@ -10,6 +10,9 @@ import pytest
 import torch
 from torch import fx
 
+import arfusion_pass as arf
+from arfusion_pass.inspection.graph_diff import print_graph
+from arfusion_pass.rewrite import sizes
 from tests.models import Tensor, llama, reduce
 from tests.sequence_parallel import gather, scatter
 from tests.simulate import check_same, check_unchanged, fake_world, fused_copy, symbolic, trace
@@ -84,3 +87,27 @@ def test_a_size_is_no_reader(model: Callable[..., Any], of: Any, target: Any, li
 def test_a_graph_that_fuses_nothing_keeps_its_sizes(live: bool) -> None:
     """Node for node, the readers of a size included."""
     check_unchanged(asked(alone, c10d.wait_tensor.default, live))
+
+
+def test_asked_by_name() -> None:
+    """A call that a pass wrote with its operands by name is one, and no error."""
+    module = asked(replicated, c10d.wait_tensor.default, True)
+    (size,) = module.graph.find_nodes(op="call_function", target=aten.sym_size.int)
+    size.args, size.kwargs = (), {"self": size.args[0], "dim": size.args[1]}
+    module.recompile()
+    fused, report = fused_copy(module)
+    assert report.matched_count == 1, str(report)
+    check_same(module, fused, s=6)
+
+
+def test_an_error_leaves_the_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pass never raises, whatever it meets while it looks at sizes."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("no size")
+
+    monkeypatch.setattr(sizes.SizeSource, "find", fail)
+    module = asked(replicated, c10d.wait_tensor.default, True)
+    before = print_graph(module.graph)
+    assert "no size" in str(arf.fuse(module).note)
+    assert print_graph(module.graph) == before
