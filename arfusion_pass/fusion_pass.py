@@ -23,7 +23,8 @@ from arfusion_pass.rewrite.absence import why_no_all_reduce
 from arfusion_pass.rewrite.chains import Chain, find_chains, mark_chains
 from arfusion_pass.rewrite.commit import Plan
 from arfusion_pass.rewrite.planning import planned
-from arfusion_pass.rewrite.raising import RaisedSite, find_sites
+from arfusion_pass.rewrite.raised import RaisedSite
+from arfusion_pass.rewrite.raising import find_sites
 from arfusion_pass.rewrite.reassociate import Moves, reassociate
 from arfusion_pass.rewrite.sizes import SizesOfInputs
 

@@ -23,7 +23,7 @@ from arfusion_pass.reporting.advice import advise
 from arfusion_pass.reporting.sites import MERGED, Site
 from arfusion_pass.rewrite.chains import Chain
 from arfusion_pass.rewrite.commit import Plan
-from arfusion_pass.rewrite.raising import RaisedSite
+from arfusion_pass.rewrite.raised import RaisedSite
 from arfusion_pass.rewrite.reassociate import Merged, Moves
 from arfusion_pass.runtime import agreement, thresholds
 from arfusion_pass.source import Source, line_of, module_of

@@ -21,7 +21,7 @@ from torch.utils._sympy.functions import FloorDiv
 from arfusion_pass.graph import VIEWS, describe, is_call, known_contiguous, tensor_of
 from arfusion_pass.ops.layouts import codes_dtype, codes_shape
 from arfusion_pass.rewrite.output_views import Layout, Step, codes_layout, scale_layout
-from arfusion_pass.rewrite.raising import RaisedSite
+from arfusion_pass.rewrite.raised import RaisedSite
 
 aten = torch.ops.aten
 Insert = Callable[..., fx.Node]

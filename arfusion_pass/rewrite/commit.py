@@ -34,7 +34,7 @@ from arfusion_pass.ops.checks import FusedCall, check_call
 from arfusion_pass.ops.schema import OUTPUT_NAMES
 from arfusion_pass.patterns.chains import auto_functionalized
 from arfusion_pass.rewrite.buffers import Buffer, Insert, SizeSource, empty_like, plan_buffer
-from arfusion_pass.rewrite.raising import RaisedSite
+from arfusion_pass.rewrite.raised import RaisedSite
 from arfusion_pass.rewrite.shadow import Shadow
 
 aten = torch.ops.aten

@@ -7,7 +7,7 @@ from torch import fx
 from arfusion_pass.config import FusionConfig
 from arfusion_pass.rewrite.commit import Committer
 from arfusion_pass.rewrite.pass_manager import FusionPassManager
-from arfusion_pass.rewrite.raising import RaisedSite
+from arfusion_pass.rewrite.raised import RaisedSite
 from arfusion_pass.rewrite.shadow import build_shadow
 
 

@@ -8,25 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from arfusion_pass.config import FusionConfig, canonical_epsilon
-from arfusion_pass.dialects import DIALECTS, Norm, Prologue, Quantised, Reduced, Refused, Scattered, norms_of
+from arfusion_pass.dialects import DIALECTS, Norm, Reduced, Refused, Scattered, norms_of
 from arfusion_pass.dialects.reading.operands import is_row, sums, widens_beside
 from arfusion_pass.graph import (
     as_many_rows,
     describe,
     dtype_of,
-    is_cast,
-    is_returned,
     last_dim,
     path,
-    row_views,
-    same_shape,
     same_size,
     source_of,
     tensor_of,
@@ -35,9 +30,9 @@ from arfusion_pass.graph import (
     widens,
     without_views,
 )
-from arfusion_pass.ops.spec import Flags, group_fits
+from arfusion_pass.ops.spec import Flags
 from arfusion_pass.rewrite import hindrances
-from arfusion_pass.rewrite.gathering import Gathering, gathering, uneven
+from arfusion_pass.rewrite.gathering import gathering, uneven
 from arfusion_pass.rewrite.hindrances import (
     Hindrance,
     Reductions,
@@ -47,7 +42,8 @@ from arfusion_pass.rewrite.hindrances import (
     sum_before,
     why_no_norm,
 )
-from arfusion_pass.rewrite.output_views import codes_layout, scale_layout
+from arfusion_pass.rewrite.quantising import find_quantiser, fuse_quantisers, why_unfit
+from arfusion_pass.rewrite.raised import RaisedSite, read_inside
 from arfusion_pass.rewrite.reductions import (
     check_reduced,
     in_its_own_dtype,
@@ -58,125 +54,6 @@ from arfusion_pass.rewrite.reductions import (
 
 COMPUTES = ("aten", "prims")
 """Namespaces of ops that are no collectives: nearly all of a graph's nodes, which no dialect is asked about."""
-
-
-@dataclasses.dataclass
-class RaisedSite:
-    """One all-reduce, or reduce-scatter, with what was recognised behind it.
-
-    Attributes:
-        reduced: the collective; None where it was refused at once.
-        node: the node that names the site.
-        prologue, norm, quant: the stages, or None.
-        scatters: whether it is a reduce-scatter's.
-        gathered: what gathers the norm's rows behind a reduce-scatter; None for an all-reduce.
-        twins: quantisers of the same norm that compute what ``quant`` does: its outputs serve their readers too.
-        note: why a quantiser behind the norm is left alone, or None.
-        reason: why nothing can be fused, or None so far.
-        culprit: the node that the reason speaks of, whose line of code the report shows; None where there is none.
-        hindrance: the step that could be taken before the all-reduce (:mod:`arfusion_pass.rewrite.reassociate`), or
-            None. A sum of two all-reduces that a norm reads hinders one of them alone.
-        dialects: the names of the dialects that spelled the stages.
-        values: role (``allreduce_out``, ``residual_out``, ``norm_out``, ``quant_out``, ``scale_out``) to the node of
-            the user's graph that holds it.
-        inputs: role (``x`` or the prologue's argument names, ``residual``, ``addend``, ``weight``, ``epsilon_tensor``,
-            ``scale``) to the node of the user's graph.
-    """
-
-    node: fx.Node
-    group: str = ""
-    reduced: Reduced | None = None
-    prologue: Prologue | None = None
-    norm: Norm | None = None
-    gathered: Gathering | None = None
-    quant: Quantised | None = None
-    twins: tuple[Quantised, ...] = ()
-    note: str | None = None
-    reason: str | None = None
-    culprit: fx.Node | None = None
-    hindrance: Hindrance | None = None
-    dialects: tuple[str, ...] = ()
-    scatters: bool = False
-
-    @property
-    def norms(self) -> tuple[fx.Node, ...]:
-        """The nodes that hold the norm of all rows."""
-        if self.gathered is not None:
-            return self.gathered.norms
-        return () if self.norm is None or self.norm.norm is None else (self.norm.norm,)
-
-    @property
-    def rows(self) -> torch.Tensor:
-        """A tensor of the shape ``[..., H]`` that a norm of all rows has."""
-        tensor = tensor_of(self.norms[0] if self.norms else self.reduced.x)  # type: ignore[union-attr]
-        assert tensor is not None
-        return tensor
-
-    @property
-    def holders(self) -> dict[str, tuple[fx.Node, ...]]:
-        """Role to every node of the user's graph that holds the value: several where quantisers are twins."""
-        holders: dict[str, tuple[fx.Node | None, ...]] = {}
-        if self.reduced is not None:
-            holders["allreduce_out"] = self.reduced.values
-        if self.norm is not None:
-            holders["residual_out"] = (self.norm.total,)
-            holders["norm_out"] = self.norms
-        if self.quant is not None:
-            quantisers = (self.quant, *self.twins)
-            holders["quant_out"] = tuple(quant.codes for quant in quantisers)
-            holders["scale_out"] = tuple(quant.scales for quant in quantisers)
-        held = {role: tuple(node for node in nodes if node is not None) for role, nodes in holders.items()}
-        return {role: tuple(dict.fromkeys(nodes)) for role, nodes in held.items() if nodes}
-
-    @property
-    def values(self) -> dict[str, fx.Node]:
-        return {role: nodes[0] for role, nodes in self.holders.items()}
-
-    @property
-    def inputs(self) -> dict[str, fx.Node]:
-        inputs: dict[str, fx.Node | None] = {}
-        if self.prologue is not None:
-            inputs.update(self.prologue.inputs)
-        elif self.reduced is not None:
-            inputs["x"] = self.reduced.x
-        if self.gathered is not None and isinstance(self.gathered.rows.block, fx.Node):
-            inputs["block"] = self.gathered.rows.block
-        if self.norm is not None:
-            inputs["residual"] = self.norm.residual
-            inputs["addend"] = self.norm.addend
-            inputs["weight"] = self.norm.weight
-            if isinstance(self.norm.epsilon, fx.Node):
-                inputs["epsilon_tensor"] = self.norm.epsilon
-        if self.quant is not None:
-            inputs["scale"] = self.quant.scale
-        return {role: node for role, node in inputs.items() if node is not None}
-
-    @property
-    def nodes(self) -> tuple[fx.Node, ...]:
-        """Every node that the fused call would stand for, in graph order."""
-        stages = (self.prologue, self.reduced, self.norm, self.gathered, self.quant, *self.twins)
-        return tuple(sorted({node for stage in stages if stage is not None for node in stage.nodes}))
-
-    @property
-    def replaced(self) -> set[fx.Node]:
-        """The nodes that go: all of them, but for a cast or view that somebody outside reads. That one stays and
-        reads the value that the kernel writes."""
-        nodes = self.nodes
-        gone, values = set(nodes), {node for held in self.holders.values() for node in held}
-        for node in reversed(nodes):
-            read = node not in values and any(user not in gone for user in node.users)
-            if read and (is_cast(node) or source_of(node) is not None):
-                gone.discard(node)
-        return gone
-
-    @property
-    def outside_readers(self) -> dict[str, list[fx.Node]]:
-        """Role of a value to the nodes outside the site that read it, in graph order."""
-        gone = self.replaced
-        return {
-            role: sorted({user for node in nodes for user in node.users if user not in gone})
-            for role, nodes in self.holders.items()
-        }
 
 
 def find_sites(graph: fx.Graph, config: FusionConfig) -> list[RaisedSite]:
@@ -207,7 +84,7 @@ def find_sites(graph: fx.Graph, config: FusionConfig) -> list[RaisedSite]:
         if site.reason is None:
             _find_prologue(site)
             if config.quantisers:
-                _find_quantiser(site)
+                find_quantiser(site)
     for site in sites:
         if site.reason is None and not any(site.outside_readers.values()):
             site.reason = "nobody reads its norm or anything else that the fused call would produce"
@@ -306,7 +183,7 @@ def _check_gathered(site: RaisedSite, config: FusionConfig) -> None:
     if not config.quantisers:
         site.reason = f"{describe(site.quant.codes)} gathers codes, and FusionConfig has quantisers=False"
     else:
-        site.reason = _unfit(site.quant, site) or _fuse_quantisers(site, [site.quant])
+        site.reason = why_unfit(site.quant, site) or fuse_quantisers(site, [site.quant])
 
 
 def _norms(site: RaisedSite, config: FusionConfig) -> list[tuple[Norm, str]]:
@@ -406,32 +283,18 @@ def _check_norm(reduced: Reduced, norm: Norm, config: FusionConfig) -> str | Non
         if config.epsilons is not None:
             value = describe(norm.epsilon)
             return f"epsilon is the value of {value}, and FusionConfig names its epsilons ({config.epsilons})"
-        return _read_inside(norm.nodes, _values(reduced, norm), "RMSNorm")
+        return read_inside(norm.nodes, _values(reduced, norm), "RMSNorm")
     if not math.isfinite(canonical_epsilon(norm.epsilon)) or norm.epsilon < 0:
         return f"epsilon {norm.epsilon} is no finite float32 >= 0"
     if config.epsilons is not None and canonical_epsilon(norm.epsilon) not in config.epsilons:
         return f"epsilon {norm.epsilon} is not among the epsilons of FusionConfig ({config.epsilons})"
-    return _read_inside(norm.nodes, _values(reduced, norm), "RMSNorm")
+    return read_inside(norm.nodes, _values(reduced, norm), "RMSNorm")
 
 
 def _values(reduced: Reduced, norm: Norm) -> set[fx.Node | None]:
     """What the fused call of a norm can write."""
     values = {*reduced.values, norm.norm, norm.total}
     return values if norm.quant is None else values | {norm.quant.codes, norm.quant.scales}
-
-
-def _read_inside(nodes: tuple[fx.Node, ...], values: set[fx.Node | None], what: str) -> str | None:
-    """A reason if a value inside a match, which the fused kernel does not produce, is read outside of it."""
-    inside = set(nodes)
-    for node in nodes:
-        if node in values or is_cast(node) or source_of(node) is not None:
-            continue  # produced by the kernel, or computed from what it produces
-        for user in node.users:
-            if user not in inside:
-                kept = user.op == "output" and what == "RMSNorm" and last_dim(node) == 1  # a row's statistic
-                training = "; a training graph keeps such values for its backward" if kept else ""
-                return f"{describe(node)}, a value inside the {what}, is also read by {describe(user)}{training}"
-    return None
 
 
 def _assign(
@@ -476,7 +339,7 @@ def _find_prologue(site: RaisedSite) -> None:
         return  # a second bias is spread to the shape of what is reduced, which then must be there
     for dialect in DIALECTS:
         for prologue in dialect.prologues(site.reduced.x):
-            if isinstance(prologue, Refused) or _read_inside((*prologue.nodes, site.node), {site.node}, "") is not None:
+            if isinstance(prologue, Refused) or read_inside((*prologue.nodes, site.node), {site.node}, "") is not None:
                 continue
             rows = tensor_of(prologue.inputs.get("permuted_x"))
             if prologue.wraps and not isinstance(None if rows is None else rows.shape[0], int):
@@ -485,133 +348,6 @@ def _find_prologue(site: RaisedSite) -> None:
                 site.prologue = prologue
                 site.dialects = (dialect.name, *site.dialects)
                 return
-
-
-def _find_quantiser(site: RaisedSite) -> None:
-    """The first quantiser of a site's norm that can be fused, with those that compute the same; the others go on
-    reading the norm."""
-    assert site.norm is not None
-    assert site.reduced is not None
-    if site.quant is not None:
-        return  # gathered behind a reduce-scatter
-    if site.norm.norm is None:
-        assert site.norm.quant is not None
-        site.quant, site.reason = site.norm.quant, _unfit(site.norm.quant, site)
-        return
-    dtype = dtype_of(site.reduced.x)
-    alike: dict[Hashable, list[tuple[Quantised, str]]] = {}
-    codes: set[fx.Node] = set()
-    for norm, value in [(each, value) for each in site.norms for value in row_views(each)]:
-        for dialect in DIALECTS:
-            for quant in dialect.quantisers(value):
-                if isinstance(quant, Refused):
-                    site.note = site.note or quant.reason
-                elif not any(node.users for node in (quant.codes, quant.scales) if node is not None):
-                    continue  # nobody reads it: a graph whose dead code nobody removed
-                elif (unfit := _unfit(quant, site)) is not None:
-                    site.note = site.note or unfit
-                elif quant.codes not in codes:
-                    codes.add(quant.codes)
-                    views = path(norm, value)
-                    quant = dataclasses.replace(quant, nodes=(*views, *quant.nodes))
-                    if dtype == torch.float32 and quant.spec.unrounded:
-                        spec = dataclasses.replace(quant.spec, unrounded=False)  # the same, and one kernel less
-                        quant = dataclasses.replace(quant, spec=spec)
-                    key = (quant.op, quant.spec, quant.scale, quant.scale_value, quant.scale_dtype)
-                    alike.setdefault(key, []).append((quant, dialect.name))
-    for quants in alike.values():
-        first, dialect_name = quants[0]
-        twins = _twins(first, [quant for quant, _ in quants[1:]])
-        for group in ([first, *twins], [first]):
-            reason = _fuse_quantisers(site, group)
-            if reason is None:
-                site.note = None
-                site.dialects += (dialect_name,)
-                return
-            site.note = site.note or reason
-
-
-def _unfit(quant: Quantised, site: RaisedSite) -> str | None:
-    """The reason for which a quantiser has no place behind a site's norm."""
-    dtype = dtype_of(site.reduced.x)  # type: ignore[union-attr]
-    if quant.dtype not in (None, dtype):
-        return f"{describe(quant.codes)} rounds to {quant.dtype}, the reduced is {dtype}"
-    if quant.spec.group > 0 and not group_fits(quant.spec.group, dtype.itemsize):  # type: ignore[union-attr]
-        return f"{describe(quant.codes)} quantises groups of {quant.spec.group}, a size that no kernel has for {dtype}"
-    if quant.scale is not None and (cause := _computed_from(quant.scale, site)) is not None:
-        return (
-            f"the scale {describe(quant.scale)} is computed from {describe(cause)}, which the fused call would produce"
-        )
-    return None
-
-
-def _computed_from(node: fx.Node, site: RaisedSite) -> fx.Node | None:
-    """The value of a site's all-reduce or norm that ``node`` is computed from, or None."""
-    own, seen, stack = set(site.nodes), set[fx.Node](), [node]
-    while stack:
-        current = stack.pop()
-        if current in own:
-            return current
-        if current not in seen and not current < site.node:  # nothing before the all-reduce comes from it
-            seen.add(current)
-            stack.extend(current.all_input_nodes)
-    return None
-
-
-def _fuse_quantisers(site: RaisedSite, quants: list[Quantised]) -> str | None:
-    """Give a site quantisers that compute one thing; the reason if they cannot be fused."""
-    assert site.norm is not None
-    shape = site.rows.shape
-    values: set[fx.Node | None] = {*site.norms}
-    nodes: set[fx.Node] = set()
-    for quant in quants:
-        scales = tensor_of(quant.scales)
-        if codes_layout(shape, quant.spec, tensor_of(quant.codes)) is None:  # type: ignore[arg-type]
-            return f"{describe(quant.codes)} is no view of rows of codes"
-        if scales is not None and scale_layout(shape, quant.spec, scales) is None:
-            return f"{describe(quant.scales)} is no view of scales laid out as {quant.spec.layout.name}"  # type: ignore[arg-type]
-        values |= {quant.codes, quant.scales}
-        nodes.update(quant.nodes)
-    for node in sorted(nodes, reverse=True):
-        if node not in values and (is_cast(node) or source_of(node) is not None) and not nodes.issuperset(node.users):
-            nodes.discard(node)  # others read it too: it stays, and reads what the kernel writes
-    reason = _read_inside(tuple(sorted(nodes)), values, "quantiser")
-    if reason is None:
-        site.quant, *twins = (dataclasses.replace(q, nodes=tuple(n for n in q.nodes if n in nodes)) for q in quants)
-        site.twins = tuple(twins)
-    return reason
-
-
-def _twins(first: Quantised, others: Iterable[Quantised]) -> list[Quantised]:
-    """Those of ``others`` whose readers can have the outputs of ``first``. Of tensors that leave the graph each keeps
-    memory of its own: whoever gets two of them may write to one."""
-    twins = []
-    taken = _returned(first)
-    for other in others:
-        returned = _returned(other)
-        if taken.isdisjoint(returned) and _same_outputs(first, other):
-            taken |= returned
-            twins.append(other)
-    return twins
-
-
-def _returned(quant: Quantised) -> set[str]:
-    """Which of a quantiser's outputs leave the graph."""
-    held = {"codes": quant.codes, "scales": quant.scales}
-    return {role for role, node in held.items() if node is not None and is_returned(node)}
-
-
-def _same_outputs(a: Quantised, b: Quantised) -> bool:
-    """Whether two quantisers' codes, and their scales where both have readers, have one shape, stride and dtype."""
-    pairs = [(a.codes, b.codes)]
-    if a.scales is not None and b.scales is not None:
-        pairs.append((a.scales, b.scales))
-    return all(same_shape(x, y) and dtype_of(x) == dtype_of(y) and _same_strides(x, y) for x, y in pairs)
-
-
-def _same_strides(a: fx.Node, b: fx.Node) -> bool:
-    strides = zip(tensor_of(a).stride(), tensor_of(b).stride(), strict=True)  # type: ignore[union-attr]
-    return all(statically_known_true(x == y) for x, y in strides)
 
 
 def is_spread(node: fx.Node, operand: fx.Node) -> bool:

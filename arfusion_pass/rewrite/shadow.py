@@ -25,7 +25,8 @@ from arfusion_pass.config import canonical_epsilon
 from arfusion_pass.dialects import Prologue
 from arfusion_pass.dialects.reading.operands import widens_beside
 from arfusion_pass.graph import dtype_of, last_dim, tensor_of
-from arfusion_pass.rewrite.raising import RaisedSite, adds, is_spread
+from arfusion_pass.rewrite.raised import RaisedSite
+from arfusion_pass.rewrite.raising import adds, is_spread
 
 
 @dataclasses.dataclass
