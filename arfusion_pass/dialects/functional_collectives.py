@@ -141,9 +141,11 @@ def _in_place(node: fx.Node, x: fx.Node, group: str) -> Reduced | Refused:
 
 def waited_again(value: fx.Node) -> Iterator[fx.Node]:
     """The waits for what was waited for already: each gives its tensor back."""
-    for wait in users_of(value, c10d.wait_tensor.default):
-        yield wait
-        yield from waited_again(wait)
+    values = [value]
+    while values:
+        waits = users_of(values.pop(), c10d.wait_tensor.default)
+        yield from waits
+        values += waits
 
 
 DIALECT = FunctionalCollectives()

@@ -104,13 +104,17 @@ def takes_rows(node: fx.Node, all_reduce: fx.Node) -> bool:
 _TAKES = (aten.slice.Tensor, aten.select.int, aten.index.Tensor, aten.index_select.default)
 
 
-def _leaves(node: fx.Node, added: bool = False) -> bool:
+def _leaves(all_reduce: fx.Node) -> bool:
     """Whether what an all-reduce gives leaves the graph, as it is or behind one sum, the residual add."""
-    for user in node.users:
-        adds = is_call(user, aten.add.Tensor)
-        on = is_cast(user) or node in viewed(user) or (adds and not added)
-        if user.op == "output" or (on and _leaves(user, added or adds)):
-            return True
+    stack = [(all_reduce, False)]
+    while stack:
+        node, added = stack.pop()
+        for user in node.users:
+            adds = is_call(user, aten.add.Tensor)
+            if user.op == "output":
+                return True
+            if is_cast(user) or node in viewed(user) or (adds and not added):
+                stack.append((user, added or adds))
     return False
 
 

@@ -113,11 +113,13 @@ def _storage(node: fx.Node) -> fx.Node:
 
 def _readers(node: fx.Node) -> Iterable[fx.Node]:
     """Who reads a value, through views of it."""
-    for user in node.users:
-        if is_call(user, *VIEWS):
-            yield from _readers(user)
-        else:
-            yield user
+    views = [node]
+    while views:
+        for user in views.pop().users:
+            if is_call(user, *VIEWS):
+                views.append(user)
+            else:
+                yield user
 
 
 def _total(parts: Iterable[int | None]) -> int | None:

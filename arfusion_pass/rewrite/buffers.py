@@ -196,11 +196,13 @@ STRIDED_READERS = (aten.as_strided.default, aten.as_strided_scatter.default, ate
 
 def _as_strided_reader(node: fx.Node) -> fx.Node | None:
     """A node that reads ``node``, or a view of it, at explicit strides."""
-    for user in node.users:
-        if user.target in STRIDED_READERS:
-            return user
-        if is_call(user, *VIEWS) and (reader := _as_strided_reader(user)) is not None:
-            return reader
+    views = [node]
+    while views:
+        for user in views.pop().users:
+            if user.target in STRIDED_READERS:
+                return user
+            if is_call(user, *VIEWS):
+                views.append(user)
     return None
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import random
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -342,6 +344,34 @@ def test_graph_without_fake_values() -> None:
     for node in module.graph.nodes:
         node.meta.pop("val", None)
     assert "fake-tensor propagation" in check_unchanged(module).missed[0].reason
+
+
+@pytest.mark.parametrize("step", [c10d.wait_tensor, torch.abs, torch.clone], ids=lambda step: step.__name__)
+@pytest.mark.parametrize("place", ["behind the all-reduce", "in the statistic", "returned"])
+def test_long_chains(place: str, step: Callable[[Tensor], Tensor]) -> None:
+    """Nothing that the pass follows is followed by recursion, at whose limit it would stop on the whole graph."""
+
+    def many(value: Tensor) -> Tensor:
+        for _ in range(200):
+            value = step(value)
+        return value
+
+    def model(x: Tensor, w: Tensor) -> Tensor:
+        y = reduce(x) if place == "in the statistic" else many(reduce(x))
+        if place == "returned":
+            return y
+        h = y.float()
+        mean = h.pow(2).mean(-1, keepdim=True)
+        return (h * torch.rsqrt((many(mean) if place == "in the statistic" else mean) + EPS) * w).to(x.dtype)
+
+    module = trace(model, *tensors(X, W))
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack(0)) + 180)
+    try:
+        report = arf.fuse(module, STRICT)
+    finally:
+        sys.setrecursionlimit(limit)
+    assert report.matched_count == (place != "returned" and step is not torch.abs), str(report)
 
 
 def test_some_values_missing() -> None:

@@ -86,18 +86,20 @@ def inverses(root: fx.Node) -> Iterator[Inverse | Refused]:
 
 def squares(root: fx.Node) -> Iterator[tuple[fx.Node, ...]]:
     """The nodes to each square of ``root``: other lossless casts of the same value among them."""
-    for user in list(root.users):
-        if is_call(user, aten.abs.default) or (keeps_rows(user) and source_of(user) is root):
-            yield from ((user, *nodes) for nodes in squares(user))
-        elif (is_call(user, aten.pow.Tensor_Scalar) and constant(user.args[1]) == 2.0) or is_call(
-            user, aten.square.default
-        ):
-            yield (user,)
-        elif is_call(user, aten.mul.Tensor) and dtype_of(user) == dtype_of(root):
-            operands = list(dict.fromkeys(user.args))
-            if all(peel(operand) is peel(root) for operand in operands):
-                casts = (operand for operand in operands if isinstance(operand, fx.Node) and operand is not root)
-                yield (*casts, user)
+    stack: list[tuple[fx.Node, tuple[fx.Node, ...]]] = [(root, ())]
+    while stack:
+        node, before = stack.pop()
+        for user in list(node.users):
+            power = constant(user.args[1]) if is_call(user, aten.pow.Tensor_Scalar) else None
+            if is_call(user, aten.abs.default) or (keeps_rows(user) and source_of(user) is node):
+                stack.append((user, (*before, user)))
+            elif power == 2.0 or is_call(user, aten.square.default):
+                yield (*before, user)
+            elif is_call(user, aten.mul.Tensor) and dtype_of(user) == dtype_of(node):
+                operands = list(dict.fromkeys(user.args))
+                if all(peel(operand) is peel(node) for operand in operands):
+                    casts = (operand for operand in operands if isinstance(operand, fx.Node) and operand is not node)
+                    yield (*before, *casts, user)
 
 
 def is_rooted(mean: fx.Node) -> bool:
@@ -248,16 +250,18 @@ def _roots(plus: fx.Node) -> Iterator[tuple[fx.Node, tuple[fx.Node, ...], Flags]
     torch takes ``pow(-0.5)`` as ``rsqrt`` and ``pow(0.5)`` as ``sqrt``; its ``sqrt``, fp32 division and reciprocal are
     correctly rounded on a GPU, as the kernels' are.
     """
-    for user in list(plus.users):
-        if source_of(user) is plus:
-            for inverse, nodes, flag in _roots(user):
-                yield inverse, (user, *nodes), flag
-        power = constant(user.args[1]) if is_call(user, aten.pow.Tensor_Scalar) else None
-        if is_call(user, aten.rsqrt.default) or power == -0.5:
-            yield user, (user,), Flags.NONE
-        elif is_call(user, aten.sqrt.default) or power == 0.5:
-            for inverse, nodes, flag in _reciprocals(user):
-                yield inverse, (user, *nodes), flag
+    stack: list[tuple[fx.Node, tuple[fx.Node, ...]]] = [(plus, ())]
+    while stack:
+        node, before = stack.pop()
+        for user in list(node.users):
+            if source_of(user) is node:
+                stack.append((user, (*before, user)))
+            power = constant(user.args[1]) if is_call(user, aten.pow.Tensor_Scalar) else None
+            if is_call(user, aten.rsqrt.default) or power == -0.5:
+                yield user, (*before, user), Flags.NONE
+            elif is_call(user, aten.sqrt.default) or power == 0.5:
+                for inverse, nodes, flag in _reciprocals(user):
+                    yield inverse, (*before, user, *nodes), flag
 
 
 def _reciprocals(root: fx.Node) -> Iterator[tuple[fx.Node, tuple[fx.Node, ...], Flags]]:
@@ -302,10 +306,12 @@ def _of_no_mean(statistic: Statistic, root: fx.Node) -> Iterator[Refused]:
 
 def _divides_by(node: fx.Node, root: fx.Node) -> bool:
     """Whether ``root`` is divided by ``node``, or by an expansion of it, or multiplied by its reciprocal."""
-    for user in list(node.users):
-        if is_call(user, aten.expand.default, aten.reciprocal.default) or source_of(user) is node:
-            if _divides_by(user, root):
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        for user in list(current.users):
+            if is_call(user, aten.expand.default, aten.reciprocal.default) or source_of(user) is current:
+                stack.append(user)
+            elif is_call(user, aten.div.Tensor, aten.mul.Tensor) and peel(other_operand(user, current)) is peel(root):
                 return True
-        elif is_call(user, aten.div.Tensor, aten.mul.Tensor) and peel(other_operand(user, node)) is peel(root):
-            return True
     return False
