@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import fx
 
@@ -46,15 +48,17 @@ def _step(site: RaisedSite, call: fx.Node | None) -> Step:
     width = value.shape[-1] if isinstance(value.shape[-1], int) else "*"
     flags = _flags(call)
     message = f"{_name(value.dtype)} [..., {width}] flags {flags & _PROTOCOL:#x}"
-    return Step(True, message + (_sent(call) if flags & SHARDED_FLAGS else ""), site.node.name)
+    if site.scatters:
+        message += _sent(call, ("norm_out", "quant_out", "scale_out"))
+    elif flags & SHARDED_FLAGS:
+        message += _sent(call, OUTPUT_NAMES)
+    return Step(True, message, site.node.name)
 
 
-def _sent(call: fx.Node) -> str:
-    """What the owner of a row sends of it, where a call may leave its residual sharded: all that the call writes."""
+def _sent(call: fx.Node, roles: Iterable[str]) -> str:
+    """What the owner of a row sends of it: all that the call writes of other ranks' rows."""
     written = [
-        f"{role} {_name(value.dtype)}"
-        for role in OUTPUT_NAMES
-        if (value := tensor_of(call.kwargs.get(role))) is not None
+        f"{role} {_name(value.dtype)}" for role in roles if (value := tensor_of(call.kwargs.get(role))) is not None
     ]
     return f" writing {', '.join(written)} quantised by {call.kwargs['quant']:#x}"
 

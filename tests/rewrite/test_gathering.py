@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import fx
 
 import arfusion_pass as arf
+from arfusion_pass.ops.marks import mark_in
 from tests import quant_cases as q
 from tests.dialects.engine_ops import register_vllm
 from tests.models import Tensor, fp32_result, gemma, llama, reduce, torch_norm
@@ -334,6 +335,22 @@ def test_no_part_in_the_mark() -> None:
         return alone(x, r, w), gather(scatter(x, WORLD).relu(), WORLD)
 
     assert marks(alone) == marks(beside) != []
+
+
+def test_what_is_sent_is_in_the_mark() -> None:
+    """Ranks send one another the rows that they write of all tokens, so those have to be the same ones; who reads a
+    rank's own rows as well is its own affair."""
+
+    def marked(*read: int) -> int:
+        def fn(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+            whole, mine = block(x, r, w, WORLD, llama)
+            values = (static(whole), whole, mine)
+            return tuple(values[index] for index in read)
+
+        (call,) = fused_copy(traced(fn))[0].graph.find_nodes(op="call_function", target=FUSED)
+        return mark_in(call.kwargs["flags"])
+
+    assert marked(0) == marked(0, 2) != marked(0, 1) == marked(0, 1, 2)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
