@@ -107,6 +107,13 @@ def test_every_command_has_its_row() -> None:
         assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", said)) <= options, name
 
 
+def test_links_between_documents_lead_somewhere() -> None:
+    """From what is read outside of the site, whose own links mkdocs checks."""
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md"):
+        links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text())
+        assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == [], page
+
+
 TORCHS = ("Could not find schema for arfusion::", "object has no attribute 'allreduce_rms_norm'")
 
 

@@ -168,6 +168,7 @@ class _Mover:
         self.graph, self.config, self.moves = graph, config, moves
         self.reductions = Reductions(filter(None, map(self._reduced, graph.nodes)))
         self.collectives = [node for node in self.reductions.nodes if node in allowed]
+        self.waiting: list[fx.Node] = []
 
     def hindered(self) -> bool:
         """Whether anything hinders any of them."""
@@ -177,7 +178,9 @@ class _Mover:
     def clear(self) -> bool:
         """Move what hinders them; whether anything did. Sums with anything else wait until nothing else moves: by then
         those all-reduces that can be one are one."""
-        return any(sum(self._clear(node, joins) for node in self.collectives) for joins in (False, True))
+        if sum(self._clear(node, joins=False) for node in self.collectives):
+            return True
+        return sum(self._clear(node, joins=True) for node in self.waiting) > 0
 
     def _reduced(self, node: fx.Node) -> Reduced | None:
         """The all-reduce that ``node`` is by now, if it is one that can be fused."""
@@ -190,9 +193,10 @@ class _Mover:
         reduced, steps = self._reduced(node), 0
         while reduced is not None and steps < ROUNDS:
             hindrance = find_hindrance(reduced, self.reductions, self.config)
-            if hindrance is None or (hindrance.kind == Kind.ADDEND and not joins):
+            if hindrance is not None and hindrance.kind == Kind.ADDEND and not joins:
+                self.waiting.append(node)
                 break
-            if not self._move(reduced, hindrance):
+            if hindrance is None or not self._move(reduced, hindrance):
                 break
             self.reductions.remove(reduced)
             reduced, steps = self._reduced(node), steps + 1
