@@ -5,6 +5,7 @@ Whether a reason is true is decided where it is found; here is only what to do a
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from arfusion_pass.compilation import GraphBreak, inference_leaf, runs_as_part
@@ -59,6 +60,8 @@ def advise(all_reduce: fx.Node, culprit: fx.Node | None, reason: str, broken: Gr
         return NO_GRAD if leaf is None else f"{NO_GRAD}; {LEAF.format(leaf=leaf)}"
     if "reduces by 'avg'" in reason:
         return None if last_dim(all_reduce) == 1 else AVERAGE  # a norm's statistic, of rows split over the ranks
+    if is_call(all_reduce, torch.ops._c10d_functional.all_reduce_.default) and " in place" in reason:
+        return FUNCTIONAL
     if culprit is None:
         return None
     if is_call(culprit, aten.copy_.default) and culprit.args[0].op == "call_function":  # type: ignore[union-attr]
