@@ -20,9 +20,7 @@ from arfusion_pass.rewrite.buffers import SizeSource
 
 class SizesOfInputs:
     """From :meth:`give` on gives those who ask for a size in ``graph`` one of its inputs, until :meth:`restore` or
-    :meth:`keep`.
-
-    Whichever of the two comes second does nothing."""
+    :meth:`keep`. Whichever of the two comes second does nothing."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
@@ -53,7 +51,7 @@ class SizesOfInputs:
                     self._undo.callback(_set_inputs, user, user.args, user.kwargs)
                     user.replace_input_with(node, found)
                 self._undo.callback(_set_inputs, node, node.args, node.kwargs)
-                node.args = ()
+                _set_inputs(node, (), {})
                 self._idle.append(node)
 
     def keep(self) -> None:
