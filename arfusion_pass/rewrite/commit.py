@@ -28,6 +28,7 @@ from arfusion_pass.graph import (
     mutated_arguments,
     owners,
     says_nothing,
+    set_inputs,
     tensor_of,
 )
 from arfusion_pass.ops.checks import FusedCall, check_call
@@ -132,7 +133,7 @@ class Committer:
             for role, old_values in plan.site.holders.items():
                 outside = set(readers[role])
                 for user in readers[role]:
-                    undo.callback(_restore, user, user.args, user.kwargs)
+                    undo.callback(set_inputs, user, user.args, user.kwargs)
                 for old in old_values if role in values else ():
                     old.replace_all_uses_with(values[role], delete_user_cb=outside.__contains__)
                     replaced[old] = values[role]
@@ -404,12 +405,8 @@ def _read_result(site: RaisedSite, undo: contextlib.ExitStack) -> None:
         return
     for user in x.users:
         if site.node < user:
-            undo.callback(_restore, user, user.args, user.kwargs)
+            undo.callback(set_inputs, user, user.args, user.kwargs)
     x.replace_all_uses_with(site.node, delete_user_cb=lambda user: site.node < user)
-
-
-def _restore(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    node.args, node.kwargs = args, kwargs
 
 
 def _origins(call: fx.Node) -> list[fx.Node]:

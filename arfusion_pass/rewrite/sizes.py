@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from arfusion_pass.graph import aten, value_of
+from arfusion_pass.graph import aten, set_inputs, value_of
 from arfusion_pass.rewrite.buffers import SizeSource
 
 
@@ -48,10 +48,10 @@ class SizesOfInputs:
 
                 found = size.emit(insert)
                 for user in list(node.users):
-                    self._undo.callback(_set_inputs, user, user.args, user.kwargs)
+                    self._undo.callback(set_inputs, user, user.args, user.kwargs)
                     user.replace_input_with(node, found)
-                self._undo.callback(_set_inputs, node, node.args, node.kwargs)
-                _set_inputs(node, (), {})
+                self._undo.callback(set_inputs, node, node.args, node.kwargs)
+                set_inputs(node, (), {})
                 self._idle.append(node)
 
     def keep(self) -> None:
@@ -65,7 +65,3 @@ class SizesOfInputs:
         """Leave the graph node for node as it was."""
         self._undo.close()
         self._idle.clear()
-
-
-def _set_inputs(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    node.args, node.kwargs = args, kwargs
