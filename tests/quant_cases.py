@@ -69,6 +69,18 @@ def static_number_mul(h: Tensor, s: Tensor) -> Tensor:
     return (h.float() * 7.3).clamp(-448, 448).to(FP8)
 
 
+def static_expanded(h: Tensor, s: Tensor) -> Tensor:
+    return (h.float() / s.expand(h.shape[0], 1)).clamp(-448, 448).to(FP8)
+
+
+def static_unscaled(h: Tensor, s: Tensor) -> Tensor:
+    return h.to(FP8)
+
+
+def static_clamped_alone(h: Tensor, s: Tensor) -> Tensor:
+    return h.clamp(-448, 448).to(FP8)
+
+
 def static_detour(h: Tensor, s: Tensor) -> Tensor:
     return (h / s).float().clamp(-448, 448).to(torch.bfloat16).to(FP8)
 
@@ -104,6 +116,12 @@ def token_aminmax(h: Tensor) -> tuple[Tensor, Tensor]:
     return (h.float() / s).clamp(-448.0, 448.0).to(FP8), s
 
 
+def token_expanded(h: Tensor) -> tuple[Tensor, Tensor]:
+    """A scale for each element, as a view of the token's."""
+    s = token(h)[1]
+    return (h.float() / s.expand_as(h)).clamp(-448.0, 448.0).to(FP8), s
+
+
 def token_squeezed(h: Tensor) -> tuple[Tensor, Tensor]:
     q, s = token(h)
     return q, s.squeeze(-1)
@@ -119,6 +137,12 @@ def group(h: Tensor, g: int = 128) -> tuple[Tensor, Tensor]:
     v = h.reshape(t, h.shape[-1] // g, g).float()
     s = v.abs().amax(-1, keepdim=True).clamp(min=1e-10) / 448.0
     return (v / s).clamp(-448.0, 448.0).to(FP8).reshape(t, h.shape[-1]), s.squeeze(-1)
+
+
+def group_repeated(h: Tensor) -> tuple[Tensor, Tensor]:
+    """A scale for each element, copied from the group's."""
+    s = h.reshape(h.shape[0], -1, 128).float().abs().amax(-1).clamp(min=1e-10) / 448.0
+    return (h.float() / s.repeat_interleave(128, -1)).clamp(-448.0, 448.0).to(FP8), s
 
 
 def group_64(h: Tensor) -> tuple[Tensor, Tensor]:
@@ -253,6 +277,22 @@ def int8_symmetric_unbounded(h: Tensor) -> tuple[Tensor, Tensor]:
     """1 / scale is infinite for a tiny row: what is clamped at -127 here is -128 in the kernels."""
     s = h.abs().amax(-1, keepdim=True).float() / 127
     return (h * (1.0 / s)).clamp(-127, 127).round().to(torch.int8), s
+
+
+def int8_static(h: Tensor) -> Tensor:
+    return torch.round(h.float() / 0.05).clamp(-128, 127).to(torch.int8)
+
+
+def int8_group(h: Tensor) -> tuple[Tensor, Tensor]:
+    v = h.reshape(h.shape[0], -1, 128).float()
+    s = v.abs().amax(-1, keepdim=True).clamp(min=1e-5) / 127.0
+    return torch.round(v / s).clamp(-128, 127).to(torch.int8).reshape(h.shape), s
+
+
+def int8_tensor(h: Tensor) -> tuple[Tensor, Tensor]:
+    """torchao's with one scale for the tensor, found from both ends."""
+    s = torch.maximum(h.amin().abs(), h.amax().abs()).float() / 127.0
+    return torch.round(h.float() / s).clamp(-128, 127).to(torch.int8), s
 
 
 def int8_subnormal(h: Tensor) -> tuple[Tensor, Tensor]:
@@ -433,9 +473,26 @@ def scale_alone(y: Tensor, r: Tensor, w: Tensor, s: Tensor) -> Any:
 
 
 def low_scales(h: Tensor) -> tuple[Tensor, Tensor]:
-    """A scale in the norm's dtype: no kernel writes such a one."""
+    """A scale in the norm's dtype, which the kernel's fp32 one is a widened form of."""
     scale = h.abs().amax(-1, keepdim=True) / 448.0
     return (h / scale).to(torch.float8_e4m3fn), scale
+
+
+def low_and_wide_scales(h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    scale = h.abs().amax(-1) / 448.0
+    return (h.float() / scale.unsqueeze(-1).float()).to(torch.float8_e4m3fn), scale, scale.float().unsqueeze(-1)
+
+
+def low_scales_of_groups(h: Tensor) -> tuple[Tensor, Tensor]:
+    v = h.reshape(h.shape[0], -1, 128)
+    scale = v.abs().amax(-1, keepdim=True) / 448.0
+    return (v / scale).to(torch.float8_e4m3fn).reshape(h.shape), scale
+
+
+def low_scales_in_columns(h: Tensor) -> tuple[Tensor, Tensor]:
+    """Which the kernel could only write in fp32: the copy stays."""
+    q, s = low_scales_of_groups(h)
+    return q, s.squeeze(-1).t().contiguous()
 
 
 def inside_read(y: Tensor, r: Tensor, w: Tensor, s: Tensor) -> Any:

@@ -1,9 +1,9 @@
 """aten's spellings of quantisers behind a norm: plain torch code for FP8 and INT8, as Inductor's decompositions
 leave it. ``[...]`` may be missing, views (reshape, unsqueeze, squeeze) and lossless casts may stand anywhere::
 
-    FP8 with a given scale
-      %y     = aten.div.Tensor(%norm, %scale)             # scale of one element or a number
-               or aten.mul.Tensor(%norm, %scale), or mul(%norm, reciprocal(%scale))
+    FP8 with a given scale, or with none
+      [%y    = aten.div.Tensor(%norm, %scale)             # scale of one element or a number
+               or aten.mul.Tensor(%norm, %scale), or mul(%norm, reciprocal(%scale))]
       [%y    = clamp_max(clamp_min(%y, -448), 448)]       # either order, or aten.clamp
       %codes = convert_element_type(%y, float8_e4m3fn)    # a cast to the norm's dtype may come before
 
@@ -16,6 +16,7 @@ leave it. ``[...]`` may be missing, views (reshape, unsqueeze, squeeze) and loss
       [%scale = exp2(ceil(log2(%scale)))]                 # no bit form of it: those make a number of NaN
       %y     = aten.div.Tensor(%v, %scale)                # or mul(%v, reciprocal(%scale))
                or mul(%v, mul(reciprocal(%amax), 448.0))  # DeepSeek's 448 / amax; %scale for the output only
+               the scale as it is, or aten.expand of it to the shape of %v, a clone and a reshape of that
       INT8:    %y = aten.round.default(%y)
       the clamp and the cast as above; INT8: [-128, 127] or [-127, 127], to int8
 
@@ -41,7 +42,7 @@ from torch import fx
 
 from arfusion_pass.dialects.reading.base import Dialect, Quantised, Refused
 from arfusion_pass.dialects.reading.quant_rules import States, evaluate
-from arfusion_pass.dialects.reading.quant_states import LOW, Codes, Given, Kind, PerUnit, Rows, Scaled
+from arfusion_pass.dialects.reading.quant_states import LOW, Codes, Given, Kind, PerUnit, Rows, Scaled, Spread
 from arfusion_pass.dialects.reading.scale_copies import column_copy
 from arfusion_pass.graph import (
     VIEWS,
@@ -51,8 +52,10 @@ from arfusion_pass.graph import (
     keeps_rows,
     last_dim,
     same_shape,
+    source_of,
     statically_equal,
     tensor_of,
+    widens,
 )
 from arfusion_pass.ops.spec import Apply, Bound, QuantFormat, ScaleRound, ScaleRule
 
@@ -99,8 +102,7 @@ class AtenQuant(Dialect):
 
 def _why_unknown(step: fx.Node) -> str:
     """What to say of the first step that no rule knows."""
-    tensor = tensor_of(step)
-    if is_call(step, *_EXTREMES) and tensor is not None and statically_equal(tensor.numel(), 1):
+    if _of_all_tokens(step):
         return (
             f"{describe(step)} finds one scale for all tokens, which exists once all their norms do; the kernels have "
             "a scale that is given, or one for each token or group"
@@ -108,11 +110,21 @@ def _why_unknown(step: fx.Node) -> str:
     return f"{describe(step)} is no step of a quantiser that the kernels have"
 
 
+def _of_all_tokens(step: fx.Node) -> bool:
+    """Whether a step finds the largest or the smallest of a whole tensor."""
+    tensor = tensor_of(step)
+    return is_call(step, *_EXTREMES) and tensor is not None and statically_equal(tensor.numel(), 1)
+
+
 def _stuck(node: fx.Node, states: States) -> bool:
     """Whether ``node``, which no rule knows, computes or reads a value that only a quantiser computes."""
+    if _of_all_tokens(node):
+        return True
     inputs = [states.get(inner) for inner in node.all_input_nodes]
     tell = [
-        each for each in inputs if isinstance(each, (PerUnit, Scaled)) or (isinstance(each, Rows) and each.absolute)
+        each
+        for each in inputs
+        if isinstance(each, (PerUnit, Spread, Scaled)) or (isinstance(each, Rows) and each.absolute)
     ]
     return any(not (isinstance(each, PerUnit) and each.kind == Kind.HIGHEST) for each in tell)  # so begins a softmax
 
@@ -123,7 +135,7 @@ def _quantised(norm: fx.Node, node: fx.Node, states: States, hidden: int) -> Qua
     assert isinstance(state, Codes)
     spec = state.spec(hidden)
     if spec is None or len(state.dtypes) > 1:
-        return Refused(f"{describe(node)} ends a quantiser with bounds, groups or roundings that no kernel has", node)
+        return Refused(f"{describe(node)} {state.misfit(hidden)}", node)
     by = state.scaled.by
     if isinstance(by, PerUnit) and by.scale_round == ScaleRound.POW2:
         return Refused(
@@ -154,8 +166,6 @@ def _quantised(norm: fx.Node, node: fx.Node, states: States, hidden: int) -> Qua
             scale_dtype=by.dtype,
         )
     scale, rule, written = _scales(by, state.scaled.apply, slice_, states)
-    if scale is None and (low := _low_scales(by, slice_, states)) is not None:
-        return Refused(f"{describe(low)} gives the scales in {dtype_of(low)}, and the kernels write float32", low)
     layout = spec.layout
     if scale is not None:
         slice_ |= _slice(norm, scale, states)
@@ -189,12 +199,15 @@ def _scales(
 ) -> tuple[fx.Node | None, ScaleRule, ScaleRound]:
     """The node that holds the scales which go with the codes (None where nobody reads them), their rule and rounding.
 
-    With ``MAX_OVER_AMAX`` the codes do not need the scale: any scale of the same ``amax`` is theirs, and without one
-    the fused op writes ``amax / max`` for nobody.
+    Scales that the graph rounds to 16 bits are their node there, where somebody reads them so, else that of their fp32
+    form. With ``MAX_OVER_AMAX`` the codes do not need the scale: any scale of the same ``amax`` is theirs, and without
+    one the fused op writes ``amax / max`` for nobody.
     """
     amax = by.amax
     for node, state in states.items():
-        if not isinstance(state, PerUnit) or state.kind != Kind.SCALE or dtype_of(node) != torch.float32:
+        if not isinstance(state, PerUnit) or state.kind != Kind.SCALE:
+            continue
+        if dtype_of(node) != torch.float32 and not _read_narrow(node, slice_):
             continue
         if apply == Apply.MAX_OVER_AMAX:
             plain = state.scale_round == ScaleRound.FP32 and state.bound_on != Bound.SCALE
@@ -206,12 +219,17 @@ def _scales(
     return None, ScaleRule.DIVIDE if apply == Apply.MAX_OVER_AMAX else by.rule, by.scale_round
 
 
-def _low_scales(by: PerUnit, slice_: set[fx.Node], states: States) -> fx.Node | None:
-    """A node that holds the scales in 16 bits, which others than the quantiser read."""
-    for node in sorted(slice_):
-        if states.get(node) == by and by.kind == Kind.SCALE and dtype_of(node) in LOW and _read_outside(node, slice_):
-            return node
-    return None
+def _read_narrow(scale: fx.Node, slice_: set[fx.Node]) -> bool:
+    """Whether somebody outside reads scales of 16 bits as they are, and not only widened to fp32."""
+    stack = [scale]
+    while stack:
+        node = stack.pop()
+        for user in node.users:
+            if source_of(user) is node:
+                stack.append(user)
+            elif user not in slice_ and not widens(user):
+                return True
+    return False
 
 
 def _read_outside(node: fx.Node, slice_: set[fx.Node]) -> bool:

@@ -24,6 +24,7 @@ from arfusion_pass.rewrite.output_views import Layout, Step, codes_layout, scale
 from arfusion_pass.rewrite.raised import RaisedSite
 
 aten = torch.ops.aten
+prims = torch.ops.prims
 Insert = Callable[..., fx.Node]
 
 
@@ -122,6 +123,8 @@ class Buffer:
                 result = insert(aten.slice.Tensor, (result, 0, 0, sizes[0].emit(insert)), None, val)
             elif step.op == "dtype":
                 result = insert(aten.view.dtype, (result, step.dtype), None, val)
+            elif step.op == "narrow":
+                result = insert(prims.convert_element_type.default, (result, step.dtype), None, val)
             else:
                 result = insert(aten.reshape.default, (result, [size.emit(insert) for size in sizes]), None, val)
         return result

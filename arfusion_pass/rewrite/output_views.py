@@ -1,6 +1,7 @@
 """From the contiguous buffer that a fused op writes to the tensor that the graph had: its shape, strides and dtype.
 
-The steps are views only: nothing is copied. With a column-major scale of 6 tokens and 2 groups, padded for TMA::
+The steps are views, and nothing is copied but scales that the graph holds in 16 bits. With a column-major scale of 6
+tokens and 2 groups, padded for TMA::
 
     buffer = empty([2, 8])                          # what the op fills: group by group, tokens padded to 8
     permute(buffer, [1, 0]) -> [8, 2], (1, 8); slice(0, 0, 6) -> [6, 2], (1, 8)
@@ -19,7 +20,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from arfusion_pass.graph import same_geometry
 from arfusion_pass.ops import layouts
 from arfusion_pass.ops.layouts import Size
-from arfusion_pass.ops.spec import QuantSpec
+from arfusion_pass.ops.spec import QuantSpec, ScaleLayout, ScaleRound
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +28,8 @@ class Step:
     """One view op and the tensor after it.
 
     Attributes:
-        op: ``permute`` (two dimensions swapped), ``slice`` (the first ``shape[0]`` rows), ``reshape`` (to ``shape``)
-            or ``dtype`` (the same bytes).
+        op: ``permute`` (two dimensions swapped), ``slice`` (the first ``shape[0]`` rows), ``reshape`` (to ``shape``),
+            ``dtype`` (the same bytes) or ``narrow`` (the same values in 16 bits, which they have room in).
         shape, strides, dtype: after the step.
     """
 
@@ -55,6 +56,8 @@ class Layout:
                 buffer = buffer[: step.shape[0]]
             elif step.op == "dtype":
                 buffer = buffer.view(step.dtype)
+            elif step.op == "narrow":
+                buffer = buffer.to(step.dtype)
             else:
                 buffer = buffer.view(step.shape)
         return buffer
@@ -85,6 +88,8 @@ def scale_layout(shape: Sequence[Size], spec: QuantSpec, target: torch.Tensor | 
     if target is None:
         return Layout(buffer, dtype)
     dtype = _first(layouts.scale_dtypes(spec), target.dtype)
+    if dtype == torch.float32 and target.dtype in (torch.bfloat16, torch.float16):
+        return _narrowed(buffer, spec, target)
     if spec.layout in layouts.COLUMN_MAJOR:
         sizes = [size for size in target.shape if not _equal(size, 1)]
         if _all_equal(sizes, [size for size in buffer if not _equal(size, 1)]) and _contiguous(target):
@@ -95,6 +100,17 @@ def scale_layout(shape: Sequence[Size], spec: QuantSpec, target: torch.Tensor | 
     if rows and target.dtype == dtype and _contiguous(target):
         return Layout(tuple(target.shape), dtype)
     return _reach(buffer, dtype, target)
+
+
+def _narrowed(shape: tuple[Size, ...], spec: QuantSpec, target: torch.Tensor) -> Layout | None:
+    """Row-major scales that the quantiser rounds to the 16 bits which the graph holds them in."""
+    if spec.scale_round != ScaleRound.TENSOR or spec.layout != ScaleLayout.ROW or not _contiguous(target):
+        return None
+    wanted, strides = tuple(target.shape), tuple(target.stride())
+    if not _equal(math.prod(shape), math.prod(wanted)):
+        return None
+    steps = [] if _all_equal(shape, wanted) else [Step("reshape", wanted, strides, torch.float32)]
+    return Layout(shape, torch.float32, (*steps, Step("narrow", wanted, strides, target.dtype)))
 
 
 def _first(allowed: tuple[torch.dtype, ...], dtype: torch.dtype) -> torch.dtype:

@@ -8,8 +8,10 @@ from collections.abc import Hashable, Iterable
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils import _pytree as pytree
 
 from arfusion_pass.dialects import DIALECTS, Quantised, Refused
+from arfusion_pass.dialects.reading.op_calls import op_name
 from arfusion_pass.graph import (
     describe,
     dtype_of,
@@ -20,7 +22,10 @@ from arfusion_pass.graph import (
     same_shape,
     source_of,
     tensor_of,
+    value_of,
+    views_of,
 )
+from arfusion_pass.ops.layouts import CODE_DTYPES
 from arfusion_pass.ops.spec import group_fits
 from arfusion_pass.rewrite.output_views import codes_layout, scale_layout
 from arfusion_pass.rewrite.raised import RaisedSite, read_inside
@@ -68,6 +73,25 @@ def find_quantiser(site: RaisedSite) -> None:
                 site.dialects += (dialect_name,)
                 return
             site.note = site.note or reason
+    site.note = site.note or _unknown_op(site)
+
+
+def _unknown_op(site: RaisedSite) -> str | None:
+    """What to say of an op of somebody's own that reads the norm and gives codes."""
+    for user in sorted({user for norm in site.norms for view in views_of(norm) for user in view.users}):
+        name = op_name(user) or str(user.target)
+        if user.op != "call_function" or not user.users or name.startswith(("aten::", "prims::")):
+            continue
+        given = {each.dtype for each in pytree.tree_leaves(value_of(user)) if isinstance(each, torch.Tensor)}
+        if codes := sorted(map(str, given.intersection(_CODES))):
+            return (
+                f"{describe(user)} gives {codes[0]}, as a quantiser does, and is an op that the pass does not know; it "
+                "knows quantisers written in torch, and the engines' ops in docs/recognised.md"
+            )
+    return None
+
+
+_CODES = {dtype for dtypes in CODE_DTYPES.values() for dtype in dtypes} | {torch.float8_e5m2}
 
 
 def why_unfit(quant: Quantised, site: RaisedSite) -> str | None:

@@ -58,6 +58,10 @@ add("static_scale_1_1", site(q.static_div), STATIC_NAME, STATIC, "residual quant
 add("static_detour", site(q.static_detour), STATIC_NAME, STATIC | {"in_dtype": True}, "residual quant")
 add("static_number", site(q.static_number), STATIC_NAME, STATIC | {"in_dtype": True}, "residual quant")
 add("static_number_mul", site(q.static_number_mul), STATIC_NAME, STATIC | {"apply": APPLY_MULTIPLY}, "residual quant")
+add("static_expanded", site(q.static_expanded), STATIC_NAME, STATIC, "residual quant", scale=[0.37])
+UNSCALED = STATIC | {"apply": APPLY_MULTIPLY}
+add("static_unscaled", site(q.static_unscaled), STATIC_NAME, UNSCALED | {"clamp": False}, "residual quant")
+add("static_clamped_alone", site(q.static_clamped_alone), STATIC_NAME, UNSCALED | {"in_dtype": True}, "residual quant")
 add("static_scale_3", site(q.static_div), "FusedAddRMSNorm", None, "residual norm", scale=[0.37] * q.HIDDEN)
 
 # One scale a token.
@@ -66,6 +70,7 @@ ON_SCALE = {"bound_on": SCALE, "bound": 1.0 / (448.0 * 512.0)}
 add("token", site(q.token), TOKEN_NAME, TOKEN | ON_AMAX)
 add("token_vllm", site(q.token_vllm), TOKEN_NAME, TOKEN | ON_SCALE | {"apply": RECIPROCAL})
 add("token_torchao", site(q.token_torchao), TOKEN_NAME, TOKEN | {"scale_round": TENSOR})
+add("token_expanded", site(q.token_expanded), TOKEN_NAME, TOKEN | ON_AMAX)
 add("token_squeezed", site(q.token_squeezed), TOKEN_NAME, TOKEN | ON_AMAX)
 add("token_ends", site(q.token_ends), TOKEN_NAME, TOKEN | ON_AMAX)
 add("token_aminmax", site(q.token_aminmax), TOKEN_NAME, TOKEN | ON_AMAX)
@@ -75,6 +80,10 @@ add("token_max_with_index", site(q.token_max_with_index), TOKEN_NAME, TOKEN | ON
 LOW_BOUND = float(torch.tensor(1e-4).bfloat16())
 LOW = {"scale_round": TENSOR, "in_dtype": True, "bound_on": AMAX, "bound": LOW_BOUND}
 add("token_low", site(q.token_low), TOKEN_NAME, TOKEN | LOW)
+NARROW = {"scale_round": TENSOR, "clamp": False}
+add("low_scales", site(q.low_scales), TOKEN_NAME, TOKEN | NARROW | {"in_dtype": True})
+add("low_scales_dynamic", site(q.low_scales), TOKEN_NAME, TOKEN | NARROW | {"in_dtype": True}, dynamic=True)
+add("low_and_wide_scales", site(q.low_and_wide_scales), TOKEN_NAME, TOKEN | NARROW)
 add("int8_token", site(q.int8_token), INT8_NAME, INT8 | {"bound_on": AMAX, "bound": 1e-5})
 add("int8_symmetric", site(q.int8_symmetric), INT8_NAME, INT8 | {"bound_on": AMAX, "bound": 1e-5})
 add("int8_unclamped", site(q.int8_unclamped), INT8_NAME, INT8 | {"bound_on": AMAX, "bound": 1e-5, "apply": RECIPROCAL})
@@ -91,6 +100,9 @@ for function, spec in (
     (q.group_minus_one, GROUP | DEEPSEEK),
     (q.group_vllm, GROUP | ON_SCALE),
     (q.group_flat, GROUP | GROUP_AMAX),
+    (q.group_repeated, GROUP | GROUP_AMAX),
+    (q.low_scales_of_groups, GROUP | NARROW | {"in_dtype": True}),
+    (q.low_scales_in_columns, GROUP | NARROW | {"in_dtype": True}),
     (q.group_as_is, GROUP | GROUP_AMAX),
     (q.group_column, GROUP | GROUP_AMAX | {"layout": COLUMN}),
     (q.group_transposed, GROUP | GROUP_AMAX | {"layout": COLUMN}),
@@ -164,7 +176,10 @@ for function, note in (
     (q.token_added, "add"),
     (q.token_240, "div"),
     (q.token_upper, "clamp_max"),
-    (q.group_96, "groups"),
+    (q.group_96, "has a scale for each 16 elements"),
+    (q.int8_static, "to INT8 by a scale that is given"),
+    (q.int8_group, "has a scale for each 128 elements; the kernels have one for each token"),
+    (q.int8_tensor, "one scale for all tokens"),
     (q.group_of_columns, "amax"),
     (q.group_other_scale, "rev"),
     (q.int8_torchao, "neg"),
@@ -177,14 +192,6 @@ for function, note in (
     (q.group_pow2_bits, "by its bits"),
 ):
     add(function.__name__, site(function), "FusedAddRMSNorm", None, "residual norm", note=note)
-add(
-    "low_scales",
-    site(q.low_scales),
-    "FusedAddRMSNorm",
-    None,
-    "residual norm",
-    note="gives the scales in torch.bfloat16",
-)
 add("inside_read", q.inside_read, "FusedAddRMSNorm", None, "norm", note="a value inside the quantiser")
 
 TWINS = ("twins_token", "twins_static")

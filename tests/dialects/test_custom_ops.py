@@ -34,6 +34,14 @@ engine_ops.define(
     lambda out, x, extra, epsilon=1e-6: None,
 )
 
+# A library's own quantiser, read by nobody's table: codes and a scale a row.
+engine_ops.define(
+    "arfusion_test::quantise",
+    "(Tensor x) -> (Tensor, Tensor)",
+    lambda x: (x.to(torch.float8_e4m3fn), x.new_ones(x.shape[0], dtype=torch.float32)),
+    lambda x: (torch.empty_like(x, dtype=torch.float8_e4m3fn), x.new_empty(x.shape[0], dtype=torch.float32)),
+)
+
 
 class Builder:
     """A graph with fake values, node by node."""
@@ -294,6 +302,19 @@ def test_scale_computed_from_the_norm_is_left(world: None, custom: bool) -> None
     report = check_fused(trace(fn, *tensors((TOKENS, HIDDEN), (HIDDEN,))), 1)
     assert report.fused[0].quantiser is None
     assert re.search("is computed from rms_norm|amax", str(report.fused[0].note))
+
+
+@pytest.mark.parametrize("viewed", [False, True])
+def test_an_unknown_quantiser_is_named(world: None, viewed: bool) -> None:
+    """Contract *clear*: codes that an op of a library's own makes of the norm are no silence in the report."""
+
+    def fn(x: torch.Tensor, w: torch.Tensor) -> Any:
+        norm = torch.ops.vllm_ir.rms_norm(_reduce(x), w, 1e-6)
+        return torch.ops.arfusion_test.quantise(norm.view(-1, HIDDEN // 2) if viewed else norm)
+
+    engine_ops.register_vllm()
+    report = check_fused(trace(fn, *tensors((TOKENS, HIDDEN), (HIDDEN,))), 1)
+    assert "arfusion_test.quantise.default) gives torch.float8_e4m3fn, as a quantiser does" in str(report.fused[0].note)
 
 
 def test_rounding_of_vllm_kernels_by_generation(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,18 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from arfusion_pass.dialects.reading.quant_states import LOW, Codes, Given, Kind, PerUnit, Rows, Scaled, State, single
+from arfusion_pass.dialects.reading.quant_states import (
+    LOW,
+    Codes,
+    Given,
+    Kind,
+    PerUnit,
+    Rows,
+    Scaled,
+    Spread,
+    State,
+    single,
+)
 from arfusion_pass.graph import (
     FP32_MAX,
     VIEWS,
@@ -73,6 +84,8 @@ def _cast(node: fx.Node, state: State | None) -> State | None:
         return state if dtype == torch.int32 and state.kind == Kind.HAS_MANTISSA else None
     if dtype == torch.float32:
         return state if source in (*LOW, torch.float32) else None
+    if dtype == torch.float8_e4m3fn and isinstance(state, Rows) and not state.absolute:
+        return Codes(QuantFormat.FP8, _as_they_are(state))
     if dtype in LOW:
         if source == dtype:
             return state
@@ -86,6 +99,11 @@ def _cast(node: fx.Node, state: State | None) -> State | None:
     if isinstance(state, Scaled) and dtype == torch.int8 and state.rint:
         return Codes(QuantFormat.INT8, state)
     return None
+
+
+def _as_they_are(rows: Rows) -> Scaled:
+    """The norm's elements where nobody scales them: by one, which changes nothing."""
+    return Scaled(rows, Given(), Apply.MULTIPLY)
 
 
 def _abs(node: fx.Node, states: States) -> State | None:
@@ -133,6 +151,8 @@ def _clamp(node: fx.Node, states: States) -> State | None:
     lower, upper = _everywhere(low, node), _everywhere(high, node)
     if (low is not None and lower is None) or (high is not None and upper is None):
         return None
+    if isinstance(state, Rows) and not state.absolute and {lower, upper} <= {-FP8_MAX, FP8_MAX, None}:
+        state = _as_they_are(state)
     if isinstance(state, Scaled):
         return state.clamped(lower, upper)
     if not isinstance(state, PerUnit):
@@ -168,8 +188,8 @@ def _divide(node: fx.Node, states: States) -> State | None:
         return _scale(state, limit, rule, low)
     if not isinstance(state, Rows) or state.absolute:
         return None
-    if isinstance(divisor, PerUnit):
-        return _apply(node, a, b, divisor, Apply.DIVIDE, states) if divisor.kind == Kind.SCALE else None
+    if isinstance(divisor, (PerUnit, Spread)):
+        return _apply(node, a, b, divisor, {Kind.SCALE: Apply.DIVIDE}, states)
     if divisor is not None:
         return None
     number = constant(b) if not isinstance(b, fx.Node) else None
@@ -193,7 +213,7 @@ def _multiply(node: fx.Node, states: States) -> State | None:
     a, b = node.args[0], node.args[1]
     state_a = states.get(a)
     state_b = states.get(b) if isinstance(b, fx.Node) else None
-    if state_a is None or (isinstance(state_a, PerUnit) and isinstance(state_b, Rows)):
+    if state_a is None or (isinstance(state_a, (PerUnit, Spread)) and isinstance(state_b, Rows)):
         a, b, state_a, state_b = b, a, state_b, state_a
     if isinstance(state_a, PerUnit):
         factor = constant(b, operation=node)
@@ -209,9 +229,9 @@ def _multiply(node: fx.Node, states: States) -> State | None:
         return None
     if not isinstance(state_a, Rows) or state_a.absolute:
         return None
-    if isinstance(state_b, PerUnit):
-        apply = {Kind.INVERSE_SCALE: Apply.RECIPROCAL, Kind.ENCODE: Apply.MAX_OVER_AMAX}.get(state_b.kind)
-        return None if apply is None else _apply(node, a, b, state_b, apply, states)
+    if isinstance(state_b, (PerUnit, Spread)):
+        factors = {Kind.INVERSE_SCALE: Apply.RECIPROCAL, Kind.ENCODE: Apply.MAX_OVER_AMAX}
+        return _apply(node, a, b, state_b, factors, states)
     if state_b is not None:
         return None
     if is_call(b, aten.reciprocal.default) and dtype_of(b) == torch.float32:
@@ -222,16 +242,41 @@ def _multiply(node: fx.Node, states: States) -> State | None:
     return _apply_given(node, a, _given(node, a, b), Apply.MULTIPLY, states)
 
 
-def _apply(node: fx.Node, rows: Any, by: Any, state: PerUnit, apply: Apply, states: States) -> State | None:
-    """Rows scaled by a number per unit, which must meet the rows of its own unit."""
+def _apply(
+    node: fx.Node, rows: Any, by: Any, state: PerUnit | Spread, applies: dict[Kind, Apply], states: States
+) -> State | None:
+    """Rows scaled by a number per unit, which must meet the rows of its own unit: one of them for each, or as many of
+    them as there are elements."""
     value, factor = tensor_of(rows), tensor_of(by)
-    if value is None or factor is None or value.dim() != factor.dim() or last_dim(rows) != state.unit:
+    number = state.number if isinstance(state, Spread) else state
+    apply = applies.get(number.kind)
+    if apply is None or value is None or factor is None or not same_shape(node, rows):
         return None
-    sizes = zip(factor.shape[:-1], value.shape[:-1], strict=True)
-    if last_dim(by) != 1 or not all(statically_known_true(x == y) for x, y in sizes) or not same_shape(node, rows):
-        return None
+    if isinstance(state, Spread):
+        if not same_shape(by, rows):
+            return None
+    else:
+        if value.dim() != factor.dim() or last_dim(rows) != number.unit or last_dim(by) != 1:
+            return None
+        sizes = zip(factor.shape[:-1], value.shape[:-1], strict=True)
+        if not all(statically_known_true(x == y) for x, y in sizes):
+            return None
     kind = Kind.SCALE if apply != Apply.MAX_OVER_AMAX else Kind.ENCODE
-    return Scaled(states[rows], state.to(kind), apply, _low(node))  # type: ignore[arg-type]
+    return Scaled(states[rows], number.to(kind), apply, _low(node))  # type: ignore[arg-type]
+
+
+def _expand(node: fx.Node, states: States) -> State | None:
+    """One number for each unit, repeated along a last dimension of one element: for each element of the unit."""
+    state, before, after = states.get(node.args[0]), tensor_of(node.args[0]), tensor_of(node)
+    if same_shape(node, node.args[0]):
+        return state
+    if not isinstance(state, PerUnit) or state.kind not in (Kind.SCALE, Kind.INVERSE_SCALE, Kind.ENCODE):
+        return None
+    if before is None or after is None or before.dim() != after.dim():
+        return None
+    leading = zip(before.shape[:-1], after.shape[:-1], strict=True)
+    spreads = last_dim(node.args[0]) == 1 and last_dim(node) == state.unit
+    return Spread(state) if spreads and all(statically_known_true(x == y) for x, y in leading) else None
 
 
 def _apply_given(node: fx.Node, rows: Any, given: Given | None, apply: Apply, states: States) -> State | None:
@@ -245,6 +290,8 @@ def _given(node: fx.Node, rows: Any, factor: Any) -> Given | None:
     if not isinstance(factor, fx.Node):
         number = constant(factor)
         return None if number is None else Given(value=number)
+    while is_call(factor, aten.expand.default):
+        factor = factor.args[0]
     low, given = _low(node), peel(factor)
     tensor, scale = tensor_of(factor), tensor_of(given)
     if tensor is None or scale is None or not all(statically_known_true(size == 1) for size in scale.shape):
@@ -274,6 +321,11 @@ def _independent(node: fx.Node) -> bool:
             return False
         stack.extend(current.all_input_nodes)
     return True
+
+
+def _clone(node: fx.Node, states: States) -> State | None:
+    state = states.get(node.args[0])
+    return state if isinstance(state, Spread) else None
 
 
 def _reciprocal(node: fx.Node, states: States) -> State | None:
@@ -388,6 +440,8 @@ _RULES: dict[Any, Callable[[fx.Node, States], State | None]] = {
     **dict.fromkeys((aten.div.Tensor, aten.div.Scalar), _divide),
     **dict.fromkeys((aten.mul.Tensor, aten.mul.Scalar), _multiply),
     aten.reciprocal.default: _reciprocal,
+    aten.expand.default: _expand,
+    aten.clone.default: _clone,
     aten.round.default: _round,
     aten.log2.default: _step(Kind.SCALE, Kind.LOG2),
     aten.ceil.default: _step(Kind.LOG2, Kind.CEILED),

@@ -165,6 +165,13 @@ class PerUnit:
 
 
 @dataclasses.dataclass(frozen=True)
+class Spread:
+    """A number per unit, repeated for each element of the unit, in the elements' order and in any shape."""
+
+    number: PerUnit
+
+
+@dataclasses.dataclass(frozen=True)
 class Given:
     """A scale that the graph takes from elsewhere.
 
@@ -252,6 +259,21 @@ class Codes:
             scale_round=by.scale_round,
         )
 
+    def misfit(self, hidden: int) -> str:
+        """Why rows of ``hidden`` have no :meth:`spec`: what no kernel has."""
+        by, scaled, int8 = self.scaled.by, self.scaled, self.format == QuantFormat.INT8
+        if isinstance(by, Given) and int8:
+            return "quantises to INT8 by a scale that is given; the kernels find one for each token"
+        if isinstance(by, PerUnit):
+            groups = "" if int8 else f", or for each group of {', '.join(map(str, GROUPS))}"
+            if by.unit != hidden and (int8 or by.unit not in GROUPS):
+                return f"has a scale for each {by.unit} elements; the kernels have one for each token{groups}"
+            if by.rounded != scaled.rows.rounded:
+                return "finds its scales from the norm as it is, or rounded, and quantises it the other way"
+        if self._clamp() is None:
+            return f"clamps to {scaled.lower} and {scaled.upper}, bounds that no kernel has with these scales"
+        return "ends a quantiser with bounds, groups or roundings that no kernel has"
+
     def _clamp(self) -> bool | None:
         """A spec's ``clamp``; None for bounds that no spec has.
 
@@ -283,7 +305,7 @@ class Codes:
         return {dtype for dtype in (self.scaled.rows.rounded, self.scaled.low, low) if dtype is not None}
 
 
-State: TypeAlias = "Rows | PerUnit | Scaled | Codes"
+State: TypeAlias = "Rows | PerUnit | Spread | Scaled | Codes"
 
 
 def narrowed(value: float, dtype: torch.dtype) -> float:
