@@ -78,7 +78,8 @@ class AllReduceFusionPass(CustomGraphPass):
 def fuse(graph_module: fx.GraphModule, config: FusionConfig | None = None) -> FusionReport:
     """Fuse a post-AOT graph module in place, for other back-ends and tests: with the graphs that it runs as parts, as
     Inductor does: the branches of ``torch.cond``, and the pieces of a split graph. Their sites stand in the report
-    before its own.
+    before its own. What is fused has no backward: run it under ``torch.no_grad()``. (With inputs that require a
+    gradient the reference raises where gradients are on; the kernels cannot see it.)
 
     Args:
         graph_module: a functional aten graph whose nodes carry ``meta["val"]``.

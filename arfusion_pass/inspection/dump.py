@@ -25,6 +25,8 @@ import multiprocessing.util
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import CodeType
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -60,16 +62,48 @@ def debug_dump(directory: str | os.PathLike[str], *, depyf: bool = True) -> Iter
         stack.enter_context(torch._inductor.config.patch(fx_graph_cache=False))
         stack.enter_context(recording())
         if depyf:
-            try:
-                import depyf as depyf_package
-            except ImportError:
-                log.warning("arfusion: depyf is not installed, so there is no depyf's dump in %s", folder)
-            else:
-                stack.enter_context(depyf_package.prepare_debug(str(folder / "depyf")))
+            stack.enter_context(_depyf_dump(folder))
         try:
             yield folder
         finally:
             write_reports(folder, Reports(reports()[known:]))
+
+
+@contextlib.contextmanager
+def _depyf_dump(folder: Path) -> Iterator[None]:
+    """depyf's dump below ``folder``, as far as it comes: what it cannot read, Python 3.13's bytecode above all, stops
+    neither the compilation nor the dump."""
+    try:
+        import depyf  # noqa: F401
+        from depyf.explain import enable_debugging
+    except ImportError:
+        log.warning("arfusion: depyf is not installed, so there is no depyf's dump in %s", folder)
+        yield
+        return
+
+    class Hook(enable_debugging.DebuggableHook):
+        def __call__(self, code: CodeType, new_code: CodeType) -> CodeType | None:
+            try:
+                return super().__call__(code, new_code)
+            except Exception as error:
+                self.optimized_code_and_module.pop()  # or it would be read again at the end
+                log.warning("arfusion: depyf cannot show the bytecode of %s: %s", code.co_name, _said(error))
+                return None
+
+    debug = enable_debugging.prepare_debug(str(folder / "depyf"))
+    with mock.patch.object(enable_debugging, "DebuggableHook", Hook):
+        debug.__enter__()
+    try:
+        yield
+    finally:
+        try:
+            debug.__exit__(None, None, None)
+        except Exception as error:
+            log.warning("arfusion: depyf's dump in %s is not complete: %s", folder, _said(error))
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _rank() -> int | None:

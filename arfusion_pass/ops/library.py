@@ -174,6 +174,8 @@ def _implementations(name: str) -> tuple[Callable[..., None], Callable[..., None
 
     def real(*args: Any, **kwargs: Any) -> None:
         arguments = bind(args, kwargs)
+        if arguments["flags"] >> marks.MARK_SHIFT and torch.is_grad_enabled():
+            _refuse_gradients(name, arguments)
         if arguments["flags"] & Flags.RECORD:
             record.observe(arguments, lambda plain: fused_op(name)(**plain))
             return
@@ -198,6 +200,20 @@ def _implementations(name: str) -> tuple[Callable[..., None], Callable[..., None
         fused_op(name)(**{k: v.resolve_neg() if isinstance(v, torch.Tensor) else v for k, v in arguments.items()})
 
     return real, fake, negated
+
+
+def _refuse_gradients(op: str, arguments: dict[str, Any]) -> None:
+    """A graph's call has no backward: what flows through it would be missing from gradients without a word.
+
+    Inductor runs inference graphs without gradients; this is for a graph that another back-end runs. Eager calls are
+    like other kernels', which write outputs that autograd knows nothing of.
+    """
+    for name, value in arguments.items():
+        if isinstance(value, torch.Tensor) and value.requires_grad:
+            raise RuntimeError(
+                f"arfusion::{op}: {name} requires a gradient, and a fused call has no backward: run the graph under "
+                "torch.no_grad() or torch.inference_mode()"
+            )
 
 
 def _define() -> torch.library.Library | None:

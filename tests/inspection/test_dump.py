@@ -64,6 +64,30 @@ def test_a_failure_inside_still_leaves_what_was_seen(tmp_path: Path) -> None:
     assert not (tmp_path / "rank0" / "depyf").exists()
 
 
+@pytest.mark.usefixtures("world")
+def test_what_depyf_cannot_read_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither the compilation, where it fails on a function's bytecode, as on Python 3.13's, nor the end of a dump."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("invalid literal for int() with base 10: 'L1'")
+
+    from depyf import decompiler, explain
+
+    monkeypatch.setattr(decompiler.Decompiler, "decompile_and_compile_like", fail)
+    with arf.inspection.debug_dump(tmp_path) as folder:
+        compile_block()
+    assert json.loads((folder / "report.json").read_text())[0]["matched_count"] == 1
+    assert any("def call(" in path.read_text() for path in (folder / "depyf").rglob("*.py")), "graphs are shown still"
+    assert "cannot show the bytecode of block: ValueError: invalid literal" in caplog.text
+    monkeypatch.undo()
+    monkeypatch.setattr(explain, "dump_src", fail)
+    with arf.inspection.debug_dump(tmp_path):
+        compile_block()
+    assert "is not complete: ValueError: invalid literal" in caplog.text
+
+
 def test_a_lone_process_writes_into_the_folder_itself_and_torchrun_below(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from arfusion_pass.ops import checks, library
+from arfusion_pass.ops.marks import MARK_SHIFT
 from arfusion_pass.ops.spec import Apply, Bound, Flags, QuantFormat, QuantSpec, ScaleLayout, ScaleRound, ScaleRule
 from tests.ops.cases import SPECS, arguments, outputs
 
@@ -182,6 +183,23 @@ def test_unknown_group() -> None:
     with pytest.raises(ValueError, match=r"no process group is called 'tp:7'.*register_group"):
         library.fused_op("allreduce_rms_norm")(*inputs, **kwargs)
     assert (kwargs["norm_out"] == 7).all()
+
+
+@pytest.mark.usefixtures("world")
+def test_gradients() -> None:
+    """A graph's call has no backward: where one is asked for it says so, before anything is written. Without gradients,
+    and as an eager call, which is like other kernels', it runs."""
+    marked = 1 << MARK_SHIFT
+    for name in ("residual", "weight"):
+        inputs, kwargs = call(flags=marked, group_name="", norm_out=torch.full((4, 64), 7.0, dtype=BF16))
+        kwargs[name].requires_grad_()
+        with pytest.raises(RuntimeError, match=rf"{name} requires a gradient, and a fused call has no backward"):
+            library.fused_op("allreduce_rms_norm")(*inputs, **kwargs)
+        assert (kwargs["norm_out"] == 7).all()
+        for guard, flags in ((torch.no_grad(), marked), (torch.enable_grad(), 0)):
+            with guard:
+                library.fused_op("allreduce_rms_norm")(*inputs, **{**kwargs, "flags": flags})
+            assert (kwargs["norm_out"] != 7).all()
 
 
 MOE_WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
