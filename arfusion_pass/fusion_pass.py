@@ -12,7 +12,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import arfusion_pass.ops  # noqa: F401  (a compiled artefact imports nothing: the ops must exist before it runs)
 from arfusion_pass import cache_key, provenance, publishing, written_order
-from arfusion_pass.compilation import compile_id, graph_break, running_part
+from arfusion_pass.compilation import GraphBreak, compile_id, graph_break, known, running_part
 from arfusion_pass.config import FusionConfig
 from arfusion_pass.graph import parts_of, tensor_of, trains
 from arfusion_pass.reporting.printing import print_graph, readable
@@ -21,12 +21,13 @@ from arfusion_pass.reporting.sites import Site
 from arfusion_pass.rewrite import marking, recording
 from arfusion_pass.rewrite.absence import why_no_all_reduce
 from arfusion_pass.rewrite.chains import Chain, find_chains, mark_chains
-from arfusion_pass.rewrite.commit import Plan
-from arfusion_pass.rewrite.planning import planned
+from arfusion_pass.rewrite.commit import commit
+from arfusion_pass.rewrite.edits import Edits
+from arfusion_pass.rewrite.planning import Plan, planned
 from arfusion_pass.rewrite.raised import RaisedSite
 from arfusion_pass.rewrite.raising import find_sites
 from arfusion_pass.rewrite.reassociate import Moves, reassociate
-from arfusion_pass.rewrite.sizes import SizesOfInputs
+from arfusion_pass.rewrite.sizes import give_sizes
 
 log = logging.getLogger("arfusion_pass")
 
@@ -137,79 +138,18 @@ def reports() -> Reports:
 
 
 def run(graph: fx.Graph, config: FusionConfig) -> FusionReport:
-    """Raise, fuse and commit one graph."""
+    """Raise, plan, write and report one graph."""
     begin = time.perf_counter()
-    note, broken = None, graph_break()
-    sites: list[RaisedSite] = []
-    written: list[tuple[Plan, fx.Node]] = []
-    chains: list[Chain] = []
-    recorder = recording.active()
+    broken, recorder = graph_break(), recording.active()
     printed = recorder is not None or publishing.dumping()
-    before = after = print_graph(graph) if printed else None
-    before_code = after_code = readable(graph) if printed else None
-    described: list[Site] = []
-    taken: list[Any] = []
-    moves = Moves()
-    sizes = SizesOfInputs(graph)
-    moving = config.reassociate and not trains(graph)
-    try:
-        sizes.give()
-        if moving:
-            moves = reassociate(graph, config)
-            moving = bool(moves.steps)
-        found = find_sites(graph, config)
-        for site in found:
-            if site.reason is not None and site.node in moves.idle:
-                site.reason = f"{site.reason}, and without that {moves.idle[site.node]}"
-        described = [
-            provenance.describe(site, moves) for site in found
-        ]  # while its nodes stand; from here on only reasons change
-        sites = found
-        if not found:
-            note = why_no_all_reduce(graph)
-        if any(site.reason is None for site in sites):
-            committer = planned(graph, sites, config)
-            if recorder is not None:
-                taken = [recorder.take(plan) for plan in committer.plans.values()]
-            written = committer.apply()
-            if any(map(_on_cpu, written)):
-                written_order.keep()
-            committer.erase()
-            if written:
-                sizes.keep()
-            chains = find_chains([call for _, call in written], config)
-            mark_chains(chains)
-            marking.stamp(sites, written)
-            after, after_code = (print_graph(graph), readable(graph)) if printed else (None, None)
-            if recorder is not None:
-                recorder.mark(taken, [call for _, call in written])
-        else:
-            marking.stamp(sites, [])
-    except Exception as error:
-        if config.raise_errors:
-            raise
-        kept = "fused nothing" if config.reassociate else "left the graph as it was"
-        outcome = "had written its fused calls" if written else kept
-        note = f"the pass met something it did not expect and {outcome}: {type(error).__name__}: {error}"
-        log.warning("arfusion: %s", note, exc_info=True)
-    finally:
-        if moving:  # what they asked may be gone
-            sizes.keep()
-        else:
-            sizes.restore()
-    fused = {id(plan.site): (plan, call) for plan, call in written}
-    final: list[Site] = []
-    for site, text in zip(sites, described, strict=True):
-        final += [provenance.merged(merged, text) for merged in moves.merged.get(site.node, ())]
-        if id(site) in fused:
-            final.append(provenance.finish(text, *fused[id(site)], chains))
-        else:
-            final.append(provenance.missed(site, text, note, broken))
+    before, before_code = _printed(graph) if printed else (None, None)
+    rewrite = _rewrite(graph, config, recorder)
+    after, after_code = _printed(graph) if printed and rewrite.written else (before, before_code)
     report = FusionReport(
-        sites=tuple(final),
+        sites=_described(rewrite, broken),
         graph_break=None if broken is None else str(broken),
         seconds=time.perf_counter() - begin,
-        note=note,
+        note=rewrite.note,
         graph=len(publishing.all_reports),
         compile_id=compile_id(),
         rank=provenance.rank(),
@@ -219,8 +159,99 @@ def run(graph: fx.Graph, config: FusionConfig) -> FusionReport:
         after_code=after_code,
     )
     if recorder is not None:
-        recorder.add(report, taken)
+        recorder.mark(rewrite.taken, [call for _, call in rewrite.written])
+        recorder.add(report, rewrite.taken)
     return report
+
+
+@dataclasses.dataclass
+class _Rewrite:
+    """What became of one graph.
+
+    Attributes:
+        sites: what was found, each with the reason if nothing is fused there.
+        texts: what the report says of them; taken while their nodes stood.
+        moves: what stood between all-reduces and norms, and went out of the way.
+        written: the fused calls. With none the graph is as it came.
+        chains: those of the fused calls.
+        taken: what the recorder copied, for each fused call.
+        note: why nothing is fused, where no site can say it.
+    """
+
+    sites: list[RaisedSite] = dataclasses.field(default_factory=list)
+    texts: list[Site] = dataclasses.field(default_factory=list)
+    moves: Moves = dataclasses.field(default_factory=Moves)
+    written: list[tuple[Plan, fx.Node]] = dataclasses.field(default_factory=list)
+    chains: list[Chain] = dataclasses.field(default_factory=list)
+    taken: list[Any] = dataclasses.field(default_factory=list)
+    note: str | None = None
+
+
+def _rewrite(graph: fx.Graph, config: FusionConfig, recorder: recording.Recorder | None) -> _Rewrite:
+    """Raise, plan and write. An error anywhere leaves the graph node for node as it came, and a note."""
+    rewrite = _Rewrite()
+    try:
+        with Edits(graph) as edits:
+            _raise(rewrite, edits, config)
+            _write(rewrite, edits, config, recorder)
+            if rewrite.written:
+                edits.keep()
+    except Exception as error:
+        if config.raise_errors:
+            raise
+        what = f"{type(error).__name__}: {error}"
+        rewrite.note = f"the pass met something it did not expect and left the graph as it was: {what}"
+        rewrite.written, rewrite.chains, rewrite.taken = [], [], []
+        log.warning("arfusion: %s", rewrite.note, exc_info=True)
+    return rewrite
+
+
+def _raise(rewrite: _Rewrite, edits: Edits, config: FusionConfig) -> None:
+    """Find the sites of a graph, once what can go out of their way has gone."""
+    graph, moves = edits.graph, rewrite.moves
+    give_sizes(edits)
+    if config.reassociate and not trains(graph):
+        moves = rewrite.moves = reassociate(edits, config)
+    sites = find_sites(graph, config)
+    for site in sites:
+        if site.reason is not None and site.node in moves.idle:
+            site.reason = f"{site.reason}, and without that {moves.idle[site.node]}"
+    rewrite.texts = [provenance.describe(site, moves) for site in sites]  # from here on only reasons change
+    rewrite.sites = sites
+    if not sites:
+        rewrite.note = why_no_all_reduce(graph)
+
+
+def _write(rewrite: _Rewrite, edits: Edits, config: FusionConfig, recorder: recording.Recorder | None) -> None:
+    """Write the fused calls that can be planned, and into their flags what they have to know of one another."""
+    plans = planned(edits.graph, rewrite.sites, config)
+    if recorder is not None:
+        rewrite.taken = [recorder.take(plan) for plan in plans]
+    rewrite.written = commit(edits, plans)
+    if any(map(_on_cpu, rewrite.written)):
+        written_order.keep()
+    rewrite.chains = find_chains([call for _, call in rewrite.written], config)
+    mark_chains(rewrite.chains)
+    marking.stamp(rewrite.sites, rewrite.written)
+
+
+def _described(rewrite: _Rewrite, broken: GraphBreak | None) -> tuple[Site, ...]:
+    """What the report says of every all-reduce, those that went into another one among them."""
+    fused = {id(plan.site): (plan, call) for plan, call in rewrite.written}
+    described: list[Site] = []
+    for site, text in zip(rewrite.sites, rewrite.texts, strict=True):
+        merged = rewrite.moves.merged.get(site.node, ())
+        described += [provenance.merged(gone, text, None if fused else rewrite.note) for gone in merged]
+        if id(site) in fused:
+            described.append(provenance.finish(text, *fused[id(site)], rewrite.chains))
+        else:
+            described.append(provenance.missed(site, text, rewrite.note, broken))
+    return tuple(described)
+
+
+def _printed(graph: fx.Graph) -> tuple[str | None, str | None]:
+    """A graph as text and as code; None where torch cannot print it."""
+    return known(lambda: print_graph(graph)), known(lambda: readable(graph))
 
 
 def _on_cpu(written: tuple[Plan, fx.Node]) -> bool:

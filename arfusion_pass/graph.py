@@ -412,11 +412,6 @@ def users_of(node: fx.Node, *targets: Any) -> list[fx.Node]:
     return [user for user in node.users if is_call(user, *targets)]
 
 
-def set_inputs(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Let a node read other inputs; with those that it had, what takes a change back."""
-    node.args, node.kwargs = args, kwargs
-
-
 def only_user(node: fx.Node) -> fx.Node | None:
     """The single user of ``node``, or None."""
     return next(iter(node.users)) if len(node.users) == 1 else None

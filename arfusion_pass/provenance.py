@@ -22,7 +22,7 @@ from arfusion_pass.reporting import traffic
 from arfusion_pass.reporting.advice import advise
 from arfusion_pass.reporting.sites import MERGED, Site
 from arfusion_pass.rewrite.chains import Chain
-from arfusion_pass.rewrite.commit import Plan
+from arfusion_pass.rewrite.planning import Plan
 from arfusion_pass.rewrite.raised import RaisedSite
 from arfusion_pass.rewrite.reassociate import Merged, Moves
 from arfusion_pass.runtime import agreement, thresholds
@@ -54,10 +54,13 @@ def describe(site: RaisedSite, moves: Moves) -> Site:
     )
 
 
-def merged(gone: Merged, into: Site) -> Site:
-    """An all-reduce that went into another one's."""
+def merged(gone: Merged, into: Site, failed: str | None) -> Site:
+    """An all-reduce that went into another one's; or would have, and ``failed`` says why that was taken back."""
+    site = Site(gone.name, gone.group, True, pattern=MERGED, dtype=gone.dtype, nodes=(gone.name,))
+    if failed is not None:
+        return dataclasses.replace(site, fused=False, pattern=None, reason=failed)
     note = f"reduced together with {into.name}: FusionConfig(reassociate=True) sums their inputs"
-    return Site(gone.name, gone.group, True, pattern=MERGED, dtype=gone.dtype, nodes=(gone.name,), note=note)
+    return dataclasses.replace(site, note=note)
 
 
 def finish(text: Site, plan: Plan, call: fx.Node, chains: list[Chain]) -> Site:
@@ -99,6 +102,7 @@ def missed(site: RaisedSite, text: Site, note: str | None, broken: GraphBreak | 
     reason, culprit = site.reason or note, site.culprit
     return dataclasses.replace(
         text,
+        moved=(),
         reason=reason,
         obstacle=_source(culprit),
         advice=known(lambda: advise(site.node, culprit, reason or "", broken)),

@@ -277,12 +277,15 @@ def check_fused(
 
 
 def check_unchanged(module: fx.GraphModule, config: arf.FusionConfig = STRICT) -> arf.FusionReport:
-    """Fusing leaves ``module`` node for node as it was: names, targets, arguments, order, even the node objects."""
+    """Fusing leaves ``module`` node for node as it was: names, targets, arguments, order, even the node objects, and
+    the order of each one's readers."""
     before, nodes = print_graph(module.graph), list(module.graph.nodes)
+    readers = [list(node.users) for node in nodes]
     report = arf.fuse(module, config)
     assert report.matched_count == 0, str(report)
     assert print_graph(module.graph) == before
     assert all(a is b for a, b in zip(nodes, module.graph.nodes, strict=True))
+    assert [list(node.users) for node in nodes] == readers
     assert all(site.reason for site in report.sites)
     return report
 

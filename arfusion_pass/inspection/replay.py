@@ -32,8 +32,8 @@ from arfusion_pass.ops.schema import OUTPUT_NAMES
 from arfusion_pass.ops.spec import Flags, QuantSpec
 from arfusion_pass.reporting.reports import FusionReport
 from arfusion_pass.reporting.sites import Site
-from arfusion_pass.rewrite.commit import Plan
 from arfusion_pass.rewrite.output_views import codes_layout, scale_layout
+from arfusion_pass.rewrite.planning import Plan
 from arfusion_pass.rewrite.recording import watching
 
 GIVEN = ("residual", "addend", "weight", "epsilon_tensor", "scale")

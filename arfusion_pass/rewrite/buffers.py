@@ -20,6 +20,7 @@ from torch.utils._sympy.functions import FloorDiv
 
 from arfusion_pass.graph import VIEWS, describe, is_call, known_contiguous, tensor_of
 from arfusion_pass.ops.layouts import codes_dtype, codes_shape
+from arfusion_pass.rewrite.edits import is_erased
 from arfusion_pass.rewrite.output_views import Layout, Step, codes_layout, scale_layout
 from arfusion_pass.rewrite.raised import RaisedSite
 
@@ -57,7 +58,7 @@ class SizeSource:
         self.nodes: dict[Any, list[fx.Node]] = {}
         for node in order:
             value = node.meta.get("val")
-            if isinstance(value, torch.SymInt):
+            if isinstance(value, torch.SymInt) and not is_erased(node):
                 self.nodes.setdefault(value.node.expr, []).append(node)
 
     def find(self, value: Any, position: dict[fx.Node, int], anchor: int, inputs: list[fx.Node]) -> Size | None:

@@ -1,291 +1,83 @@
-"""Commit: write the fused calls of a shadow graph into the user's graph, each checked before anything is mutated.
+"""Commit: write the planned calls into the user's graph, in the place of what they stand for.
 
-Every site is planned first: where its call can stand (after its latest input and its all-reduce, before the first
-reader of anything it writes), that no mutation comes between, and what shape each buffer has. Only then is the
-graph changed. A site that fails its plan keeps its nodes and gets a reason. An error while the calls are written undoes
-all of them: the graph is as it came, or every planned call is in it.
+All of it goes through one log of edits (:mod:`arfusion_pass.rewrite.edits`): the graph is as it came, or every planned
+call is in it.
 """
 
 from __future__ import annotations
 
-import bisect
-import contextlib
-import dataclasses
-import itertools
 import operator
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
 
-from arfusion_pass.graph import (
-    describe,
-    is_pure,
-    is_returned,
-    known_contiguous,
-    mutated_arguments,
-    owners,
-    says_nothing,
-    set_inputs,
-    tensor_of,
-)
-from arfusion_pass.ops.checks import FusedCall, check_call
+from arfusion_pass.graph import is_pure, known_contiguous, tensor_of
 from arfusion_pass.ops.schema import OUTPUT_NAMES
 from arfusion_pass.patterns.chains import auto_functionalized
-from arfusion_pass.rewrite.buffers import Buffer, Insert, SizeSource, empty_like, plan_buffer
+from arfusion_pass.rewrite.buffers import Insert, empty_like
+from arfusion_pass.rewrite.edits import Edits, is_erased, meta_of
+from arfusion_pass.rewrite.planning import Fakes, Plan, held, origins
 from arfusion_pass.rewrite.raised import RaisedSite
-from arfusion_pass.rewrite.shadow import Shadow
 
 aten = torch.ops.aten
 
-META_KEYS = ("stack_trace", "nn_module_stack", "source_fn_stack", "seq_nr", "custom", "original_aten", "from_node")
+
+def commit(edits: Edits, plans: list[Plan]) -> list[tuple[Plan, fx.Node]]:
+    """Write the planned calls and erase what they replace; gives each with its node in the user's graph."""
+    for plan in plans:
+        _read_result(plan.site, edits)
+    writer = _Writer(edits)
+    written = [(plan, writer.write(plan)) for plan in plans]
+    for plan in plans:
+        _erase(plan.site, edits)
+    return written
 
 
-@dataclasses.dataclass
-class Plan:
-    """How one fused call enters the user's graph.
+class _Writer:
+    """Writes fused calls into one graph, one after the other.
 
     Attributes:
-        site: the site.
-        call: its ``auto_functionalized`` node in the shadow graph.
-        anchor: the node of the user's graph that the new nodes come after.
-        position: the anchor's.
-        moved: pure nodes (a weight's or a scale's computation) that must come before the call and stand later.
-        buffers: role to the buffer that is allocated for it, in schema order.
+        tail: the last node that was written behind each anchor.
+        replaced: what each value of the graph that a call now gives has become.
+        shared: what is computed of the graph's inputs alone, once for all calls, by its node in the shadow graph.
     """
 
-    site: RaisedSite
-    call: fx.Node
-    anchor: fx.Node
-    position: int
-    moved: list[fx.Node]
-    buffers: dict[str, Buffer]
-
-
-class Committer:
-    """Plans and writes the fused calls of one graph."""
-
-    def __init__(self, graph: fx.Graph, shadow: Shadow, calls: list[fx.Node]) -> None:
-        self.graph = graph
-        self.calls = {call.meta["site"]: call for call in calls}
-        self.sites = shadow.sites
-        self.position = {node: index for index, node in enumerate(graph.nodes)}
-        self.order = list(graph.nodes)
-        self.mutations = [
-            (index, node, written, owners(written))
-            for index, node in enumerate(self.order)
-            for written in mutated_arguments(node)
-        ]
-        placeholders = [node for node in self.order if node.op == "placeholder"]
-        self.last_placeholder = placeholders[-1] if placeholders else None
-        self.sizes = SizeSource(self.order)
-        self.plans: dict[int, Plan] = {}
-        self.writer: dict[fx.Node, int] = {}
-        self.earlier: dict[fx.Node, int] = {}  # of what one site writes and another reduces in place
-        for index in sorted(self.calls):
-            for value in _held(self.sites[index]):
-                if value in self.writer:
-                    self.earlier[value] = self.writer[value]
-                self.writer[value] = index
-        self.planning: list[int] = []
-        fakes = (tensor for node in self.order if isinstance(tensor := tensor_of(node), FakeTensor))
-        self.mode = next((fake.fake_mode for fake in fakes), None)
+    def __init__(self, edits: Edits) -> None:
+        self.edits = edits
+        self.fakes = Fakes(edits.graph)
+        self.tail: dict[fx.Node, fx.Node] = {}
+        self.replaced: dict[fx.Node, fx.Node] = {}
         self.shared: dict[fx.Node, fx.Node] = {}
 
-    def plan(self) -> None:
-        """Plan every site, in an order in which each call's inputs exist; those that cannot be written get a reason."""
-        for index in self.calls:
-            self._plan(index)
+    def write(self, plan: Plan) -> fx.Node:
+        """Write one plan's call behind its anchor, and let it be read instead of what it stands for."""
+        readers = plan.site.outside_readers
+        last = self.tail.get(plan.anchor, plan.anchor)
+        for node in plan.moved:
+            self.edits.move_after(last, node)
+            last = node
+        # An input may have been moved, or written behind the same anchor, since this was planned.
+        last = max([last, *(self.replaced.get(node, node) for node in origins(plan.call))])
+        call, last, values = self._insert(plan, last)
+        self.tail[plan.anchor] = last
+        for role, old_values in plan.site.holders.items():
+            outside = set(readers[role])
+            for old in old_values if role in values else ():
+                self.edits.replace(old, values[role], among=outside.__contains__)
+                self.replaced[old] = values[role]
+        return call
 
-    def apply(self) -> list[tuple[Plan, fx.Node]]:
-        """Write the planned calls; gives each with its node in the user's graph. The old nodes stay, unread, until
-        :meth:`erase`. An error while writing undoes what was written, and is raised again."""
-        with contextlib.ExitStack() as undo:
-            written = self._write_all(undo)
-            undo.pop_all()
-        return written
-
-    def erase(self) -> None:
-        """Erase what the written calls replaced."""
-        for plan in self.plans.values():
-            self._erase(plan.site)
-
-    def _write_all(self, undo: contextlib.ExitStack) -> list[tuple[Plan, fx.Node]]:
-        """Write every plan; ``undo`` takes the inverse of each change before the next one is made."""
-        written: list[tuple[Plan, fx.Node]] = []
-        tail: dict[fx.Node, fx.Node] = {}
-        replaced: dict[fx.Node, fx.Node] = {}
-        for plan in self.plans.values():
-            _read_result(plan.site, undo)
-        for plan in self.plans.values():
-            readers = plan.site.outside_readers
-            last = tail.get(plan.anchor, plan.anchor)
-            for node in plan.moved:
-                undo.callback(node.prev.append, node)
-                last.append(node)
-                last = node
-            # An input may have been moved, or written behind the same anchor, since this was planned.
-            last = max([last, *(replaced.get(node, node) for node in _origins(plan.call))])
-            call, last, values = self._write(plan, last, replaced, undo)
-            tail[plan.anchor] = last
-            for role, old_values in plan.site.holders.items():
-                outside = set(readers[role])
-                for user in readers[role]:
-                    undo.callback(set_inputs, user, user.args, user.kwargs)
-                for old in old_values if role in values else ():
-                    old.replace_all_uses_with(values[role], delete_user_cb=outside.__contains__)
-                    replaced[old] = values[role]
-            written.append((plan, call))
-        return written
-
-    def _plan(self, index: int) -> None:
-        if index in self.plans or self.sites[index].reason is not None:
-            return
-        site = self.sites[index]
-        if index in self.planning:
-            site.reason = "it and another all-reduce would each need the other's result first"
-            return
-        self.planning.append(index)
-        try:
-            self._plan_after_inputs(index, site)
-        finally:
-            self.planning.pop()
-
-    def _plan_after_inputs(self, index: int, site: RaisedSite) -> None:
-        call = self.calls[index]
-        inputs = list(dict.fromkeys(origin for origin in _origins(call)))
-        for node in inputs:
-            writers = (self.writer.get(node), self.earlier.get(node))
-            writer = next((each for each in writers if each not in (None, index)), None)
-            if writer is not None:
-                self._plan(writer)
-        if site.reason is not None:
-            return
-        own = {*site.nodes, *_held(site)}
-        others = [node for role, node in site.inputs.items() if role != "x"]
-        circular = next((node for node in others if node in own), None)
-        if circular is not None:
-            site.reason = f"{describe(circular)} is both an input and a result of the fused call"
-            return
-        # What another site would replace counts as a reader, too: that site may yet be refused.
-        readers = [user for users in site.outside_readers.values() for user in users]
-        first = min((self.position[user] for user in readers), default=len(self.order))
-        anchor = max([self._defined(node) for node in inputs] + [self.position[site.node]])
-        moved: list[fx.Node] = []
-        if anchor >= first:
-            moved_and_anchor = self._hoist(others, site, own, first)
-            if site.reason is not None:
-                return
-            if moved_and_anchor is None:
-                late = max(inputs, key=self._defined)
-                early = self.order[first]
-                site.reason = (
-                    f"{describe(early)} reads a value of the norm before {describe(late)}, an input of the fused "
-                    "call, is computed"
-                )
-                return
-            moved, anchor = moved_and_anchor
-        if self.last_placeholder is not None:
-            anchor = max(anchor, self.position[self.last_placeholder])
-        site.reason = _returned_twice(site) or self._mutation(site, inputs, moved, anchor)
-        if site.reason is not None:
-            return
-        buffers: dict[str, Buffer] = {}
-        for role in OUTPUT_NAMES:
-            if call.kwargs[role] is not None:
-                buffer = plan_buffer(role, site, self.sizes, self.position, anchor, inputs)
-                if isinstance(buffer, str):
-                    site.reason = buffer
-                    return
-                buffers[role] = buffer
-        site.reason = self._refused(call, buffers)
-        if site.reason is not None:
-            return
-        self.position.update(dict.fromkeys(moved, anchor))
-        self.plans[index] = Plan(site, call, self.order[anchor], anchor, moved, buffers)
-
-    def _defined(self, node: fx.Node) -> int:
-        """Where a value exists: a value of a planned site where its call will stand."""
-        writer = self.writer.get(node)
-        if writer is not None and writer in self.plans:
-            return max(self.position[node], self.plans[writer].position)
-        return self.position[node]
-
-    def _hoist(
-        self, inputs: Iterable[fx.Node], site: RaisedSite, own: set[fx.Node], first: int
-    ) -> tuple[list[fx.Node], int] | None:
-        """The pure nodes to move up so that every input stands before position ``first``, and the anchor then."""
-        moved: set[fx.Node] = set()
-        anchor = self.position[site.node]
-        stack = list(inputs)
-        while stack:
-            node = stack.pop()
-            if node in own:
-                site.reason = (
-                    f"an input of the fused call is computed from {describe(node)}, which the call itself would produce"
-                )
-                return None
-            if node in self.writer:
-                self._plan(self.writer[node])
-            if self._defined(node) < first:
-                anchor = max(anchor, self._defined(node))
-            elif node in self.writer or not is_pure(node):
-                return None
-            elif node not in moved:
-                moved.add(node)
-                stack.extend(node.all_input_nodes)
-        return (sorted(moved), anchor) if anchor < first else None
-
-    def _mutation(self, site: RaisedSite, inputs: list[fx.Node], moved: list[fx.Node], anchor: int) -> str | None:
-        """A reason if memory that the site reads or writes is written between its first and its last node.
-
-        The call reads each input in its own place. The graph reads it where the site does, or earlier: in a cast, a
-        view or a ``weight + 1`` in front of it that was looked through, or later, in what is moved up.
-        """
-        if not self.mutations:
-            return None
-        nodes = site.nodes
-        since: dict[fx.Node, int] = {}
-        for node in (*nodes, *_looked_through(nodes, inputs), *moved):
-            begin = min(self.position[node], anchor)
-            for owner in owners(node).union(*map(owners, node.all_input_nodes)):
-                since[owner] = min(since.get(owner, begin), begin)
-        own = set(nodes)
-        shared = set[fx.Node]().union(*map(_in_one_memory, site.holders.values()))
-        end = max(self.position[nodes[-1]], anchor)
-        begin = 0 if shared else bisect.bisect_left(self.mutations, min(since.values()), key=operator.itemgetter(0))
-        for at, node, written, memory in itertools.islice(self.mutations, begin, None):
-            if at > end and not shared:
-                break  # a graph's caches may be written at its end, as many times as it has layers
-            if node in own:
-                continue  # an all-reduce in place
-            if any(since.get(owner, end + 1) <= at <= end for owner in memory):
-                writes = "may write" if says_nothing(node) else "writes"
-                return (
-                    f"{describe(node)} {writes} to {describe(written)} between the all-reduce and the end of "
-                    "what would be fused, or what is read for it in front"
-                )
-            if not shared.isdisjoint(memory):
-                return f"{describe(node)} writes to {describe(written)}, whose memory would become another value's too"
-        return None
-
-    def _write(
-        self, plan: Plan, last: fx.Node, replaced: dict[fx.Node, fx.Node], undo: contextlib.ExitStack
-    ) -> tuple[fx.Node, fx.Node, dict[str, fx.Node]]:
+    def _insert(self, plan: Plan, last: fx.Node) -> tuple[fx.Node, fx.Node, dict[str, fx.Node]]:
         """Insert buffers, call and results after ``last``; gives the call, the last new node, and role to result."""
-        meta = {key: plan.site.node.meta[key] for key in META_KEYS if key in plan.site.node.meta}
+        meta = meta_of(plan.site.node)
 
         def insert(
             target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, val: Any = None
         ) -> fx.Node:
             nonlocal last
-            current = fx.map_arg(args, lambda node: replaced.get(node, node))
-            with self.graph.inserting_after(last):
-                last = self.graph.call_function(target, current, kwargs or {})
-            undo.callback(self.graph.erase_node, last)
-            last.meta.update(meta, val=val)
+            current = fx.map_arg(args, lambda node: self.replaced.get(node, node))
+            last = self.edits.insert_after(last, target, current, {**meta, "val": val}, kwargs)
             return last
 
         buffers = {role: buffer.emit(insert) for role, buffer in plan.buffers.items()}
@@ -294,7 +86,7 @@ class Committer:
             if name in OUTPUT_NAMES:
                 kwargs[name] = buffers.get(name)
             elif isinstance(argument, fx.Node):
-                kwargs[name] = self._input(argument, insert, replaced, undo)
+                kwargs[name] = self._input(argument, insert)
             else:
                 kwargs[name] = argument
         vals = tuple(None if role not in buffers else buffers[role].meta["val"] for role in OUTPUT_NAMES)
@@ -308,149 +100,54 @@ class Committer:
             values[role] = buffer.view(insert, results[role])
         return call, last, values
 
-    def _input(
-        self, node: fx.Node, insert: Insert, replaced: dict[fx.Node, fx.Node], undo: contextlib.ExitStack
-    ) -> fx.Node:
+    def _input(self, node: fx.Node, insert: Insert) -> fx.Node:
         """An input of a fused call in the user's graph: what it stands for, or what it computes from that."""
         if "origin" in node.meta:
-            origin = replaced.get(node.meta["origin"], node.meta["origin"])
+            origin = self.replaced.get(node.meta["origin"], node.meta["origin"])
             fake = tensor_of(origin)
             if fake is None or known_contiguous(fake):
                 return origin
             # Inductor would copy it by itself; another back-end would hand it to the op as it is.
             return insert(aten.clone.default, (origin,), {"memory_format": torch.contiguous_format}, empty_like(fake))
-        if node.meta.get("once") and all(origin.op == "placeholder" for origin in _origins(node)):
-            return self._shared(node, replaced, undo)
-        args = fx.map_arg(node.args, lambda inner: self._input(inner, insert, replaced, undo))
+        if node.meta.get("once") and all(origin.op == "placeholder" for origin in origins(node)):
+            return self._shared(node)
+        args = fx.map_arg(node.args, lambda inner: self._input(inner, insert))
         vals = fx.map_arg(args, lambda inner: inner.meta["val"])
-        return insert(node.target, args, node.kwargs, self._computed(node, vals))
+        return insert(node.target, args, node.kwargs, self.fakes.computed(node, vals))
 
-    def _shared(self, node: fx.Node, replaced: dict[fx.Node, fx.Node], undo: contextlib.ExitStack) -> fx.Node:
+    def _shared(self, node: fx.Node) -> fx.Node:
         """What is computed of the graph's inputs alone, and needed by many calls: once, behind the inputs."""
         if node not in self.shared:
-            assert self.last_placeholder is not None
-            made = [self.last_placeholder, *self.shared.values()]
+            made = [self.edits.graph.find_nodes(op="placeholder")[-1], *self.shared.values()]
 
             def insert(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], val: Any) -> fx.Node:
-                with self.graph.inserting_after(max(made)):
-                    made.append(self.graph.call_function(target, args, kwargs))
-                undo.callback(self.graph.erase_node, made[-1])
-                made[-1].meta["val"] = val
+                made.append(self.edits.insert_after(max(made), target, args, {"val": val}, kwargs))
                 return made[-1]
 
-            args = fx.map_arg(node.args, lambda inner: self._input(inner, insert, replaced, undo))
+            args = fx.map_arg(node.args, lambda inner: self._input(inner, insert))
             vals = fx.map_arg(args, lambda inner: inner.meta["val"])
-            self.shared[node] = insert(node.target, args, node.kwargs, self._computed(node, vals))
+            self.shared[node] = insert(node.target, args, node.kwargs, self.fakes.computed(node, vals))
         return self.shared[node]
 
-    def _refused(self, call: fx.Node, buffers: dict[str, Buffer]) -> str | None:
-        """The reason for which the fused op would refuse a call, by its own check on the values that the graph
-        promises."""
-        op: torch._ops.OpOverload = call.args[0]  # type: ignore[assignment]
-        try:
-            inputs = {name: value for name, value in call.kwargs.items() if name not in OUTPUT_NAMES}
-            arguments = {name: self._fake(value) for name, value in inputs.items()} | dict.fromkeys(OUTPUT_NAMES)
-        except RuntimeError:  # a view of symbolic sizes that cannot be worked out here: the op checks it later
-            return None
-        arguments.update((role, buffer.like) for role, buffer in buffers.items())
-        try:
-            check_call(FusedCall.bind(op._opname, arguments), eager=False, certain=True)
-        except ValueError as error:
-            return f"the fused op refuses the call: {error}"
-        return None
 
-    def _fake(self, argument: Any) -> Any:
-        """The fake value of an input of a shadow graph's call; what is no node as it is."""
-        if not isinstance(argument, fx.Node):
-            return argument
-        if "origin" in argument.meta:
-            return argument.meta["origin"].meta["val"]
-        return self._computed(argument, fx.map_arg(argument.args, self._fake))
-
-    def _computed(self, node: fx.Node, args: tuple[Any, ...]) -> Any:
-        """The fake value of a shadow graph's node on fake values; what it makes of numbers alone is fake as well."""
-        with self.mode or contextlib.nullcontext():
-            return node.target(*map(self._as_fake, args), **node.kwargs)  # type: ignore[operator]
-
-    def _as_fake(self, value: Any) -> Any:
-        """A value as one of the graph's fakes: a constant's may be the tensor itself."""
-        if self.mode is None or not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor):
-            return value
-        return self.mode.from_tensor(value, static_shapes=True)
-
-    def _erase(self, site: RaisedSite) -> None:
-        """Erase a site's nodes, and what only they read, from the last to the first."""
-        feeding: list[fx.Node] = []
-        for node in reversed(site.nodes):
-            if not node.users:
-                feeding += node.all_input_nodes
-                self.graph.erase_node(node)
-        while feeding:
-            node = feeding.pop()
-            if not node._erased and not node.users and is_pure(node):
-                feeding += node.all_input_nodes
-                self.graph.erase_node(node)
-
-
-def _held(site: RaisedSite) -> set[fx.Node]:
-    """Every node that holds a value which the fused call of a site could write."""
-    return {node for nodes in site.holders.values() for node in nodes}
-
-
-def _read_result(site: RaisedSite, undo: contextlib.ExitStack) -> None:
+def _read_result(site: RaisedSite, edits: Edits) -> None:
     """Let those who read what an all-reduce in place wrote by the tensor's name read its result instead: the fused call
     reads that tensor as it was, and writes another."""
     x = site.inputs.get("x") if site.prologue is None else site.prologue.x
-    if x is None or x not in _held(site):
+    if x is None or x not in held(site):
         return
-    for user in x.users:
-        if site.node < user:
-            undo.callback(set_inputs, user, user.args, user.kwargs)
-    x.replace_all_uses_with(site.node, delete_user_cb=lambda user: site.node < user)
+    edits.replace(x, site.node, among=lambda user: site.node < user)
 
 
-def _origins(call: fx.Node) -> list[fx.Node]:
-    """The nodes of the user's graph that a fused call of the shadow graph takes, through what it computes of them."""
-    return [
-        origin
-        for node in call.all_input_nodes
-        for origin in ([node.meta["origin"]] if "origin" in node.meta else _origins(node))
-    ]
-
-
-def _returned_twice(site: RaisedSite) -> str | None:
-    """A reason if two tensors that hold one value, each in memory of its own, leave the graph: whoever gets them may
-    write to one."""
-    for held in site.holders.values():
-        returned = {frozenset(owners(node)): node for node in held if len(held) > 1 and is_returned(node)}
-        if len(returned) > 1:
-            first, second, *_ = sorted(returned.values())
-            return (
-                f"{describe(first)} and {describe(second)} leave the graph, and the fused op writes one tensor for both"
-            )
-    return None
-
-
-def _in_one_memory(holders: Iterable[fx.Node]) -> set[fx.Node]:
-    """The owners of the memory of nodes that hold one value, where each has its own, as twins and casts do, and will
-    have one; none where they are views of one."""
-    memories = {frozenset(owners(node)) for node in holders}
-    return set[fx.Node]().union(*memories) if len(memories) > 1 else set()
-
-
-def _looked_through(nodes: Iterable[fx.Node], inputs: Iterable[fx.Node]) -> set[fx.Node]:
-    """The nodes between a fused call's inputs and the site's own ``nodes``."""
-    behind, own, given = set[fx.Node](), set(nodes), set(inputs)
-    stack = [node for each in own for node in each.all_input_nodes]
-    while stack:
-        node = stack.pop()
-        if node not in own and node not in given and node not in behind:
-            behind.add(node)
-            stack += node.all_input_nodes
-    found = set[fx.Node]()
-    stack = list(given)
-    while stack:
-        reached = [user for user in stack.pop().users if user in behind and user not in found]
-        found.update(reached)
-        stack += reached
-    return found
+def _erase(site: RaisedSite, edits: Edits) -> None:
+    """Erase a site's nodes, and what only they read, from the last to the first."""
+    feeding: list[fx.Node] = []
+    for node in reversed(site.nodes):
+        if not node.users:
+            feeding += node.all_input_nodes
+            edits.erase(node)
+    while feeding:
+        node = feeding.pop()
+        if not is_erased(node) and not node.users and is_pure(node):
+            feeding += node.all_input_nodes
+            edits.erase(node)

@@ -12,7 +12,7 @@ from arfusion_pass.ops import marks
 from arfusion_pass.ops.marks import Step
 from arfusion_pass.ops.schema import OUTPUT_NAMES
 from arfusion_pass.ops.spec import SHARDED_FLAGS, Flags
-from arfusion_pass.rewrite.commit import Plan
+from arfusion_pass.rewrite.planning import Plan
 from arfusion_pass.rewrite.raised import RaisedSite
 
 _PROTOCOL = int(Flags.ONESHOT | Flags.TWOSHOT | Flags.SHARDED | Flags.REFERENCE | Flags.FLASHINFER | SHARDED_FLAGS)

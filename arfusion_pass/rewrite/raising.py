@@ -32,6 +32,7 @@ from arfusion_pass.graph import (
 )
 from arfusion_pass.ops.spec import Flags
 from arfusion_pass.rewrite import hindrances
+from arfusion_pass.rewrite.edits import is_erased
 from arfusion_pass.rewrite.gathering import gathering, uneven
 from arfusion_pass.rewrite.hindrances import (
     Hindrance,
@@ -136,7 +137,7 @@ def _adds_reduced(norm: Norm, reductions: Reductions) -> bool:
 def open_site(node: fx.Node, config: FusionConfig) -> RaisedSite | None:
     """The site that ``node`` opens, if it is an all-reduce or a reduce-scatter in any dialect, with what speaks against
     it already."""
-    if node.op != "call_function" or getattr(node.target, "namespace", None) in COMPUTES:
+    if node.op != "call_function" or getattr(node.target, "namespace", None) in COMPUTES or is_erased(node):
         return None
     for dialect in DIALECTS:
         found = dialect.all_reduce(node)

@@ -50,7 +50,7 @@ from arfusion_pass.graph import (
 )
 from arfusion_pass.ops.layouts import token_count
 from arfusion_pass.rewrite.buffers import SizeSource
-from arfusion_pass.rewrite.commit import META_KEYS
+from arfusion_pass.rewrite.edits import Edits, meta_of
 from arfusion_pass.rewrite.hindrances import (
     Hindrance,
     Kind,
@@ -115,48 +115,37 @@ ROUNDS = 64
 three."""
 
 
-def reassociate(graph: fx.Graph, config: FusionConfig) -> Moves:
-    """Move every step that hinders an all-reduce of ``graph`` (:class:`arfusion_pass.rewrite.hindrances.Hindrance`) and
-    can be moved, and then what stood behind it: of those all-reduces alone that fuse afterwards, as a copy of the graph
-    shows. A graph in which none does so is not touched."""
-    allowed, idle = set(graph.nodes), dict[fx.Node, str]()
-    while _Mover(graph, config, Moves(), allowed).hindered():
-        trial, copies = _copied(graph)
-        moved = _cleared(trial, config, {copies[node] for node in allowed}).steps
-        if not moved:
+def reassociate(edits: Edits, config: FusionConfig) -> Moves:
+    """Move every step that hinders an all-reduce of a graph (:class:`arfusion_pass.rewrite.hindrances.Hindrance`) and
+    can be moved, and then what stood behind it: of those all-reduces alone that fuse afterwards. What was moved for one
+    that does not is taken back, and the others are moved anew without it."""
+    allowed, idle = set(edits.graph.nodes), dict[fx.Node, str]()
+    while _Mover(edits, config, Moves(), allowed).hindered():
+        before = edits.mark()
+        moves = _cleared(edits, config, allowed)
+        missed = {node: reason for node, reason in _missed(edits.graph, config).items() if node in moves.steps}
+        if moves.steps and not missed:
+            return dataclasses.replace(moves, idle=idle)
+        edits.restore(before)
+        if not moves.steps:
             break
-        missed = {node: reason for node, reason in _missed(trial, config).items() if node in moved}
-        if not missed:
-            moves = _cleared(graph, config, allowed)
-            moves.idle = idle
-            return moves
-        idle |= {node: missed[copies[node]] for node in allowed if copies[node] in missed}
+        idle |= {node: reason for node, reason in missed.items() if node in allowed}
         allowed -= idle.keys()
     return Moves(idle=idle)
-
-
-def _copied(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
-    """A copy of a graph, and the copy of each of its nodes."""
-    copies: dict[fx.Node, fx.Node] = {}
-    copy = fx.Graph(graph.owning_module)
-    result = copy.graph_copy(graph, copies)
-    copies[graph.output_node()] = copy.output(result)
-    return copy, copies
 
 
 def _missed(graph: fx.Graph, config: FusionConfig) -> dict[fx.Node, str]:
     """The all-reduces of a graph that do not fuse, each with its reason."""
     sites = find_sites(graph, config)
-    if any(site.reason is None for site in sites):
-        planned(graph, sites, config)
+    planned(graph, sites, config)
     return {site.node: site.reason for site in sites if site.reason is not None}
 
 
-def _cleared(graph: fx.Graph, config: FusionConfig, allowed: set[fx.Node]) -> Moves:
+def _cleared(edits: Edits, config: FusionConfig, allowed: set[fx.Node]) -> Moves:
     """Move what hinders those all-reduces of a graph that are ``allowed`` to."""
     moves = Moves()
     for _ in range(ROUNDS):
-        if not _Mover(graph, config, moves, allowed).clear():
+        if not _Mover(edits, config, moves, allowed).clear():
             break
     return moves
 
@@ -164,9 +153,9 @@ def _cleared(graph: fx.Graph, config: FusionConfig, allowed: set[fx.Node]) -> Mo
 class _Mover:
     """Moves what hinders the ``allowed`` ones of a graph's all-reduces, one after the other."""
 
-    def __init__(self, graph: fx.Graph, config: FusionConfig, moves: Moves, allowed: set[fx.Node]) -> None:
-        self.graph, self.config, self.moves = graph, config, moves
-        self.reductions = Reductions(filter(None, map(self._reduced, graph.nodes)))
+    def __init__(self, edits: Edits, config: FusionConfig, moves: Moves, allowed: set[fx.Node]) -> None:
+        self.edits, self.config, self.moves = edits, config, moves
+        self.reductions = Reductions(filter(None, map(self._reduced, edits.graph.nodes)))
         self.collectives = [node for node in self.reductions.nodes if node in allowed]
         self.waiting: list[fx.Node] = []
 
@@ -184,7 +173,7 @@ class _Mover:
 
     def _reduced(self, node: fx.Node) -> Reduced | None:
         """The all-reduce that ``node`` is by now, if it is one that can be fused."""
-        site = None if node._erased else open_site(node, self.config)
+        site = open_site(node, self.config)
         return None if site is None or site.scatters or site.reason is not None else site.reduced
 
     def _clear(self, node: fx.Node, joins: bool) -> int:
@@ -230,8 +219,8 @@ class _Mover:
             if dtype_of(operand) != dtype_of(x):
                 x = self._cast(reduced, x, dtype_of(operand))
             args = (factor, x) if step.args[1] is operand else (x, factor)
-            scaled = self._cast(reduced, _insert(self.graph, reduced, step.target, args), dtype_of(reduced.x))
-            reduced.node.replace_input_with(next(iter(reduced.node.all_input_nodes)), scaled)
+            scaled = self._cast(reduced, _insert(self.edits, reduced, step.target, args), dtype_of(reduced.x))
+            self.edits.replace_input(reduced.node, next(iter(reduced.node.all_input_nodes)), scaled)
             wide = dtype_of(step) != dtype_of(reduced.x)
             self._replace(reduced, step, operand, Kind.SCALE)
             done, behind = True, following(operand)
@@ -243,7 +232,7 @@ class _Mover:
         """``value`` in a dtype, in front of an all-reduce."""
         if dtype_of(value) == dtype:
             return value
-        return _insert(self.graph, reduced, prims.convert_element_type.default, (value, dtype))
+        return _insert(self.edits, reduced, prims.convert_element_type.default, (value, dtype))
 
     def _beside(self, factor: fx.Node, reduced: Reduced, operand: fx.Node) -> fx.Node | None:
         """A factor of ``operand`` as one of what is reduced, in front of the all-reduce; None where that has other
@@ -255,13 +244,13 @@ class _Mover:
         given = tensor_of(factor)
         assert given is not None
         for node in needed:
-            reduced.node.prepend(node)
+            self.edits.move_before(reduced.node, node)
         if given.numel() == 1 or not is_row_factor(factor, operand):
             spreads = given.dim() > x.dim()
-            return _insert(self.graph, reduced, aten.reshape.default, (factor, [-1])) if spreads else factor
+            return _insert(self.edits, reduced, aten.reshape.default, (factor, [-1])) if spreads else factor
         if same_shape(reduced.x, operand):
             return factor
-        return _viewed(self.graph, factor, (*x.shape[:-1], 1), reduced)
+        return _viewed(self.edits, factor, (*x.shape[:-1], 1), reduced)
 
     def _sum(self, reduced: Reduced, hindrance: Hindrance) -> bool:
         """``all_reduce(x).view(E, -1, H).sum(0)`` to ``all_reduce(x.view(E, -1, H).sum(0))``."""
@@ -273,13 +262,13 @@ class _Mover:
             return False
         value = x
         for each in (*between, step):
-            value = _insert(self.graph, reduced, each.target, (value, *each.args[1:]))
-        reduced.node.replace_input_with(x, self._cast(reduced, value, dtype_of(x)))
+            value = _insert(self.edits, reduced, each.target, (value, *each.args[1:]))
+        self.edits.replace_input(reduced.node, x, self._cast(reduced, value, dtype_of(x)))
         for node in reduced.nodes:
-            node.meta["val"] = step.meta["val"].to(dtype_of(x))
+            self.edits.set_value(node, step.meta["val"].to(dtype_of(x)))
         self._replace(reduced, step, reduced.value, Kind.SUM)
         for each in reversed(between):
-            self.graph.erase_node(each)
+            self.edits.erase(each)
         return True
 
     def _take_apart(self, reduced: Reduced, step: fx.Node) -> bool:
@@ -288,7 +277,7 @@ class _Mover:
         first, *others = step.args
 
         def emit(target: Any, *args: Any) -> fx.Node:
-            node = _insert_before(self.graph, step, target, args, step)
+            node = _insert_before(self.edits, step, target, args, step)
             self.moves.origins[node] = self.moves.describe(step)
             return node
 
@@ -303,8 +292,8 @@ class _Mover:
             elif step.target is aten.sub.Tensor:
                 factor = -constant(factor)  # type: ignore[operator,arg-type]
             result = emit(aten.add.Tensor, first, product if factor == 1 else emit(aten.mul.Tensor, product, factor))
-        step.replace_all_uses_with(result)
-        self.graph.erase_node(step)
+        self.edits.replace(step, result)
+        self.edits.erase(step)
         return True
 
     def _narrow(self, reduced: Reduced, hindrance: Hindrance) -> bool:
@@ -317,17 +306,17 @@ class _Mover:
         if dtype_of(addend) != dtype_of(value):
             arguments = (addend, dtype_of(value))
             given = self._unwidened(addend, step, dtype_of(value))
-            addend = given or _insert_before(self.graph, step, prims.convert_element_type.default, arguments, step)
-        total = _insert_before(self.graph, step, aten.add.Tensor, (value, addend), step)
+            addend = given or _insert_before(self.edits, step, prims.convert_element_type.default, arguments, step)
+        total = _insert_before(self.edits, step, aten.add.Tensor, (value, addend), step)
         self.moves.note(reduced, step, f"in {dtype_of(value)}")
         self.moves.origins[total] = self.moves.describe(step)
-        cast.replace_all_uses_with(total)
+        self.edits.replace(cast, total)
         for node in (cast, step, *_casts(value, hindrance.operand)):
             if not node.users:
-                self.graph.erase_node(node)
+                self.edits.erase(node)
         while not wide.users and (widens(wide) or wide.target in VIEWS):
             unread, wide = wide, wide.args[0]
-            self.graph.erase_node(unread)
+            self.edits.erase(unread)
         return True
 
     def _unwidened(self, node: fx.Node, place: fx.Node, dtype: Any) -> fx.Node | None:
@@ -339,7 +328,7 @@ class _Mover:
             views += [] if widens(node) else [node]
             node = node.args[0]  # type: ignore[assignment]
         for view in reversed(views):
-            node = _insert_before(self.graph, place, view.target, (node, *view.args[1:]), view)
+            node = _insert_before(self.edits, place, view.target, (node, *view.args[1:]), view)
         return node
 
     def _merge(self, reduced: Reduced, hindrance: Hindrance, first: Reduced) -> bool:
@@ -347,11 +336,11 @@ class _Mover:
         assert hindrance.other is not None
         if not same_shape(hindrance.operand, hindrance.step):
             return False
-        a = _shaped_like(self.graph, first, reduced)
+        a = _shaped_like(self.edits, first, reduced)
         if a is None:
             return False
-        total = _insert(self.graph, reduced, aten.add.Tensor, (a, reduced.x))
-        reduced.node.replace_input_with(reduced.x, total)
+        total = _insert(self.edits, reduced, aten.add.Tensor, (a, reduced.x))
+        self.edits.replace_input(reduced.node, reduced.x, total)
         self._replace(reduced, hindrance.step, hindrance.operand, Kind.MERGE)
         dtype = str(dtype_of(first.x)).removeprefix("torch.")
         gone = [*self.moves.merged.pop(first.node, []), Merged(first.node.name, first.group, dtype)]
@@ -359,7 +348,7 @@ class _Mover:
         earlier = self.moves.steps.pop(first.node, [])
         self.moves.steps[reduced.node] = earlier + self.moves.steps[reduced.node]
         for node in (*reversed(path(first.value, hindrance.other[1])), *reversed(first.nodes)):
-            self.graph.erase_node(node)
+            self.edits.erase(node)
         self.reductions.remove(first)
         return True
 
@@ -380,7 +369,7 @@ class _Mover:
         views = path(step, view)
         if same_shape(addend, step):
             for each in views:
-                addend = _insert_before(self.graph, reader, each.target, (addend, *each.args[1:]), each)
+                addend = _insert_before(self.edits, reader, each.target, (addend, *each.args[1:]), each)
         else:
             row = last_dim(step) == last_dim(view) and is_row(addend, last_dim(step))
             spreads = not views and same_shape(reader, step)
@@ -388,31 +377,30 @@ class _Mover:
                 return False
         if kind in (Kind.SCALE, Kind.SUM):
             args = tuple(addend if each is view else each for each in reader.args)
-            moved = _insert_before(self.graph, reader, reader.target, args, reader)
-            with self.graph.inserting_after(reader):
-                total = self.graph.call_function(aten.add.Tensor, (reader, moved))
-            total.meta.update(_meta(reader), val=reader.meta["val"])
-            reader.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+            moved = _insert_before(self.edits, reader, reader.target, args, reader)
+            meta = {**meta_of(reader), "val": reader.meta["val"]}
+            total = self.edits.insert_after(reader, aten.add.Tensor, (reader, moved), meta)
+            self.edits.replace(reader, total, among=lambda user: user is not total)
             self.moves.note(reduced, step, f"behind {self.moves.describe(reader)}")
             self.moves.origins[total] = self.moves.describe(step)
-            step.replace_all_uses_with(operand)
-            self.graph.erase_node(step)
+            self.edits.replace(step, operand)
+            self.edits.erase(step)
             return True
         other = other_operand(reader, view)
         if kind == Kind.MERGE:  # the other all-reduce first
-            inner = _insert_before(self.graph, reader, aten.add.Tensor, (view, other), reader)
+            inner = _insert_before(self.edits, reader, aten.add.Tensor, (view, other), reader)
             if not same_shape(inner, reader):
-                self.graph.erase_node(inner)
+                self.edits.erase(inner)
                 return False
-            reader.args = (inner, addend)
+            self.edits.set_inputs(reader, (inner, addend), reader.kwargs)
             self.moves.note(reduced, step, f"behind {self.moves.describe(reader)}")
             names = self.moves.describe(reader), self.moves.describe(step)
             self.moves.origins[inner], self.moves.origins[reader] = names
-            step.replace_all_uses_with(operand)
-            self.graph.erase_node(step)
+            self.edits.replace(step, operand)
+            self.edits.erase(step)
             return True
-        joined = _insert_before(self.graph, reader, aten.add.Tensor, (other, addend), reader)
-        reader.args = (joined, view)
+        joined = _insert_before(self.edits, reader, aten.add.Tensor, (other, addend), reader)
+        self.edits.set_inputs(reader, (joined, view), reader.kwargs)
         self._replace(reduced, step, operand, Kind.ADDEND)
         return True
 
@@ -422,15 +410,15 @@ class _Mover:
         value = operand
         if dtype_of(step) != dtype_of(operand):
             arguments = (operand, dtype_of(step))
-            value = _insert_before(self.graph, step, prims.convert_element_type.default, arguments, step)
-        step.replace_all_uses_with(value)
-        self.graph.erase_node(step)
+            value = _insert_before(self.edits, step, prims.convert_element_type.default, arguments, step)
+        self.edits.replace(step, value)
+        self.edits.erase(step)
         if widens(value):  # and rounded again
             for cast in [user for user in value.users if is_cast(user, dtype_of(value.args[0]))]:
-                cast.replace_all_uses_with(value.args[0])  # type: ignore[arg-type]
-                self.graph.erase_node(cast)
+                self.edits.replace(cast, value.args[0])  # type: ignore[arg-type]
+                self.edits.erase(cast)
             if not value.users:
-                self.graph.erase_node(value)
+                self.edits.erase(value)
 
 
 def _between(start: fx.Node, end: fx.Node) -> tuple[fx.Node, ...]:
@@ -458,7 +446,7 @@ def _written_between(first: Reduced, second: fx.Node) -> bool:
     return False
 
 
-def _shaped_like(graph: fx.Graph, first: Reduced, second: Reduced) -> fx.Node | None:
+def _shaped_like(edits: Edits, first: Reduced, second: Reduced) -> fx.Node | None:
     """The first all-reduce's input as a tensor of the second's shape, in front of the second; None where their rows
     are not the same for sure."""
     if same_shape(first.x, second.x):
@@ -468,13 +456,13 @@ def _shaped_like(graph: fx.Graph, first: Reduced, second: Reduced) -> fx.Node | 
         return None
     if not statically_equal(token_count(a.shape), token_count(b.shape)):
         return None
-    return _viewed(graph, first.x, b.shape, second)
+    return _viewed(edits, first.x, b.shape, second)
 
 
-def _viewed(graph: fx.Graph, node: fx.Node, shape: Sequence[Any], reduced: Reduced) -> fx.Node | None:
+def _viewed(edits: Edits, node: fx.Node, shape: Sequence[Any], reduced: Reduced) -> fx.Node | None:
     """``node``, which is contiguous, in a shape with the sizes of what is reduced, in front of the all-reduce; None
     where one of them cannot be read there."""
-    order = list(graph.nodes)
+    order = list(edits.graph.nodes)
     position = {each: index for index, each in enumerate(order)}
     source = SizeSource(order)
     sizes = [source.find(size, position, position[reduced.node] - 1, [reduced.x]) for size in shape]
@@ -482,26 +470,19 @@ def _viewed(graph: fx.Graph, node: fx.Node, shape: Sequence[Any], reduced: Reduc
         return None
 
     def insert(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, val: Any = None) -> fx.Node:
-        return _insert(graph, reduced, target, args, val)
+        return _insert(edits, reduced, target, args, val)
 
     emitted = [size.emit(insert) for size in sizes if size is not None]
-    return _insert(graph, reduced, aten.reshape.default, (node, emitted), node.meta["val"].reshape(shape))
+    return _insert(edits, reduced, aten.reshape.default, (node, emitted), node.meta["val"].reshape(shape))
 
 
-def _insert(graph: fx.Graph, reduced: Reduced, target: Any, args: tuple[Any, ...], val: Any = None) -> fx.Node:
+def _insert(edits: Edits, reduced: Reduced, target: Any, args: tuple[Any, ...], val: Any = None) -> fx.Node:
     """A node in front of an all-reduce, with its metadata; the value by the op itself where it is not given."""
-    return _insert_before(graph, reduced.node, target, args, reduced.node, val)
+    return _insert_before(edits, reduced.node, target, args, reduced.node, val)
 
 
 def _insert_before(
-    graph: fx.Graph, place: fx.Node, target: Any, args: tuple[Any, ...], like: fx.Node, val: Any = None
+    edits: Edits, place: fx.Node, target: Any, args: tuple[Any, ...], like: fx.Node, val: Any = None
 ) -> fx.Node:
-    with graph.inserting_before(place):
-        node = graph.call_function(target, args)
     value = val if val is not None else target(*fx.map_arg(args, lambda arg: arg.meta["val"]))
-    node.meta.update(_meta(like), val=value)
-    return node
-
-
-def _meta(node: fx.Node) -> dict[str, Any]:
-    return {key: node.meta[key] for key in META_KEYS if key in node.meta}
+    return edits.insert_before(place, target, args, {**meta_of(like), "val": value})

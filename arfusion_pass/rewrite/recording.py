@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from torch import fx
 
-from arfusion_pass.rewrite.commit import Plan
+from arfusion_pass.rewrite.planning import Plan
 
 
 class Recorder(Protocol):

@@ -11,7 +11,7 @@ from torch import fx
 
 from arfusion_pass.graph import mutated_arguments
 from arfusion_pass.ops.checks import FusedCall
-from arfusion_pass.rewrite import commit
+from arfusion_pass.rewrite import planning
 from tests.models import Tensor, fp32_result, gemma, llama, reduce
 from tests.simulate import (
     aten,
@@ -627,7 +627,7 @@ def test_refused_by_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(call: FusedCall, eager: bool, certain: bool = False) -> None:
         raise ValueError("rows of 32 are not liked today")
 
-    monkeypatch.setattr(commit, "check_call", refuse)
+    monkeypatch.setattr(planning, "check_call", refuse)
     module = trace(lambda x, w: llama(reduce(x), w, EPS), *tensors(X, W))
     report = check_unchanged(module)
     assert report.missed[0].reason == "the fused op refuses the call: rows of 32 are not liked today"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import random
@@ -19,11 +20,13 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import arfusion_pass as arf
+from arfusion_pass import fusion_pass
 from arfusion_pass.dialects import DIALECTS
+from arfusion_pass.inspection.replay import recording
 from arfusion_pass.ops.marks import without_mark
 from arfusion_pass.ops.spec import Flags
-from arfusion_pass.rewrite import commit
 from arfusion_pass.rewrite.buffers import Buffer
+from arfusion_pass.rewrite.edits import Edits
 from tests import mutants
 from tests.models import Tensor, llama, reduce, weightless
 from tests.simulate import (
@@ -418,7 +421,7 @@ def test_unexpected_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any) -> None:
         raise RuntimeError("boom")
 
-    monkeypatch.setattr(commit.Committer, "plan", fail)
+    monkeypatch.setattr(fusion_pass, "planned", fail)
     module = trace(lambda x, w: llama(reduce(x), w, EPS), *tensors(X, W))
     report = check_unchanged(module, arf.FusionConfig())
     assert "boom" in str(report.note)
@@ -450,8 +453,8 @@ def test_unexpected_error_while_writing(monkeypatch: pytest.MonkeyPatch) -> None
         early = second.relu()
         return early, llama(second, w.abs(), EPS), second  # this weight must move up
 
-    apply = commit.Committer.apply
-    for owner, name in ((Buffer, "emit"), (Buffer, "view"), (fx.Node, "replace_all_uses_with")):
+    commit = fusion_pass.commit
+    for owner, name in ((Buffer, "emit"), (Buffer, "view"), (fx.Node, "replace_all_uses_with"), (Edits, "erase")):
         step = getattr(owner, name)
         for succeed in range(4):
             outcomes = iter([True] * succeed + [False])
@@ -461,32 +464,38 @@ def test_unexpected_error_while_writing(monkeypatch: pytest.MonkeyPatch) -> None
                     return _step(*args, **kwargs)
                 raise RuntimeError("boom")
 
-            def apply_and_fail(committer: commit.Committer, _where: Any = (owner, name), _fail: Any = fail) -> Any:
+            def commit_and_fail(*args: Any, _where: Any = (owner, name), _fail: Any = fail) -> Any:
                 with pytest.MonkeyPatch.context() as patch:
                     patch.setattr(*_where, _fail)
-                    return apply(committer)
+                    return commit(*args)
 
             module = trace(model, *tensors(X, X, W))
             with monkeypatch.context() as patch:
-                patch.setattr(commit.Committer, "apply", apply_and_fail)
+                patch.setattr(fusion_pass, "commit", commit_and_fail)
                 report = check_unchanged(module, arf.FusionConfig())
             assert "left the graph as it was" in str(report.note)
             assert all("boom" in str(site.reason) for site in report.sites)
             check_fused(module, 2)  # and it can still be fused
 
 
-def test_unexpected_error_after_writing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error once the calls are written: they stay, the report counts them, and its note says so."""
+@pytest.mark.parametrize("step", ["planned", "commit", "find_chains", "mark_chains", "marking.stamp"])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_unexpected_error_after_moving(monkeypatch: pytest.MonkeyPatch, step: str, recorded: bool) -> None:
+    """Contract: never crash the compile. Whatever fails, and however late, what was moved and written is taken back:
+    the graph is as it came, and every all-reduce, one that had gone into another too, is missed for that."""
+
+    def model(x: Tensor, r: Tensor, w: Tensor) -> Tensor:
+        return llama(r + (reduce(x) + reduce(x * 2)) * 0.5, w, EPS)
 
     def fail(*args: Any) -> None:
         raise RuntimeError("boom")
 
-    monkeypatch.setattr(commit.Committer, "erase", fail)
-    module = trace(lambda x, w: llama(reduce(x), w, EPS), *tensors(X, W))
-    fused, report = fused_copy(module, arf.FusionConfig())
-    assert report.matched_count == 1
-    assert "had written its fused calls" in str(report.note)
-    check_same(module, fused)
+    monkeypatch.setattr(f"arfusion_pass.fusion_pass.{step}", fail)
+    with recording() if recorded else contextlib.nullcontext():
+        report = check_unchanged(trace(model, *tensors(X, X, W)), arf.FusionConfig(reassociate=True))
+    assert "left the graph as it was" in str(report.note)
+    assert len(report.missed) == 2
+    assert all("boom" in str(site.reason) and not site.moved for site in report.missed)
 
 
 def test_other_reduce_ops() -> None:
