@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import copyreg
 import ctypes
 import dataclasses
 import datetime
@@ -24,6 +25,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -63,6 +65,10 @@ class ExchangeError(RuntimeError):
             f"more work: {self._remedy}, then call arfusion_pass.comm.workspace.destroy(group) and "
             "arfusion_pass.prepare(group, ...) on every rank."
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Without the record: a worker's error is pickled on its way to whoever waits for the worker."""
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
     _remedy = ""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 import types
 import warnings
@@ -13,7 +15,7 @@ import torch.distributed as dist
 
 from arfusion_pass import comm
 from arfusion_pass.groups import find_group, registered_groups, resolve_group
-from arfusion_pass.runtime import agreement, native
+from arfusion_pass.runtime import agreement, c_api, native
 from arfusion_pass.runtime import workspace as runtime_workspace
 from tests.comm.test_patterns import BF16, FP32, values
 from tests.helpers import run_ranks
@@ -291,3 +293,14 @@ def test_symmetric_memory_is_allocated_aside_and_watched(monkeypatch: pytest.Mon
     runtime_workspace._workspaces.clear()
     with pytest.raises(RuntimeError, match="no memory"):
         runtime_workspace.on_first_use("tp", 0, 1, HIDDEN, 0)
+
+
+@pytest.mark.parametrize("kind", [runtime_workspace.ExchangeTimeout, runtime_workspace.ExchangeOverlap])
+def test_an_error_travels_between_processes(kind: type[runtime_workspace.ExchangeError]) -> None:
+    """Pickled and copied it says the same: one that could not be read would hide what a worker died of."""
+    error = kind("tp:0", c_api.ErrorRecord(state=1, rank=1, peer=3, op=0, generation=7, strategy=1, token=2))
+    for again in (pickle.loads(pickle.dumps(error)), copy.deepcopy(error)):
+        assert type(again) is kind
+        assert str(again) == str(error)
+        assert vars(again) == vars(error)
+        assert (again.group, again.rank, again.generation) == ("tp:0", 1, 7)
