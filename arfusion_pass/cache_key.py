@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import pathlib
-from typing import Any
+import importlib.resources
+import uuid
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
 from arfusion_pass.config import FusionConfig
 from arfusion_pass.groups import registered_groups
 
-PACKAGE = pathlib.Path(__file__).resolve().parent
+if TYPE_CHECKING:
+    from importlib.abc import Traversable  # which later versions have in importlib.resources.abc
+
+PACKAGE: Traversable = importlib.resources.files("arfusion_pass")
 OUTSIDE_THE_REWRITE = (
     *("cli", "comm", "demo", "inspection", "reporting", "runtime", "_kernels"),
     *("__main__.py", "provenance.py", "publishing.py", "testing"),
@@ -24,15 +28,31 @@ OUTSIDE_THE_REWRITE = (
 def source_hash() -> str:
     """Hash over every source file of the package that shapes the rewrite or the ops in it.
 
-    Over the compiled files where an image was stripped of its sources (``compileall -b``).
+    Over the compiled files where an image was stripped of its sources (``compileall -b``), and the same from a zip file
+    as from a folder. A frozen program has neither: one of its processes knows nothing of what another one compiled.
     """
     digest = hashlib.sha256()
-    for path in sorted(PACKAGE.rglob("*.py")) or sorted(PACKAGE.rglob("*.pyc")):
-        relative = path.relative_to(PACKAGE)
-        if relative.parts[0].replace(".pyc", ".py") not in OUTSIDE_THE_REWRITE:
-            digest.update(str(relative).encode())
-            digest.update(path.read_bytes())
+    files = _files(PACKAGE)
+    sources = {parts: file for parts, file in files.items() if parts[-1].endswith(".py")} or files
+    for parts, file in sorted(sources.items()):
+        if parts[0].replace(".pyc", ".py") not in OUTSIDE_THE_REWRITE:
+            digest.update("/".join(parts).encode())
+            digest.update(file.read_bytes())
+    if not sources:
+        digest.update(uuid.uuid4().bytes)
     return digest.hexdigest()
+
+
+def _files(folder: Traversable, inside: tuple[str, ...] = ()) -> dict[tuple[str, ...], Traversable]:
+    """The Python files below a folder, or below one in a zip file, by their relative paths' parts."""
+    found: dict[tuple[str, ...], Traversable] = {}
+    for each in folder.iterdir() if folder.is_dir() else ():
+        parts = (*inside, each.name)
+        if each.is_dir():
+            found |= _files(each, parts)
+        elif each.name.endswith((".py", ".pyc")):
+            found[parts] = each
+    return found
 
 
 def group_sizes() -> dict[str, int]:

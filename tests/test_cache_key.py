@@ -9,6 +9,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import zipfile
 from typing import Any
 
 import grimp
@@ -164,3 +165,16 @@ def test_uuid() -> None:
     with arf.inspection.recording():
         assert fusion.uuid() is None
     assert fusion.uuid() is not None
+
+
+def test_the_key_of_a_package_in_a_zip_file_and_of_a_frozen_one(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Contract *cached*: the zip file's is the folder's, not that of no file at all, which nothing would change; where
+    there are no files to read, no other process has the key."""
+    archive = pathlib.Path(shutil.make_archive(str(tmp_path / "package"), "zip", ROOT, "arfusion_pass"))
+    monkeypatch.setattr(cache_key, "PACKAGE", zipfile.Path(archive, "arfusion_pass/"))
+    hashed = cache_key.source_hash.__wrapped__
+    assert hashed() == cache_key.source_hash()
+    monkeypatch.setattr(cache_key, "PACKAGE", tmp_path / "none")
+    assert hashed() != hashed()
