@@ -88,6 +88,13 @@ def _chains(start: fx.Node, dtype: torch.dtype | None) -> Iterator[Norm | Refuse
                     "op computes it in float32: give it its input as .float()",
                     low,
                 )
+            for wide in filter(widens, square.users):
+                if any(map(is_rooted, users_of(wide, aten.mean.dim))):
+                    yield Refused(
+                        f"{describe(square)} squares rows in {dtype_of(start)}; the fused op squares them in float32: "
+                        "give it its input as .float()",
+                        square,
+                    )
     for root, casts in roots:
         for inverse in inverses(root):
             if isinstance(inverse, Refused):

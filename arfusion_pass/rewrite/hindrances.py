@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from arfusion_pass.compilation import known
 from arfusion_pass.dialects import NO_NORM, Norm, Reduced, Refused, norms_of
+from arfusion_pass.dialects.reading.mean_squares import power_of
 from arfusion_pass.dialects.reading.op_calls import op_name
 from arfusion_pass.graph import (
     aten,
@@ -425,8 +426,7 @@ def _other_norm(node: fx.Node, reduced: Reduced) -> tuple[str, fx.Node] | None:
         return f"{describe(node)} is an op that the pass does not know; {instead}", node
     if _NORM.search(kernel := _triton_kernel(node)):
         return f"{describe(node)} launches a Triton kernel, {kernel}, that the pass cannot look into; {instead}", node
-    power = constant(node.args[1]) if is_call(node, aten.pow.Tensor_Scalar) else None
-    rooted = is_call(node, *ROOTS) or power in (0.5, -0.5)
+    rooted = is_call(node, *ROOTS) or power_of(node) in (0.5, -0.5)
     deviates = node.op == "call_function" and node.target in DEVIATIONS  # with whatever arguments
     if deviates or (rooted and _subtracts_the_mean(node)):
         return f"{describe(node)} belongs to a LayerNorm, which subtracts the mean; RMSNorm is fused", node

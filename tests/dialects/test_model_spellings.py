@@ -246,7 +246,7 @@ def hyper_connections(x: Tensor, r: Tensor, w: Tensor, t: Tensor) -> Any:
 
 
 LEFT = {
-    squares_in_16_bits: "belongs to no known RMSNorm",
+    squares_in_16_bits: "squares rows in torch.bfloat16",
     statistic_of_the_unrounded_sum: "belongs to no known RMSNorm",
     statistic_of_another_row: "belongs to no known RMSNorm",
     statistic_of_one_addend: "belongs to no known RMSNorm",

@@ -49,6 +49,12 @@ def of_absolutes(h: Tensor) -> Tensor:
     return h.abs().pow(2).mean(-1, keepdim=True).add(EPS).pow(0.5).pow(-1)
 
 
+def by_tensors(h: Tensor) -> Tensor:
+    """Keras on torch, which makes tensors of all numbers."""
+    two, half = torch.full((), 2.0), torch.full((), -0.5)
+    return (h.pow(two).mean(-1, keepdim=True) + torch.full((), EPS)).pow(half)
+
+
 def of_all_columns(h: Tensor) -> Tensor:
     """vLLM's norm with a ``variance_size`` of the whole row."""
     return torch.rsqrt(h[..., : h.shape[-1]].pow(2).mean(-1, keepdim=True) + EPS)
@@ -74,6 +80,7 @@ STATISTICS = [
     square_of_magnitude,
     vector_norm,
     of_absolutes,
+    by_tensors,
     of_all_columns,
     expanded,
     without_epsilon,

@@ -1,6 +1,6 @@
 """The statistic of a norm in aten ops: from the squares of a row to what the row is multiplied by, or divided by.
 
-    %square = aten.pow.Tensor_Scalar(%wide, 2)          # or mul(wide, wide), of abs(wide) too
+    %square = aten.pow.Tensor_Scalar(%wide, 2)          # or mul(wide, wide), of abs(wide) too; pow.Tensor_Tensor
     %mean   = aten.mean.dim(%square, [-1], True)        # or a sum over H, or a magnitude's square over H
     %plus   = aten.add.Tensor(%mean, 1e-06)             # absent: epsilon is 0
     %rsqrt  = aten.rsqrt.default(%plus)                 # or pow(-0.5), or sqrt (or pow(0.5)) and its reciprocal
@@ -90,7 +90,7 @@ def squares(root: fx.Node) -> Iterator[tuple[fx.Node, ...]]:
     while stack:
         node, before = stack.pop()
         for user in list(node.users):
-            power = constant(user.args[1]) if is_call(user, aten.pow.Tensor_Scalar) else None
+            power = power_of(user)
             if is_call(user, aten.abs.default) or (keeps_rows(user) and source_of(user) is node):
                 stack.append((user, (*before, user)))
             elif power == 2.0 or is_call(user, aten.square.default):
@@ -100,6 +100,11 @@ def squares(root: fx.Node) -> Iterator[tuple[fx.Node, ...]]:
                 if all(peel(operand) is peel(node) for operand in operands):
                     casts = (operand for operand in operands if isinstance(operand, fx.Node) and operand is not node)
                     yield (*before, *casts, user)
+
+
+def power_of(node: fx.Node) -> float | None:
+    """The number that a node raises to, also where it is a tensor without dimensions; None where it raises to none."""
+    return constant(node.args[1]) if is_call(node, aten.pow.Tensor_Scalar, aten.pow.Tensor_Tensor) else None
 
 
 def is_rooted(mean: fx.Node) -> bool:
@@ -164,7 +169,7 @@ def _step(current: Statistic, user: fx.Node) -> Statistic | None:
         return dataclasses.replace(current, node=user, nodes=nodes)
     if dtype_of(user) != dtype_of(current.node):
         return None
-    power = constant(user.args[1]) if is_call(user, aten.pow.Tensor_Scalar) else None
+    power = power_of(user)
     if current.power == 1.0 and (is_call(user, aten.sqrt.default) or power == 0.5):
         return Statistic(user, current.factor, 0.5, nodes)
     if current.power == 0.5:
@@ -256,7 +261,7 @@ def _roots(plus: fx.Node) -> Iterator[tuple[fx.Node, tuple[fx.Node, ...], Flags]
         for user in list(node.users):
             if source_of(user) is node:
                 stack.append((user, (*before, user)))
-            power = constant(user.args[1]) if is_call(user, aten.pow.Tensor_Scalar) else None
+            power = power_of(user)
             if is_call(user, aten.rsqrt.default) or power == -0.5:
                 yield user, (*before, user), Flags.NONE
             elif is_call(user, aten.sqrt.default) or power == 0.5:
@@ -268,7 +273,7 @@ def _reciprocals(root: fx.Node) -> Iterator[tuple[fx.Node, tuple[fx.Node, ...], 
     """The root itself, which divides, and its reciprocals, which multiply."""
     yield root, (), Flags.DIVIDE_BY_ROOT
     for inverse in list(root.users):
-        power = constant(inverse.args[1]) if is_call(inverse, aten.pow.Tensor_Scalar) else None
+        power = power_of(inverse)
         one = is_call(inverse, aten.div.Tensor) and inverse.args[1] is root and constant(inverse.args[0]) == 1.0
         reciprocal = is_call(inverse, aten.reciprocal.default) or power == -1.0
         if one or reciprocal:
