@@ -110,7 +110,7 @@ class _Planner:
             return
         site = self.sites[index]
         if index in self.planning:
-            site.reason = "it and another all-reduce would each need the other's result first"
+            site.reason = "it and another site would each need the other's result first"
             return
         self.planning.append(index)
         try:
@@ -229,7 +229,7 @@ class _Planner:
             if any(since.get(owner, end + 1) <= at <= end for owner in memory):
                 writes = "may write" if says_nothing(node) else "writes"
                 return (
-                    f"{describe(node)} {writes} to {describe(written)} between the all-reduce and the end of "
+                    f"{describe(node)} {writes} to {describe(written)} between the reduction and the end of "
                     "what would be fused, or what is read for it in front"
                 )
             if not shared.isdisjoint(memory):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Iterator
 
 import torch
@@ -26,6 +27,7 @@ from arfusion_pass.graph import (
     source_of,
     tensor_of,
     trains,
+    users_of,
     views_of,
     widens,
     without_views,
@@ -38,11 +40,10 @@ from arfusion_pass.rewrite.hindrances import (
     Hindrance,
     Reductions,
     following,
-    leads_to_norm,
     merges,
     sum_before,
-    why_no_norm,
 )
+from arfusion_pass.rewrite.no_norm import leads_to_norm, why_no_norm
 from arfusion_pass.rewrite.quantising import find_quantiser, fuse_quantisers, why_unfit
 from arfusion_pass.rewrite.raised import RaisedSite, read_inside
 from arfusion_pass.rewrite.reductions import (
@@ -52,6 +53,8 @@ from arfusion_pass.rewrite.reductions import (
     in_whole_rows,
     row_lengths,
 )
+
+WAIT = torch.ops._c10d_functional.wait_tensor.default
 
 COMPUTES = ("aten", "prims")
 """Namespaces of ops that are no collectives: nearly all of a graph's nodes, which no dialect is asked about."""
@@ -115,10 +118,18 @@ def _sum_behind(reduced: Reduced, candidates: list[tuple[Norm, str]], reductions
 
 
 def _concerns_norm(site: RaisedSite, candidates: dict[fx.Node, list[tuple[Norm, str]]], reductions: Reductions) -> bool:
-    """Whether a norm stands behind a reduce-scatter, or its kind of reduction is a reason by itself."""
-    if site.reduced is None or site.reason is not None or candidates[site.node]:
+    """Whether a norm stands behind a reduce-scatter, whatever speaks against either."""
+    if site.node in candidates and (candidates[site.node] or site.reason is not None):
         return True
-    return leads_to_norm(site.reduced, reductions)
+    return leads_to_norm(site.reduced or _as_if_by_sum(site.node), reductions)
+
+
+def _as_if_by_sum(node: fx.Node) -> Reduced:
+    """A collective that no dialect takes, as one by sum: only to look behind it."""
+    values = [node]
+    for value in values:
+        values += users_of(value, WAIT, operator.getitem)
+    return Reduced(node, node, node.all_input_nodes[0], "", (), tuple(values[1:]))
 
 
 def _adds_reduced(norm: Norm, reductions: Reductions) -> bool:
@@ -264,7 +275,7 @@ def _check_norm(reduced: Reduced, norm: Norm, config: FusionConfig) -> str | Non
     if norm.norm is not None and dtype_of(norm.norm) not in (dtype, torch.float32):
         return f"{describe(norm.norm)} is {dtype_of(norm.norm)}; a norm of {dtype} may be {dtype} or float32"
     if norm.norm is not None and last_dim(norm.norm) != hidden:
-        return f"{describe(norm.norm)} normalises rows of {last_dim(norm.norm)}, the all-reduce has rows of {hidden}"
+        return f"{describe(norm.norm)} normalises rows of {last_dim(norm.norm)}, the reduced ones have {hidden}"
     for node in (norm.norm, norm.total):
         if node is not None and not as_many_rows(node, norm.operand):
             return f"{describe(node)} is not known to have as many rows as {describe(norm.operand)}"

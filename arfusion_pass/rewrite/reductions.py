@@ -151,13 +151,13 @@ def in_whole_rows(norm: Norm | Refused, value: fx.Node, lengths: set[int] | None
     cut = without_views(value)
     if is_call(cut, aten.slice.Tensor) and last_dim(cut) == hidden and last_dim(cut.args[0]) in lengths:
         return Refused(
-            f"{describe(cut)} cuts rows of {hidden} from the all-reduce's of {max(lengths)}: cut them before it",
+            f"{describe(cut)} cuts rows of {hidden} from the reduced ones of {max(lengths)}: cut them before",
             cut,
         )
     longest = max(lengths, default=0)
-    parts = f"such as one head's, parts of the all-reduce's of {longest}"
+    parts = f"such as one head's, parts of the reduced ones of {longest}"
     return Refused(
         f"the norm {describe(norm.result)} normalises rows of {hidden} in {describe(value)}, "
-        + (parts if hidden < longest else f"the all-reduce has rows of {longest}"),
+        + (parts if hidden < longest else f"the reduced ones have {longest}"),
         norm.result,
     )

@@ -277,7 +277,7 @@ def test_columns_cut_behind_the_all_reduce() -> None:
         return (h * inverse_of(h) * w.float()).to(x.dtype)
 
     report = check_unchanged(trace(model, *tensors((4, HIDDEN + 16), (4, HIDDEN), (HIDDEN,))))
-    assert f"cuts rows of {HIDDEN} from the all-reduce's of {HIDDEN + 16}" in str(report.missed[0].reason)
+    assert f"cuts rows of {HIDDEN} from the reduced ones of {HIDDEN + 16}" in str(report.missed[0].reason)
 
 
 def test_an_index_that_nobody_reads_blames_nothing() -> None:
@@ -358,4 +358,4 @@ def test_an_fp32_all_reduce_that_is_rounded() -> None:
 
     inputs = [*tensors((4, HIDDEN), dtype=torch.float32), *tensors((4, HIDDEN), (HIDDEN,))]
     reason = str(check_unchanged(trace(model, *inputs)).missed[0].reason)
-    assert "rounds the all-reduce's float32 to torch.bfloat16 in front of the norm" in reason
+    assert "rounds the reduced float32 to torch.bfloat16 in front of the norm" in reason

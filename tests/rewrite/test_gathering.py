@@ -297,6 +297,14 @@ def test_refused(fn: Any, words: str) -> None:
     assert re.search(words, reason(fn, ON, *shapes.get(fn, ()))), words
 
 
+@pytest.mark.parametrize("op", ["sum", "avg"])
+@pytest.mark.parametrize("group", ["0", "nobody's"])
+def test_no_norm_behind(op: str, group: str) -> None:
+    """A reduce-scatter behind which no norm stands is no site, whatever else speaks against it: a gradient's, say."""
+    module = traced(lambda x, r, w: (r * w + scatter(x, WORLD, group=group, op=op)).relu())
+    assert not check_unchanged(module, ON).sites
+
+
 def test_refused_hidden() -> None:
     """vLLM's op along the hidden size: the norm reads a part of each row."""
     register_vllm()
