@@ -152,7 +152,7 @@ struct Epilogue {
     Weight weight;
     float epsilon; /* of common calls it is a parameter */
     typename Q::Factor factor; /* of static FP8 its scale and how it is applied, of NVFP4 the encode scale */
-    bool multiply, reciprocal; /* of kUsual: scales are products; x is multiplied by 1 / scale */
+    uint32_t usual; /* of kUsual: how it quantises */
   };
 
   ARF_DEVICE static float epsilon(const Params& p) {
@@ -162,15 +162,18 @@ struct Epilogue {
   }
 
   ARF_DEVICE static Given given(const Params& p, const Place& at) {
-    Given g = {fetch_weight(p, at), kCommon ? p.epsilon : epsilon(p), {}, false, false};
+    Given g = {fetch_weight(p, at), kCommon ? p.epsilon : epsilon(p), {}, 0};
     if constexpr (kFamily == kStatic) g.factor = Q::static_factor(p, Q::given_scale(p));
     if constexpr (kFamily == kFp4) g.factor = Q::encode_factor(Q::given_scale(p));
-    if constexpr (kFamily == kUsual) {
-      uint32_t multiply = p.quant.rule() == ScaleRule::kMultiply, reciprocal = p.quant.apply() == Apply::kReciprocal;
-      asm volatile("" : "+r"(multiply), "+r"(reciprocal)); /* nothing; opaque now, so not read from the parameters later */
-      g.multiply = multiply, g.reciprocal = reciprocal;
-    }
+    if constexpr (kFamily == kUsual) g.usual = usual(p);
     return g;
+  }
+
+  /* How kUsual quantises: scales are products; x is multiplied by 1 / scale; by token. */
+  enum Usual : uint32_t { kProduct = 1, kByReciprocal = 2, kByToken = 4 };
+  ARF_DEVICE static uint32_t usual(const Params& p) {
+    return (p.quant.rule() == ScaleRule::kMultiply ? kProduct : 0) | (p.quant.apply() == Apply::kReciprocal ? kByReciprocal : 0) |
+           (p.group < 0 ? kByToken : 0);
   }
 
   /* What stands behind the last arrival of straight calls, by way of shared memory: the assembler would read it from the
@@ -180,11 +183,13 @@ struct Epilogue {
     store_shared(scratch.known(), p.cluster);
     store_shared(scratch.known() + 4, p.tiles);
     store_shared(scratch.known() + 8, p.flags);
+    if constexpr (kFamily == kUsual) store_shared(scratch.known() + 12, usual(p));
   }
-  ARF_DEVICE static void know(Shared scratch, Place& at) {
+  ARF_DEVICE static void know(Shared scratch, Place& at, Given& given) {
     if constexpr (kStraight) {
       const uint4 known = load_shared_vector(scratch.known());
       at.part.count = known.x, at.tiles = known.y, at.flags = known.z;
+      if constexpr (kFamily == kUsual) given.usual = known.w;
     }
   }
 
@@ -192,11 +197,13 @@ struct Epilogue {
   struct Targets {
     void* scale;
     uint4 *total, *norm; /* of straight calls */
+    void* codes;         /* of straight calls, static */
     uint32_t flags;
+    uint32_t holds; /* whether this thread has a vector */
   };
 
   ARF_DEVICE static Targets targets(const Params& p, const Place& at, uint32_t t) {
-    Targets to = {nullptr, nullptr, nullptr, at.flags};
+    Targets to = {nullptr, nullptr, nullptr, nullptr, at.flags, at.vector(0) < p.vectors};
     if constexpr (kCommon && kFamily >= kDynamic) {
       to.scale = Q::scale_target(p, t, at.vector(0));
       asm volatile("" : "+l"(to.scale)); /* nothing; opaque, as above */
@@ -208,7 +215,11 @@ struct Epilogue {
       if constexpr (kFamily == kPlain) {
         to.norm = static_cast<uint4*>(p.norm_out) + i;
         asm volatile("" : "+l"(to.norm)); /* as above */
+      } else if constexpr (kFamily == kStatic) {
+        to.codes = Q::codes_at(p, t, at.vector(0));
+        asm volatile("" : "+l"(to.codes)); /* as above */
       }
+      asm volatile("" : "+r"(to.holds)); /* as above */
     }
     return to;
   }
@@ -261,18 +272,18 @@ struct Epilogue {
     for (int i = 0; i < N; ++i) value[i] = __fadd_rn(value[i], addend[i]);
   }
 
-  /* From the fp32 sum over ranks to the value that the norm reads; writes allreduce_out and residual_out. */
-  ARF_DEVICE static void add_residual(const Params& p, uint32_t t, uint32_t v, const float (&sum)[N], const Residual& r,
+  /* From the sum over ranks to the value that the norm reads; writes allreduce_out and residual_out. */
+  ARF_DEVICE static void add_residual(const Params& p, uint32_t t, uint32_t v, const uint4& reduced, const Residual& r,
                                       float (&value)[N], const Targets& to) {
-    const uint4 reduced = pack<kDtype>(sum);
-    if (!kStraight && p.allreduce_out) store_packed(p, p.allreduce_out, t, v, reduced);
+    if constexpr (kStraight) return add_residual_straight(reduced, r.a, value, to);
+    if (p.allreduce_out) store_packed(p, p.allreduce_out, t, v, reduced);
     unpack<kDtype>(reduced, value);
     const bool addend_last = !kCommon && (p.flags & kAddendLast);
     if (!kCommon && p.addend && !addend_last) {
       add_addend(p, t, v, value);
       if (p.residual) unpack<kDtype>(pack<kDtype>(value), value);
     }
-    if (kStraight || p.residual) {
+    if (p.residual) {
       float residual[N];
       if (kWide && p.residual_fp32) {
         widen(r.a, r.b, residual);
@@ -288,15 +299,25 @@ struct Epilogue {
     }
     if constexpr (kCommon) {
       const uint4 total = pack<kDtype>(value); /* for both */
-      if constexpr (kStraight) {
-        *to.total = total;
-      } else if (p.residual_out) {
-        store_packed(p, p.residual_out, t, v, total);
-      }
+      if (p.residual_out) store_packed(p, p.residual_out, t, v, total);
       if (!(to.flags & kUnroundedSum)) unpack<kDtype>(total, value);
     } else {
       if (p.residual_out) store_vector(p, p.residual_out, p.residual_out_fp32, t, v, value);
       if (!(p.flags & kUnroundedSum)) unpack<kDtype>(pack<kDtype>(value), value);
+    }
+  }
+
+  /* residual_out in the tensors' own arithmetic: a third of the instructions, and as many registers. */
+  ARF_DEVICE static void add_residual_straight(const uint4& reduced, const uint4& residual, float (&value)[N], const Targets& to) {
+    const uint4 total = add<kDtype>(reduced, residual);
+    *to.total = total;
+    if (to.flags & kUnroundedSum) {
+      float r[N];
+      unpack<kDtype>(reduced, value), unpack<kDtype>(residual, r);
+#pragma unroll
+      for (int i = 0; i < N; ++i) value[i] = __fadd_rn(value[i], r[i]);
+    } else {
+      unpack<kDtype>(total, value);
     }
   }
 
@@ -366,6 +387,10 @@ struct Epilogue {
     }
     meet(scratch.barriers(2 + parity), at);
     uint32_t amax = 0;
+    if constexpr (kHeld == 1) {
+      if (lane < at.tiles) amax = load_shared(scratch.amax(parity) + 4 * lane);
+      return float_of(__reduce_max_sync(~0u, amax));
+    }
     for (uint32_t tile = lane; tile < p.tiles; tile += kWarp) amax = max(amax, load_shared(scratch.amax(parity) + 4 * tile));
     return float_of(__reduce_max_sync(~0u, amax));
   }
@@ -425,14 +450,21 @@ struct Epilogue {
 
   /* One rounding behind the product serves norm_out, the quantiser and a model's second rounding alike. */
   ARF_DEVICE static void normalise_straight(const Given& given, float rstd, float (&x)[N], const Targets& to) {
-    float w[N];
-    unpack<kDtype>(given.weight.raw, w);
+    uint4 weight = given.weight.raw, norm;
+    /* Nothing; but not unpacked before the row arrives, where eight registers more made static FP8 spill one. It was read back
+     * behind the acquire of the row's sum, which empties L1: 0.25 us. */
+    asm volatile("" : "+r"(weight.x), "+r"(weight.y), "+r"(weight.z), "+r"(weight.w));
 #pragma unroll
     for (int i = 0; i < N; ++i) x[i] = __fmul_rn(x[i], rstd);
-    if (to.flags & kRoundBeforeWeight) unpack<kDtype>(pack<kDtype>(x), x);
+    if (to.flags & kRoundBeforeWeight) {
+      norm = multiply<kDtype>(pack<kDtype>(x), weight);
+    } else {
+      float w[N];
+      unpack<kDtype>(weight, w);
 #pragma unroll
-    for (int i = 0; i < N; ++i) x[i] = __fmul_rn(x[i], w[i]);
-    const uint4 norm = pack<kDtype>(x);
+      for (int i = 0; i < N; ++i) x[i] = __fmul_rn(x[i], w[i]);
+      norm = pack<kDtype>(x);
+    }
     if constexpr (kFamily == kPlain) {
       *to.norm = norm;
     } else {
@@ -450,33 +482,41 @@ struct Epilogue {
 #pragma unroll
     for (int k = 0; k < kHeld; ++k) {
       if (k && k >= p.per_thread) break;
-      if (at.vector(k) < p.vectors) normalise(p, given, t, at.vector(k), at.slot(k), rstd, row[k], to);
+      if (k ? at.vector(k) < p.vectors : to.holds) normalise(p, given, t, at.vector(k), at.slot(k), rstd, row[k], to);
     }
-    if constexpr (kFamily != kPlain) quantise(p, scratch, at, given, t, row, to.scale);
+    if constexpr (kFamily != kPlain) quantise(p, scratch, at, given, t, row, to);
+  }
+
+  ARF_DEVICE static void* codes_at(const Params& p, const Targets& to, uint32_t t, uint32_t v) {
+    return kStraight && kFamily == kStatic ? to.codes : Q::codes_at(p, t, v);
   }
 
   /* The quantiser alone, of a row as it reads it; all threads call. */
   ARF_DEVICE static void quantise(const Params& p, Shared scratch, const Place& at, const Given& given, uint32_t t, Row& row,
-                                  void* scale_at) {
+                                  const Targets& to) {
+    void* scale_at = to.scale;
     typename Q::Factor factor = given.factor;
-    const bool by_token = (kFamily == kDynamic || kFamily == kUsual) && p.group < 0;
+    const bool by_token = kFamily == kUsual ? given.usual & kByToken : kFamily == kDynamic && p.group < 0;
     float token_scale = 0.0f;
     if (kFamily == kDynamic && by_token) token_scale = Q::dynamic_scale(p, p.quant, row_amax(p, scratch, at, row), factor);
 #pragma unroll
     for (int k = 0; k < kHeld; ++k) {
       if (k && k >= p.per_thread) break;
       const uint32_t v = at.vector(k);
-      const bool active = v < p.vectors;
+      const bool active = k ? v < p.vectors : to.holds;
       if constexpr (kFamily >= kDynamic && !kCommon) scale_at = Q::scale_target(p, t, v);
       if constexpr (kFamily == kUsual) {
         const uint32_t bound = bits_of(p.amax_bound);
         const float amax = by_token ? float_of(max(bits_of(row_amax(p, scratch, at, row)), bound))
                                     : Q::usual_amax(max(Q::amax_of(row[k]), bound));
-        if (active) Q::usual_vector(p, given.multiply, given.reciprocal, amax, scale_at, t, v, row[k]);
+        if (active) {
+          Q::usual_vector(given.usual & kProduct, given.usual & kByReciprocal, amax, p.scale_bound, scale_at, codes_at(p, to, t, v),
+                          row[k]);
+        }
       } else if constexpr (kFamily == kFp4) {
         Q::nvfp4_vector(p, scale_at, t, v, active, row[k], factor);
       } else if constexpr (kFamily == kStatic && kCommon) {
-        if (active) Q::usual_static_vector(p, t, v, row[k], factor);
+        if (active) Q::usual_static_vector(codes_at(p, to, t, v), row[k], factor);
       } else if (kFamily == kStatic || by_token) {
         if (active) Q::store_bytes(p, p.quant, t, v, row[k], factor);
         if (by_token && scale_at) store_float(scale_at, token_scale);

@@ -74,6 +74,53 @@ ARF_DEVICE uint4 pack(const float (&f)[kElements<kDtype>]) {
   }
 }
 
+/* T(a * b) of pairs of a T of 16 bits, by way of fp32 or not: fp32 holds the product (tests/pairs.cu tries them all). */
+template <int kDtype>
+ARF_DEVICE uint32_t multiply_pair(uint32_t a, uint32_t b) {
+  uint32_t y;
+#if __CUDA_ARCH__ >= 900
+  if constexpr (kDtype == ARF_BF16) {
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b)); /* y = {a.high * b.high, a.low * b.low} */
+  } else {
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b)); /* likewise */
+  }
+#else
+  float a0, a1, b0, b1;
+  unpack_pair<kDtype>(a, a0, a1), unpack_pair<kDtype>(b, b0, b1);
+  y = pack_pair<kDtype>(__fmul_rn(a0, b0), __fmul_rn(a1, b1));
+#endif
+  return y;
+}
+
+/* T(a + b) likewise: where fp32 does not hold the sum, the smaller is too small to move the larger. */
+template <int kDtype>
+ARF_DEVICE uint32_t add_pair(uint32_t a, uint32_t b) {
+  uint32_t y;
+#if __CUDA_ARCH__ >= 900
+  if constexpr (kDtype == ARF_BF16) {
+    asm("add.rn.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b)); /* y = {a.high + b.high, a.low + b.low} */
+  } else {
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b)); /* likewise */
+  }
+#else
+  float a0, a1, b0, b1;
+  unpack_pair<kDtype>(a, a0, a1), unpack_pair<kDtype>(b, b0, b1);
+  y = pack_pair<kDtype>(__fadd_rn(a0, b0), __fadd_rn(a1, b1));
+#endif
+  return y;
+}
+
+template <int kDtype>
+ARF_DEVICE uint4 add(const uint4& a, const uint4& b) {
+  return make_uint4(add_pair<kDtype>(a.x, b.x), add_pair<kDtype>(a.y, b.y), add_pair<kDtype>(a.z, b.z), add_pair<kDtype>(a.w, b.w));
+}
+
+template <int kDtype>
+ARF_DEVICE uint4 multiply(const uint4& a, const uint4& b) {
+  return make_uint4(multiply_pair<kDtype>(a.x, b.x), multiply_pair<kDtype>(a.y, b.y), multiply_pair<kDtype>(a.z, b.z),
+                    multiply_pair<kDtype>(a.w, b.w));
+}
+
 /* float(T(x)). */
 template <int kDtype>
 ARF_DEVICE float round_to(float x) {

@@ -119,9 +119,7 @@ struct Kernel {
         zero(row[k]);
         if (!holds(p, at, k)) continue;
         if (k) residual = E::load_residual(p, t, at.vector(k), true);
-        float sum[N];
-        unpack<kDtype>(own.x[k], sum);
-        E::add_residual(p, t, at.vector(k), sum, residual, row[k], to);
+        E::add_residual(p, t, at.vector(k), own.x[k], residual, row[k], to);
       }
       /* The next row's loads overlap with this row's reduction. In-place use is safe: rows do not overlap. */
       if (t + step < p.tokens) {
@@ -152,15 +150,17 @@ struct Kernel {
     settle(p, link);
     if (!p.pushers) push_row(p, link, at, first, own);
     stamp(kPushed);
-    const Given given = start(p, at, cta - p.pushers, ctas - p.pushers);
+    note_push(link);
+    Given given = start(p, at, cta - p.pushers, ctas - p.pushers);
     E::await_weight();
     join_cluster(at.part);
     E::tell(p, scratch);
     __syncthreads(); /* all have read the pair; while the first row is on its way this and the stores cost nothing */
-    E::know(scratch, at);
+    E::know(scratch, at, given);
     rotate(p, link, cta, ctas);
-    for (uint32_t t = first; t < end; ++t, ++at.row) {
-      if (t != first) {
+    /* A straight call's CTA has one row. */
+    for (uint32_t t = first; kCalls == kStraightCalls ? at.row == 0 : t < end; ++t, ++at.row) {
+      if (kCalls != kStraightCalls && t != first) {
         keep_together(at);
         own = load_own(p, at, t);
         if (!p.pushers) push_row(p, link, at, t, own);
@@ -179,19 +179,19 @@ struct Kernel {
       for (int k = 0; k < kHeld; ++k) {
         zero(row[k]);
         if (!holds(p, at, k)) continue;
-        float sum[N];
-        receive_sum<kDtype, kWorld>(p, link, cta, p.own + offset_of(p, link, at, t, k), t, lanes(p, at, k), own.x[k], sum);
+        const uint4 sum = receive_sum<kDtype, kWorld>(p, link, cta, p.own + offset_of(p, link, at, t, k), t, lanes(p, at, k), own.x[k]);
         if (t == first) stamp(kArrived);
         E::add_residual(p, t, at.vector(k), sum, residual[k], row[k], to);
       }
       E::norm_and_quantise(p, scratch, at, given, t, row, to);
       if (t == first) stamp(kStored);
+      if (kCalls == kStraightCalls && !(at.flags & kTriggerEarly)) let_next_kernel_start(); /* behind the outputs' stores */
 #pragma unroll
       for (int k = 0; k < kHeld; ++k) {
         if (holds(p, at, k)) empty_all<kWorld>(p, link, p.own + offset_of(p, link, at, t, k));
       }
     }
-    if (!(p.flags & kTriggerEarly)) let_next_kernel_start();
+    if (kCalls != kStraightCalls && !(p.flags & kTriggerEarly)) let_next_kernel_start();
     end_alone(p, link, cta, beside);
     keep_stamps(p, link.generation, cta);
   }
@@ -279,9 +279,8 @@ struct Kernel {
       if (!holds(p, at, k)) continue;
       const uint64_t offset = offset_of(p, link, at, u.q, k);
       const typename E::Residual residual = E::load_residual(p, t, at.vector(k), true);
-      float sum[N];
-      receive_sum<kDtype, kWorld>(p, link, cta, p.own + offset, t, lanes(p, at, k), own.x[k], sum);
-      push_all<kWorld>(p, link, sums + offset, pack<kDtype>(sum));
+      const uint4 sum = receive_sum<kDtype, kWorld>(p, link, cta, p.own + offset, t, lanes(p, at, k), own.x[k]);
+      push_all<kWorld>(p, link, sums + offset, sum);
       E::add_residual(p, t, at.vector(k), sum, residual, row[k], to);
     }
     E::norm_and_quantise(p, scratch, at, given, t, row, to);
@@ -309,8 +308,7 @@ struct Kernel {
         if (!holds(p, at, k)) continue;
         char* const from = sums + offset_of(p, link, at, u.q, k);
         const typename E::Residual residual = E::load_residual(p, t, at.vector(k), true);
-        float sum[N];
-        unpack<kDtype>(receive_one(p, link, cta, from, ARF_TWOSHOT_GATHER, t, owner, lanes(p, at, k)), sum);
+        const uint4 sum = receive_one(p, link, cta, from, ARF_TWOSHOT_GATHER, t, owner, lanes(p, at, k));
         E::add_residual(p, t, at.vector(k), sum, residual, row[k], to);
       }
       E::norm_and_quantise(p, scratch, at, given, t, row, to);

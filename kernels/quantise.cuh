@@ -69,23 +69,22 @@ struct Quantiser {
 
   /* x / s as e4m3 rounds the correctly rounded quotient, s moderate and r = 1 / s: no e4m3 boundary lies between that
    * quotient and the first correction (tests/division.cpp tries every mantissa of s). kBounded: |x / s| < 2^100, else
-   * what is beyond stays uncorrected and saturates. The sign is put back for quotients that are 0. */
+   * what is beyond stays uncorrected and saturates. The signs are such that a 0 keeps its own where s > 0. */
   template <bool kBounded>
   ARF_DEVICE static void divide_for_e4m3(const float (&x)[N], float s, float r, float (&y)[N]) {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const float q0 = __fmul_rn(x[i], r);
-      float q = corrected(x[i], s, r, q0);
-      if (!kBounded && !(fabsf(q0) < 0x1p100f)) q = q0;
-      y[i] = with_sign_of(q0, q);
+      y[i] = __fmaf_rn(-__fmaf_rn(q0, s, -x[i]), r, q0);
+      if (!kBounded && !(fabsf(q0) < 0x1p100f)) y[i] = q0;
     }
   }
 
-  /* Makes s moderate and leaves the code of x / s: both are multiplied by a power of two, or where s is 0, inf or NaN x by
-   * 1 / s and s becomes 1. Quotients beyond any code stay so. */
+  /* Makes s moderate and positive and leaves the code of x / s: both are multiplied by a power of two or its negative, or
+   * where s is 0, inf or NaN x by 1 / s and s becomes 1. Quotients beyond any code stay so. */
   ARF_DEVICE static void moderate(float (&x)[N], float& s, float& r) {
     const bool special = !(fabsf(s) > 0.0f && fabsf(s) < float_of(0x7F800000u));
-    const float c = special ? reciprocal_approx(s) : fabsf(s) < 1.0f ? 0x1p60f : 0x1p-60f;
+    const float c = special ? reciprocal_approx(s) : with_sign_of(s, fabsf(s) < 1.0f ? 0x1p60f : 0x1p-60f);
 #pragma unroll
     for (int i = 0; i < N; ++i) x[i] = max_nan(min_nan(__fmul_rn(x[i], c), 0x1p100f), -0x1p100f);
     s = special ? 1.0f : __fmul_rn(s, c);
@@ -114,10 +113,15 @@ struct Quantiser {
   ARF_DEVICE static void store_bytes(const Params& p, Quant q, uint32_t t, uint32_t v, const float (&x)[N], Factor f) {
     float y[N];
     apply(q, x, f, y);
-    store_codes(p, q, t, v, y);
+    store_codes(p, q, codes_at(p, t, v), y);
   }
 
-  ARF_DEVICE static void store_codes(const Params& p, Quant q, uint32_t t, uint32_t v, const float (&y)[N]) {
+  /* Where vector v of token t has its codes of one byte. */
+  ARF_DEVICE static void* codes_at(const Params& p, uint32_t t, uint32_t v) {
+    return static_cast<uint8_t*>(p.quant_out) + (static_cast<uint64_t>(t) * p.vectors + v) * N;
+  }
+
+  ARF_DEVICE static void store_codes(const Params& p, Quant q, void* at, const float (&y)[N]) {
     uint32_t words[N / 4];
     const bool int8 = q.format() == Format::kInt8;
 #pragma unroll
@@ -125,12 +129,23 @@ struct Quantiser {
       const float four[4] = {y[4 * w], y[4 * w + 1], y[4 * w + 2], y[4 * w + 3]};
       words[w] = int8 ? int8_word(q, four) : fp8_word(p, q, four);
     }
-    uint8_t* at = static_cast<uint8_t*>(p.quant_out) + (static_cast<uint64_t>(t) * p.vectors + v) * N;
+    store_words(at, words);
+  }
+
+  ARF_DEVICE static void store_words(void* at, const uint32_t (&words)[N / 4]) {
     if constexpr (N == 8) {
-      *reinterpret_cast<uint2*>(at) = make_uint2(words[0], words[1]);
+      *static_cast<uint2*>(at) = make_uint2(words[0], words[1]);
     } else {
-      *reinterpret_cast<uint32_t*>(at) = words[0];
+      *static_cast<uint32_t*>(at) = words[0];
     }
+  }
+
+  /* Codes of values that are clamped, or beyond FP8's range only as those are that saturate. */
+  ARF_DEVICE static void store_fp8(void* at, const float (&y)[N]) {
+    uint32_t words[N / 4];
+#pragma unroll
+    for (int w = 0; w < N / 4; ++w) words[w] = e4m3_pair(y[4 * w], y[4 * w + 1]) | e4m3_pair(y[4 * w + 2], y[4 * w + 3]) << 16;
+    store_words(at, words);
   }
 
   ARF_DEVICE static uint32_t fp8_word(const Params& p, Quant q, const float (&y)[4]) {
@@ -170,15 +185,15 @@ struct Quantiser {
   }
 
   /* The usual static spec. */
-  ARF_DEVICE static void usual_static_vector(const Params& p, uint32_t t, uint32_t v, float (&x)[N], Factor f) {
+  ARF_DEVICE static void usual_static_vector(void* at, float (&x)[N], Factor f) {
     float y[N];
     if (f.divide) {
-      if (!is_moderate(f.value)) moderate(x, f.value, f.reciprocal);
+      if (!(f.value > 0.0f && is_moderate(f.value))) moderate(x, f.value, f.reciprocal);
       divide_for_e4m3<false>(x, f.value, f.reciprocal, y);
     } else {
       multiply_all(x, f.value, y);
     }
-    store_codes(p, Quant{Quant::kUsual}, t, v, y);
+    store_fp8(at, y);
   }
 
   /* ---- dynamic ---- */
@@ -265,14 +280,14 @@ struct Quantiser {
   /* FP8 with fp32 scales, per token or of kUsualGroup, from the amax and its bound, which is at most 2^80. A branch behind
    * the last arrival is dear: those of group_vector took 0.2 us of a token's 3. Here are two, for `reciprocal` (x times
    * 1 / scale) and for an amax that is not moderate, NaN or 0. */
-  ARF_DEVICE static void usual_vector(const Params& p, bool multiply, bool reciprocal, float amax, void* scale_at, uint32_t t,
-                                      uint32_t v, float (&x)[N]) {
+  ARF_DEVICE static void usual_vector(bool multiply, bool reciprocal, float amax, float scale_bound, void* scale_at, void* at,
+                                      float (&x)[N]) {
     constexpr float kInverse = 1.0f / kFp8Max;
     const float product = __fmul_rn(amax, kInverse);
     const float quotient = corrected(amax, kFp8Max, kInverse, product); /* as divide_by_limit */
-    float scale = max_nan(multiply ? product : quotient, p.scale_bound), s = scale, r = inverse_of(s);
+    float scale = max_nan(multiply ? product : quotient, scale_bound), s = scale, r = inverse_of(s);
     if (bits_of(amax) - bits_of(0x1p-80f) > bits_of(0x1p80f) - bits_of(0x1p-80f)) { /* scale <= 2^80, or amax says so */
-      if (!multiply) scale = max_nan(__fdiv_rn(amax, kFp8Max), p.scale_bound);
+      if (!multiply) scale = max_nan(__fdiv_rn(amax, kFp8Max), scale_bound);
       s = scale, r = __frcp_rn(s);
       if (!reciprocal && !is_moderate(s)) moderate(x, s, r);
     }
@@ -282,7 +297,7 @@ struct Quantiser {
     } else {
       divide_for_e4m3<true>(x, s, r, y); /* 448 at most, but for rounding */
     }
-    store_codes(p, Quant{Quant::kUsual}, t, v, y);
+    store_fp8(at, y);
     if (scale_at) store_float(scale_at, scale);
   }
 

@@ -125,8 +125,8 @@ struct Sharded {
       Loop::zero(row[k]);
       if (!Loop::holds(p, at, k)) continue;
       const typename E::Residual residual = E::load_residual(p, t, at.vector(k), true);
-      float sum[N];
-      receive_sum<kDtype, kWorld>(p, link, cta, p.own + Loop::offset_of(p, link, at, q, k), t, Loop::lanes(p, at, k), own.x[k], sum);
+      const uint4 sum =
+          receive_sum<kDtype, kWorld>(p, link, cta, p.own + Loop::offset_of(p, link, at, q, k), t, Loop::lanes(p, at, k), own.x[k]);
       E::add_residual(p, t, at.vector(k), sum, residual, row[k], to);
     }
     E::norm_and_quantise(p, scratch, at, given, t, row, to);
@@ -269,7 +269,7 @@ struct Sharded {
       for (int k = 0; k < kHeld; ++k) {
         if (!p.quant.unrounded()) unpack<kDtype>(pack<kDtype>(row[k]), row[k]);
       }
-      E::quantise(p, scratch, at, given, t, row, E::targets(p, at, t).scale);
+      E::quantise(p, scratch, at, given, t, row, E::targets(p, at, t));
       if (kFamily >= kDynamic && p.group < 0) ++at.row; /* its maximum took the scratch of this parity, and a barrier */
     }
   }

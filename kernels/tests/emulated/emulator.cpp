@@ -385,6 +385,27 @@ float from_f16(uint32_t bits) {
 }
 void cvt_f16x2(uint32_t& word, float high, float low) { word = static_cast<uint32_t>(f16(high)) << 16 | f16(low); }
 void cvt_from_f16x2(float& low, float& high, uint32_t word) { low = from_f16(word & 0xFFFF), high = from_f16(word >> 16); }
+/* Rounded once, from a double that holds every product, and every sum whose smaller part matters. */
+uint16_t bf16_of(double x) {
+  if (x != x || std::isinf(x)) return bf16(static_cast<float>(x));
+  const int exponent = x == 0 ? 0 : std::max(std::ilogb(x), -126);
+  return bf16(static_cast<float>(std::ldexp(std::nearbyint(std::ldexp(x, 7 - exponent)), exponent - 7)));
+}
+uint16_t f16_of(double x) {
+  if (x != x) return 0x7FFF;
+  const _Float16 h = static_cast<_Float16>(x);
+  uint16_t b;
+  return memcpy(&b, &h, 2), b;
+}
+double from_bf16(uint32_t bits) { return __uint_as_float(bits << 16); }
+template <class From, class Of, class Do>
+uint32_t by_halves(uint32_t a, uint32_t b, From from, Of of, Do f) {
+  return static_cast<uint32_t>(of(f(from(a >> 16), from(b >> 16)))) << 16 | of(f(from(a & 0xFFFF), from(b & 0xFFFF)));
+}
+void mul_bf16x2(uint32_t& y, uint32_t a, uint32_t b) { y = by_halves(a, b, from_bf16, bf16_of, std::multiplies<double>()); }
+void mul_f16x2(uint32_t& y, uint32_t a, uint32_t b) { y = by_halves(a, b, from_f16, f16_of, std::multiplies<double>()); }
+void add_bf16x2(uint32_t& y, uint32_t a, uint32_t b) { y = by_halves(a, b, from_bf16, bf16_of, std::plus<double>()); }
+void add_f16x2(uint32_t& y, uint32_t a, uint32_t b) { y = by_halves(a, b, from_f16, f16_of, std::plus<double>()); }
 void max_nan(float& m, float a, float b) { m = one_nan(a != a || b != b ? NAN : fmaxf(a, b)); }
 void min_nan(float& m, float a, float b) { m = one_nan(a != a || b != b ? NAN : fminf(a, b)); }
 /* The nearest of all values, to even: no clever bits, so that the kernels' own are compared with something else. */
