@@ -40,6 +40,7 @@ from arfusion_pass.graph.views import (
     row_views,
     source_of,
     views_of,
+    views_of_all,
     without_views,
 )
 from arfusion_pass.graph.wholes import parts_of, trains

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import fx
@@ -135,6 +135,18 @@ def views_of(node: fx.Node) -> Iterator[fx.Node]:
         current = stack.pop()
         yield current
         stack.extend(user for user in current.users if source_of(user) is current)
+
+
+def views_of_all(nodes: Iterable[fx.Node]) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """Each of the :func:`views_of` any of ``nodes``, once, with the first of them that it is a view of: of a chain of
+    waits each one holds the tensor, and is a view of all before it."""
+    seen = set[fx.Node]()
+    for node in nodes:
+        if node not in seen:
+            for view in views_of(node):
+                if view not in seen:
+                    seen.add(view)
+                    yield node, view
 
 
 def row_views(node: fx.Node) -> Iterator[fx.Node]:

@@ -35,6 +35,7 @@ from arfusion_pass.graph import (
     source_of,
     tensor_of,
     views_of,
+    views_of_all,
     widens,
     without_views,
 )
@@ -290,12 +291,12 @@ def whole_norms(node: fx.Node, lengths: set[int] | None) -> Iterator[Norm | Refu
 
 def readers_of(*nodes: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
     """Everything that reads a node and is no view of it, with the view that it reads. A ``copy`` over it does not."""
-    for node in nodes:
-        for view in views_of(node):
-            for user in view.users:
-                overwrites = is_call(user, aten.copy.default) and view not in user.args[1:]
-                if source_of(user) is not view and user not in nodes and not overwrites:
-                    yield user, view
+    held = set(nodes)
+    for _, view in views_of_all(nodes):
+        for user in view.users:
+            overwrites = is_call(user, aten.copy.default) and view not in user.args[1:]
+            if source_of(user) is not view and user not in held and not overwrites:
+                yield user, view
 
 
 def only_read_by(step: fx.Node, operand: fx.Node, reduced: Reduced) -> bool:

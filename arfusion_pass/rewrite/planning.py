@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import itertools
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from arfusion_pass.graph import (
     owners,
     says_nothing,
     tensor_of,
+    viewed,
 )
 from arfusion_pass.ops.checks import FusedCall, check_call
 from arfusion_pass.ops.schema import OUTPUT_NAMES
@@ -298,6 +299,7 @@ def _returned_twice(site: RaisedSite) -> str | None:
     """A reason if two tensors that hold one value, each in memory of its own, leave the graph: whoever gets them may
     write to one."""
     for held in site.holders.values():
+        held = _no_views(held)
         returned = {frozenset(owners(node)): node for node in held if len(held) > 1 and is_returned(node)}
         if len(returned) > 1:
             first, second, *_ = sorted(returned.values())
@@ -307,11 +309,17 @@ def _returned_twice(site: RaisedSite) -> str | None:
     return None
 
 
-def _in_one_memory(holders: Iterable[fx.Node]) -> set[fx.Node]:
+def _in_one_memory(holders: Sequence[fx.Node]) -> set[fx.Node]:
     """The owners of the memory of nodes that hold one value, where each has its own, as twins and casts do, and will
     have one; none where they are views of one."""
-    memories = {frozenset(owners(node)) for node in holders}
+    memories = {frozenset(owners(node)) for node in _no_views(holders)}
     return set[fx.Node]().union(*memories) if len(memories) > 1 else set()
+
+
+def _no_views(nodes: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
+    """Those of ``nodes`` that are no views of others among them, as all waits for one value but the first are."""
+    among = set(nodes)
+    return tuple(node for node in nodes if among.isdisjoint(viewed(node)))
 
 
 def _looked_through(nodes: Iterable[fx.Node], inputs: Iterable[fx.Node]) -> set[fx.Node]:

@@ -29,6 +29,7 @@ from arfusion_pass.graph import (
     trains,
     users_of,
     views_of,
+    views_of_all,
     widens,
     without_views,
 )
@@ -206,17 +207,18 @@ def _norms(site: RaisedSite, config: FusionConfig) -> list[tuple[Norm, str]]:
     reasons: list[tuple[str, fx.Node | None]] = []
     reason: str | None
     lengths = row_lengths(site.reduced.x)
-    for held in site.reduced.values:
-        for value in filter(_is_computed_with, views_of(held)):
-            for found, dialect in (*norms_of(value), *_norms_behind_addend(value)):
-                norm = in_whole_rows(found, value, lengths)
-                norm = norm if isinstance(norm, Refused) else _with_bias(norm)
-                reason = norm.reason if isinstance(norm, Refused) else _check_norm(site.reduced, norm, config)
-                if reason is not None:
-                    reasons.append((reason, norm.node if isinstance(norm, Refused) else norm.result))
-                else:
-                    assert isinstance(norm, Norm)
-                    usable.append((dataclasses.replace(norm, nodes=(*path(held, value), *norm.nodes)), dialect))
+    for held, value in views_of_all(site.reduced.values):
+        if not _is_computed_with(value):
+            continue
+        for found, dialect in (*norms_of(value), *_norms_behind_addend(value)):
+            norm = in_whole_rows(found, value, lengths)
+            norm = norm if isinstance(norm, Refused) else _with_bias(norm)
+            reason = norm.reason if isinstance(norm, Refused) else _check_norm(site.reduced, norm, config)
+            if reason is not None:
+                reasons.append((reason, norm.node if isinstance(norm, Refused) else norm.result))
+            else:
+                assert isinstance(norm, Norm)
+                usable.append((dataclasses.replace(norm, nodes=(*path(held, value), *norm.nodes)), dialect))
     if not usable and reasons:
         site.reason, site.culprit = reasons[0]
     return usable

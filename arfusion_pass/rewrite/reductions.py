@@ -22,7 +22,7 @@ from arfusion_pass.graph import (
     source_of,
     statically_equal,
     tensor_of,
-    views_of,
+    views_of_all,
     widens,
     without_views,
 )
@@ -39,13 +39,13 @@ def in_its_own_dtype(reduced: Reduced) -> Reduced:
     if not widens(wide) or dtype_of(wide.args[0]) == torch.float32:
         return reduced
     casts: dict[fx.Node, tuple[fx.Node, ...]] = {}
-    for held in reduced.values:
-        for view in views_of(held):
-            for user in view.users:
-                if is_cast(user, dtype_of(wide.args[0])):
-                    casts[user] = path(held, view)
-                elif source_of(user) is not view and user not in reduced.nodes:
-                    return reduced
+    inside = set(reduced.nodes)
+    for held, view in views_of_all(reduced.values):
+        for user in view.users:
+            if is_cast(user, dtype_of(wide.args[0])):
+                casts[user] = path(held, view)
+            elif source_of(user) is not view and user not in inside:
+                return reduced
     if not casts or not all(same_shape(min(casts), cast) for cast in casts):
         return reduced
     return _read_behind(reduced, wide.args[0], casts)
@@ -61,14 +61,14 @@ def in_its_own_order(reduced: Reduced) -> Reduced:
     if order is None:
         return reduced
     back: dict[fx.Node, tuple[fx.Node, ...]] = {}
-    for held in reduced.values:
-        for view in views_of(held):
-            same = same_shape(view, held)
-            for user in view.users:
-                if same and (inverse := _order(user)) is not None and [order[dim] for dim in inverse] == sorted(order):
-                    back[user] = path(held, view)
-                elif source_of(user) is not view and user not in reduced.nodes:
-                    return reduced
+    inside = set(reduced.nodes)
+    for held, view in views_of_all(reduced.values):
+        same = same_shape(view, held)
+        for user in view.users:
+            if same and (inverse := _order(user)) is not None and [order[dim] for dim in inverse] == sorted(order):
+                back[user] = path(held, view)
+            elif source_of(user) is not view and user not in inside:
+                return reduced
     if not back:
         return reduced
     return _read_behind(reduced, moved.args[0], back)

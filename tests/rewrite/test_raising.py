@@ -25,6 +25,7 @@ from arfusion_pass.dialects import DIALECTS
 from arfusion_pass.inspection.replay import recording
 from arfusion_pass.ops.marks import without_mark
 from arfusion_pass.ops.spec import Flags
+from arfusion_pass.rewrite import raising
 from arfusion_pass.rewrite.buffers import Buffer
 from arfusion_pass.rewrite.edits import Edits
 from tests import mutants
@@ -496,6 +497,23 @@ def test_unexpected_error_after_moving(monkeypatch: pytest.MonkeyPatch, step: st
     assert "left the graph as it was" in str(report.note)
     assert len(report.missed) == 2
     assert all("boom" in str(site.reason) and not site.moved for site in report.missed)
+
+
+def test_waits_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of many waits for one all-reduce holds its tensor: norms are looked for behind each value once, not once for
+    every wait above it."""
+    looked: list[fx.Node] = []
+    norms_of = raising.norms_of
+    monkeypatch.setattr(raising, "norms_of", lambda node: looked.append(node) or norms_of(node))
+
+    def model(x: Tensor, w: Tensor) -> Tensor:
+        value = reduce(x)
+        for _ in range(20):
+            value = c10d.wait_tensor(value)
+        return llama(value, w, EPS)
+
+    check_fused(trace(model, *tensors(X, W)), 1)
+    assert len(looked) == len(set(looked))
 
 
 def test_other_reduce_ops() -> None:
