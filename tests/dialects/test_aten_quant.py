@@ -187,7 +187,7 @@ for function, note in (
     (q.token_highest, None),
     (q.token_lowest, "clamp_min"),
     (q.int8_truncated, "convert_element_type"),
-    (q.int8_symmetric_unbounded, "bounds"),
+    (q.int8_symmetric_unbounded, "clamps to -127 below and 127 above"),
     (q.group_pow2_mask, "by its bits"),
     (q.group_pow2_bits, "by its bits"),
 ):

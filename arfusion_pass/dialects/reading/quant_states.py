@@ -271,7 +271,9 @@ class Codes:
             if by.rounded != scaled.rows.rounded:
                 return "finds its scales from the norm as it is, or rounded, and quantises it the other way"
         if self._clamp() is None:
-            return f"clamps to {scaled.lower} and {scaled.upper}, bounds that no kernel has with these scales"
+            low = "no bound" if scaled.lower is None else f"{scaled.lower:g}"
+            high = "no bound" if scaled.upper is None else f"{scaled.upper:g}"
+            return f"clamps to {low} below and {high} above, which no kernel does with these scales"
         return "ends a quantiser with bounds, groups or roundings that no kernel has"
 
     def _clamp(self) -> bool | None:
