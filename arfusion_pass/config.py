@@ -29,6 +29,8 @@ VARIABLES = (
     *("ARFUSION_NVCC", "ARFUSION_WORKSPACE_MIB", "ARFUSION_THRESHOLDS"),
 )
 """Every environment variable of the package."""
+SWITCHES = ("ARFUSION_AGREEMENT", "ARFUSION_BUILD", "ARFUSION_VLLM", "ARFUSION_SGLANG", "ARFUSION_SGLANG_COMM")
+"""Those that switch something on or off."""
 _TESTS = tuple(f"ARFUSION_{suite}_" for suite in ("TEST", "SOAK", "FUZZ"))
 
 
@@ -132,11 +134,16 @@ _told: set[str] = set()
 def switch(variable: str, default: bool) -> bool:
     """What an environment variable says that switches something on or off; ``default`` where it is not set or empty, or
     holds what is neither, which is said once."""
-    text = os.environ.get(variable, "").strip().lower()
-    if text and text not in _SWITCHES and variable not in _told:
+    if variable not in _told and (problem := misread_switch(variable)) is not None:
         _told.add(variable)
-        log.warning("arfusion: %s=%s is none of %s; %d is taken", variable, text, ", ".join(_SWITCHES), default)
-    return _SWITCHES.get(text, default)
+        log.warning("arfusion: %s; %d is taken", problem, default)
+    return _SWITCHES.get(os.environ.get(variable, "").strip().lower(), default)
+
+
+def misread_switch(variable: str) -> str | None:
+    """What is wrong with a variable that switches something, or None."""
+    text = os.environ.get(variable, "").strip().lower()
+    return f"{variable}={text} is none of {', '.join(_SWITCHES)}" if text and text not in _SWITCHES else None
 
 
 def _tell_unknown_variables() -> None:

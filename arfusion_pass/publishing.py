@@ -78,11 +78,11 @@ def log_line(report: FusionReport) -> str:
 
 def speak() -> None:
     """Show the log on stderr where ``ARFUSION_LOG`` names a level."""
+    if (problem := misread_level()) is not None:
+        log.warning("arfusion: %s", problem)
+        return
     level = os.environ.get("ARFUSION_LOG", "").lower()
     if not level:
-        return
-    if level not in _LEVELS:
-        log.warning("arfusion: ARFUSION_LOG=%s is none of %s", level, ", ".join(_LEVELS))
         return
     log.setLevel(level.upper())
     if not log.handlers:
@@ -90,6 +90,12 @@ def speak() -> None:
         handler.setFormatter(logging.Formatter("%(levelname)s %(asctime)s %(message)s", "%m-%d %H:%M:%S"))
         log.addHandler(handler)
         log.propagate = False
+
+
+def misread_level() -> str | None:
+    """What is wrong with ``ARFUSION_LOG``, or None."""
+    level = os.environ.get("ARFUSION_LOG", "").lower()
+    return f"ARFUSION_LOG={level} is none of {', '.join(_LEVELS)}" if level and level not in _LEVELS else None
 
 
 def speak_through(name: str) -> None:

@@ -20,8 +20,9 @@ from pathlib import Path
 
 import torch
 
-from arfusion_pass.config import FusionConfig, switch
-from arfusion_pass.runtime import build, native, prebuilt, thresholds
+from arfusion_pass.config import SWITCHES, FusionConfig, misread_switch, switch
+from arfusion_pass.publishing import misread_level
+from arfusion_pass.runtime import build, native, prebuilt, thresholds, workspace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,10 +131,12 @@ def collect() -> DoctorFacts:
     nvcc, cxx = build.find_nvcc(), build.find_cxx()
     library = _library_state()
     problems = [] if library.problem is None else [library.problem]
-    try:
-        FusionConfig.from_env()
-    except ValueError as error:
-        problems.append(str(error))
+    for read in (FusionConfig.from_env, workspace.default_bytes, build.max_jobs):
+        try:
+            read()
+        except (ValueError, build.BuildError) as error:
+            problems.append(str(error))
+    problems += filter(None, (*map(misread_switch, SWITCHES), misread_level()))
     try:
         table = thresholds.load().source
     except thresholds.ThresholdError as error:

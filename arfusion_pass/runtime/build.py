@@ -353,7 +353,7 @@ def _compile(
         key=lambda unit: unit.stat().st_size,
         reverse=True,
     )
-    jobs_at_once = _max_jobs()
+    jobs_at_once = max_jobs()
     prefix = f"build-{path.stem}-"
     for left_over in path.parent.glob(f"{prefix}*"):  # of a build that was killed: this one holds the lock
         shutil.rmtree(left_over, ignore_errors=True)
@@ -388,7 +388,12 @@ def _compile(
         progress(CompileEvent("link", seconds, total, total))
 
 
-def _max_jobs() -> int:
+def max_jobs() -> int:
+    """How many compilers run at once: ``MAX_JOBS``, or as many as this process may use cores.
+
+    Raises:
+        BuildError: the variable holds no positive integer.
+    """
     if explicit := os.environ.get("MAX_JOBS"):
         if not explicit.isdecimal() or int(explicit) < 1:
             raise BuildError(f"MAX_JOBS must be a positive integer, got {explicit!r}. Correct or unset it.")

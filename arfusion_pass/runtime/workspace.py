@@ -383,7 +383,7 @@ def _size(
 ) -> int:
     """Bytes of symmetric memory: what the largest message needs by its own strategy, within the limit."""
     if max_bytes is None:
-        max_bytes = _default_bytes()
+        max_bytes = default_bytes()
     if not 2 <= world <= c_api.MAX_WORLD:
         return 0
     if message is None:
@@ -397,8 +397,12 @@ def _size(
     return int(min(needed, max_bytes))
 
 
-def _default_bytes() -> int:
-    """``ARFUSION_WORKSPACE_MIB``, or 128 MiB."""
+def default_bytes() -> int:
+    """``ARFUSION_WORKSPACE_MIB``, or 128 MiB.
+
+    Raises:
+        ValueError: the variable holds no positive integer.
+    """
     given = os.environ.get("ARFUSION_WORKSPACE_MIB") or str(DEFAULT_MAX_BYTES >> 20)
     if not given.isdecimal() or int(given) < 1:
         raise ValueError(f"ARFUSION_WORKSPACE_MIB must be a positive integer, got {given!r}. Correct or unset it.")

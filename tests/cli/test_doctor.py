@@ -9,6 +9,7 @@ from click.testing import CliRunner
 from arfusion_pass.cli import doctor
 from arfusion_pass.cli.commands import main
 from arfusion_pass.cli.doctor import Device, LibraryState
+from arfusion_pass.config import SWITCHES
 from arfusion_pass.runtime import build, native, thresholds
 
 HOPPER = (Device(0, "NVIDIA H200", "9.0", "90a", 140.0, 132),)
@@ -106,6 +107,10 @@ def test_an_engine_beside_it(monkeypatch, tmp_path, environment, plug_in):
         ("ARFUSION_LIBRARY", "/nowhere.so", "ARFUSION_LIBRARY=/nowhere.so is no file"),
         ("ARFUSION_CONFIG", '{"reasociate": true}', "there is no reasociate"),
         ("ARFUSION_ARCH", "70", "ARFUSION_ARCH: architecture '70'"),
+        ("ARFUSION_WORKSPACE_MIB", "1 GiB", "ARFUSION_WORKSPACE_MIB must be a positive integer, got '1 GiB'"),
+        ("MAX_JOBS", "all", "MAX_JOBS must be a positive integer, got 'all'"),
+        ("ARFUSION_LOG", "loud", "ARFUSION_LOG=loud is none of debug"),
+        *((name, "maybe", f"{name}=maybe is none of 0") for name in SWITCHES),
     ],
 )
 def test_a_variable_that_cannot_be_is_a_problem(monkeypatch, variable, value, problem):
