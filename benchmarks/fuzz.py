@@ -1,6 +1,6 @@
-"""Fuzz: random graphs over every dialect, random chains, random functions in eager Python, and graphs that fuse with
-one condition broken, with a writer to one of their tensors, with operands by name, or with all-reduces in place, for a
-night or for a minute.
+"""Fuzz: random graphs over every dialect, random chains, random functions in eager Python, as people and as servers'
+models have them, and graphs that fuse with one condition broken, with a writer to one of their tensors, with operands
+by name, or with all-reduces in place, for a night or for a minute.
 
     python -m benchmarks.fuzz --seed 1 --sites 5000 --chains 5000 --programs 5000 --mutants 20000 --writings 20000
 
@@ -77,6 +77,24 @@ def one_program(seed: int, counts: Counts) -> str | None:
     with simulated_ranks():
         wrong = [check.detail for check in recorder.checks() if not check.ok]
     return f"replayed: {wrong}\n{report}\n{print_graph(module.graph)}" if wrong else None
+
+
+def one_served(seed: int, counts: Counts) -> str | None:
+    """A function as servers' models have them, captured from torch.compile: caches, masks, branches, two groups."""
+    try:
+        with torch.no_grad():
+            module = random_programs.Served(seed).graph()
+    except Exception:
+        counts["no graph"] += 1  # such as a branch that returns what it was given
+        return None
+    choose = torch.Generator().manual_seed(seed)
+    inputs = [
+        torch.rand(value.shape, generator=choose) > 0.4
+        if isinstance(value, torch.Tensor) and value.dtype == torch.bool
+        else value
+        for value in random_inputs(module, seed)
+    ]
+    return compare(module, inputs, MOVING if seed % 5 == 4 else STRICT, counts)
 
 
 def compare(module: torch.fx.GraphModule, inputs: list[Any], config: arf.FusionConfig, counts: Counts) -> str | None:
@@ -193,6 +211,7 @@ KINDS: dict[str, Callable[[int, Counts], str | None]] = {
     "sites": one_of_sites,
     "chains": one_chain,
     "programs": one_program,
+    "served": one_served,
     "mutants": one_mutant,
     "writings": one_writing,
     "silent": one_silent,

@@ -113,6 +113,9 @@ class Interpreter(fx.Interpreter):
     """Runs a graph node by node, its collectives by :func:`all_reduce`; engines' run over the whole world."""
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is torch.ops.higher_order.cond:
+            predicate, *branches, operands = args
+            return type(self)(branches[0 if predicate else 1]).run(*operands)
         schema = getattr(target, "_schema", None)
         if kwargs and schema is not None and schema.name.startswith("_c10d_functional::"):
             names = [parameter.name for parameter in schema.arguments]
@@ -177,13 +180,17 @@ def symbolic(
 
 
 def copied(module: fx.GraphModule) -> fx.GraphModule:
-    """Another module with the same graph and the same fake values."""
+    """Another module with the same graph and the same fake values, and the parts that it runs copied as well."""
     graph = fx.Graph()
     output = graph.graph_copy(module.graph, env := {})
     graph.output(output)
     for old, new in env.items():
         new.meta = copy.copy(old.meta)
-    return fx.GraphModule(module, graph)
+    made = fx.GraphModule(module, graph)
+    for name, part in made.named_children():
+        if isinstance(part, fx.GraphModule):
+            setattr(made, name, copied(part))
+    return made
 
 
 def random_inputs(module: fx.GraphModule, seed: int = 0, **symbols: int) -> list[Any]:

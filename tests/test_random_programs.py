@@ -16,3 +16,13 @@ def test_random_program(seed: int) -> None:
     counts: fuzz.Counts = collections.Counter()
     assert fuzz.one_program(seed, counts) is None
     assert counts["graphs"] == 1
+
+
+@pytest.mark.usefixtures("world")
+@pytest.mark.parametrize("seed", [3, 9])
+def test_random_served_program(seed: int) -> None:
+    """The same of functions with caches, masks, branches and a second group."""
+    counts: fuzz.Counts = collections.Counter()
+    assert fuzz.one_served(seed, counts) is None
+    assert counts["graphs"] == 1
+    assert counts["fused"] > 0
