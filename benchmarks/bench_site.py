@@ -40,7 +40,9 @@ def parse() -> argparse.Namespace:
     ranks.add_arguments(parser)
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
-    parser.add_argument("--gemm", default="bf16", help="bf16, fp8 (static FP8 behind the norm), or both")
+    parser.add_argument(
+        "--gemm", type=gemms, default=["bf16"], help="bf16, fp8 (static FP8 behind the norm), or bf16,fp8"
+    )
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--replays", type=int, default=15, help="of a repetition")
     parser.add_argument("--older-kit", default="", help="folder of a kit of another FlashInfer version, beside --kit")
@@ -51,6 +53,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only-libraries", action="store_true", help="beside them nothing but ours")
     parser.add_argument("--isolated", action="store_true", help="also time the calls back to back")
     return parser.parse_args()
+
+
+def gemms(text: str) -> list[str]:
+    """The kinds of GEMMs in ``text``, which argparse refuses if there is another."""
+    kinds = text.split(",")
+    if unknown := set(kinds) - {"bf16", "fp8"}:
+        raise argparse.ArgumentTypeError(f"no GEMMs of kind {', '.join(sorted(unknown))}; bf16 and fp8 exist")
+    return kinds
 
 
 def main() -> int:
@@ -91,7 +101,7 @@ def rank_main(arguments: argparse.Namespace) -> None:
     results: dict[str, Any] = {"world": arguments.world, "cells": {}, "notes": [], "info": ranks.machine()}
     results["notes"] += [f"{name}: not run, {reason}" for name, reason in NOT_RUN.items()]
     largest = max(shape.hidden for shape in shapes.values()) * max(tokens) * 2
-    for gemm in arguments.gemm.split(","):
+    for gemm in arguments.gemm:
         quantiser = "static FP8" if gemm == "fp8" else None
         made = contenders(arguments, timer, cpu_group, device, largest, quantiser, results["notes"])
         for name, shape in shapes.items():

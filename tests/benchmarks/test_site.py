@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+
+import pytest
 import torch
 
 from benchmarks import bench_site, plots
@@ -33,6 +36,12 @@ def test_every_shape_splits_over_the_worlds_of_its_engines() -> None:
                 assert size % world == 0
                 assert size // world % 16 == 0
         assert shape.hidden * 2 % 16 == 0
+
+
+def test_a_kind_of_gemms_that_is_not_there_is_refused() -> None:
+    assert bench_site.gemms("bf16,fp8") == ["bf16", "fp8"]
+    with pytest.raises(argparse.ArgumentTypeError, match="no GEMMs of kind both"):
+        bench_site.gemms("both")
 
 
 def results() -> dict:
