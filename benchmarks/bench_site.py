@@ -47,7 +47,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--replays", type=int, default=15, help="of a repetition")
     parser.add_argument("--older-kit", default="", help="folder of a kit of another FlashInfer version, beside --kit")
     parser.add_argument(
-        "--library", action="append", default=[], metavar="NAME=FILE[@THREADS]",
+        "--library", action="append", default=[], type=built_library, metavar="NAME=FILE[@THREADS]",
         help="a built library as one more contender, its rows split over CTAs of so many threads",
     )  # fmt: skip
     parser.add_argument("--only-libraries", action="store_true", help="beside them nothing but ours")
@@ -61,6 +61,19 @@ def gemms(text: str) -> list[str]:
     if unknown := set(kinds) - {"bf16", "fp8"}:
         raise argparse.ArgumentTypeError(f"no GEMMs of kind {', '.join(sorted(unknown))}; bf16 and fp8 exist")
     return kinds
+
+
+def built_library(text: str) -> tuple[str, str, int]:
+    """Label, file and threads (0: its own choice) of ``NAME=FILE[@THREADS]``; argparse refuses what can be none."""
+    label, _, rest = text.partition("=")
+    path, _, threads = rest.partition("@")
+    if not label or not Path(path).is_file() or (threads and not threads.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FILE[@THREADS] with a file that is there")
+    if b"aoti_torch_library_init" in Path(path).read_bytes():
+        raise argparse.ArgumentTypeError(
+            f"{path} would register torch's ops a second time: build it without binding.cpp"
+        )
+    return label, path, int(threads or 0)
 
 
 def main() -> int:
@@ -167,12 +180,8 @@ def contenders(arguments, timer, cpu_group, device, largest: int, quantiser: str
             add("NCCL windows", lambda: c.nccl_windows(largest, device))
     add("ours", lambda: c.ours("ours", 0, quantiser))
     add("ours without PDL", lambda: c.ours("ours without PDL", int(Flags.NO_PDL), quantiser))
-    for text in arguments.library:
-        label, _, rest = text.partition("=")
-        path, _, threads = rest.partition("@")
-        library = attempt(
-            label, lambda n=label, f=path, a=threads: Library(n, f, largest, arguments.rank, device, int(a or 0))
-        )
+    for label, path, threads in arguments.library:
+        library = attempt(label, lambda n=label, f=path, a=threads: Library(n, f, largest, arguments.rank, device, a))
         if library is not None:
             add(label, lambda o=library: o.contender(quantiser), library)
     return [pair for pair in made if pair[0] is not None]

@@ -2,7 +2,8 @@
 
     python -m benchmarks.bench_site --library before=a.so --library after=b.so
 
-Each has a workspace of its own. Of a library built with ``-DARF_STAMPS`` (``kernels/stamps.cuh``)
+They are built of ``kernels/*.cu`` alone: with ``binding.cpp`` a second one would register torch's ops anew. Each has a
+workspace of its own. Of a library built with ``-DARF_STAMPS`` (``kernels/stamps.cuh``)
 :meth:`Library.phases` says how long a site's phases took.
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,6 +43,18 @@ def test_a_kind_of_gemms_that_is_not_there_is_refused() -> None:
     assert bench_site.gemms("bf16,fp8") == ["bf16", "fp8"]
     with pytest.raises(argparse.ArgumentTypeError, match="no GEMMs of kind both"):
         bench_site.gemms("both")
+
+
+def test_a_library_that_cannot_be_one_more_contender_is_refused(tmp_path: Path) -> None:
+    full, alone = tmp_path / "full.so", tmp_path / "alone.so"
+    full.write_bytes(b"\0aoti_torch_library_init_impl\0")
+    alone.write_bytes(b"\0arf_launch\0")
+    assert bench_site.built_library(f"before={alone}@256") == ("before", str(alone), 256)
+    with pytest.raises(argparse.ArgumentTypeError, match="build it without binding"):
+        bench_site.built_library(f"before={full}")
+    for text in (str(alone), "before=nowhere.so", f"before={alone}@x"):
+        with pytest.raises(argparse.ArgumentTypeError, match="NAME=FILE"):
+            bench_site.built_library(text)
 
 
 def results() -> dict:
