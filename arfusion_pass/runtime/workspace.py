@@ -24,7 +24,7 @@ import datetime
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -54,16 +54,17 @@ class ExchangeError(RuntimeError):
     Args:
         group: name of the process group.
         record: what the kernel wrote.
+        beside: the other groups whose waits on this GPU have expired.
     """
 
-    def __init__(self, group: str, record: c_api.ErrorRecord):
+    def __init__(self, group: str, record: c_api.ErrorRecord, beside: Sequence[str] = ()):
         self.group, self.rank = group, int(record.rank)
         self.op = _OPS[record.op] if record.op < len(_OPS) else f"op {record.op}"
         self.generation = int(record.generation)
         super().__init__(
             f"arfusion::{self.op}: rank {self.rank} of group {group!r} {self._what(record)} The workspace takes no "
             f"more work: {self._remedy}, then call arfusion_pass.comm.workspace.destroy(group) and "
-            "arfusion_pass.prepare(group, ...) on every rank."
+            f"arfusion_pass.prepare(group, ...) on every rank.{self._also(beside)}"
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -74,6 +75,9 @@ class ExchangeError(RuntimeError):
 
     def _what(self, record: c_api.ErrorRecord) -> str:
         raise NotImplementedError
+
+    def _also(self, beside: Sequence[str]) -> str:
+        return ""
 
 
 class ExchangeTimeout(ExchangeError):
@@ -89,6 +93,15 @@ class ExchangeTimeout(ExchangeError):
             "outputs of that call are NaN."
         )
 
+    def _also(self, beside: Sequence[str]) -> str:
+        if not beside:
+            return ""
+        return (
+            f" So waited group {' and group '.join(map(repr, beside))} on this GPU. If graphs of theirs are replayed "
+            "on two streams, each may have filled the GPU with CTAs that wait for the other's: prepare(group, ..., "
+            "max_ctas=...) with half of the multiprocessors for each leaves room."
+        )
+
 
 class ExchangeOverlap(ExchangeError):
     """A fused kernel found another one of its group running on the same rank: CUDA graphs that share a group were
@@ -100,9 +113,10 @@ class ExchangeOverlap(ExchangeError):
         return f"ran two launches at once (launch {self.generation}); what both computed is undefined."
 
 
-def _error(name: str, record: c_api.ErrorRecord) -> ExchangeError:
+def _error(workspace: Workspace, record: c_api.ErrorRecord) -> ExchangeError:
     kind = ExchangeOverlap if record.state == c_api.RecordState.OVERLAPPED else ExchangeTimeout
-    return kind(name, record)
+    others = [other for other in workspaces() if other is not workspace and other.device == workspace.device]
+    return kind(workspace.name, record, [other.name for other in others if _expired(other) is not None])
 
 
 @dataclasses.dataclass
@@ -226,7 +240,7 @@ def check(group: dist.ProcessGroup | str | None = None) -> None:
     names = None if group is None else set(_names(group))
     for workspace in list(_workspaces.values()):
         if (names is None or workspace.name in names) and (record := _expired(workspace)) is not None:
-            raise _error(workspace.name, record)
+            raise _error(workspace, record)
 
 
 class Watchdog:
@@ -262,7 +276,7 @@ class Watchdog:
             for workspace in workspaces():
                 if id(workspace) not in self._reported and (record := _expired(workspace)) is not None:
                     self._reported.add(id(workspace))
-                    self._on_error(_error(workspace.name, record))
+                    self._on_error(_error(workspace, record))
 
 
 def on_first_use(name: str, device: int, tokens: int, hidden: int, dtype: int) -> Workspace:

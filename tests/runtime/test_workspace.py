@@ -304,3 +304,22 @@ def test_an_error_travels_between_processes(kind: type[runtime_workspace.Exchang
         assert str(again) == str(error)
         assert vars(again) == vars(error)
         assert (again.group, again.rank, again.generation) == ("tp:0", 1, 7)
+
+
+def test_two_groups_that_wait_for_each_others_ctas_are_told_what_may_have_happened(monkeypatch) -> None:
+    """Graphs of two groups on two streams are not seen from the host: the error of a wait names the group beside it."""
+    made = {
+        name: runtime_workspace.Workspace(name, None, device, None)
+        for name, device in (("tp", 0), ("ep", 0), ("dp", 1))
+    }
+    record = c_api.ErrorRecord(state=1, rank=0, peer=1, op=0, generation=7, strategy=1, token=2)
+    waiting = {"tp", "dp"}
+    monkeypatch.setattr(runtime_workspace, "_workspaces", {(name, each.device): each for name, each in made.items()})
+    monkeypatch.setattr(runtime_workspace, "_expired", lambda each: record if each.name in waiting else None)
+    with pytest.raises(runtime_workspace.ExchangeTimeout) as alone:
+        runtime_workspace.check()
+    waiting.add("ep")
+    with pytest.raises(runtime_workspace.ExchangeTimeout, match="So waited group 'ep' on this GPU") as both:
+        runtime_workspace.check()
+    assert "max_ctas" in str(both.value)
+    assert "max_ctas" not in str(alone.value)
