@@ -116,7 +116,8 @@ class ExchangeOverlap(ExchangeError):
 def _error(workspace: Workspace, record: c_api.ErrorRecord) -> ExchangeError:
     kind = ExchangeOverlap if record.state == c_api.RecordState.OVERLAPPED else ExchangeTimeout
     others = [other for other in workspaces() if other is not workspace and other.device == workspace.device]
-    return kind(workspace.name, record, [other.name for other in others if _expired(other) is not None])
+    waited = [other.name for other in others if (its := _expired(other)) and its.state == c_api.RecordState.WAITED]
+    return kind(workspace.name, record, waited)
 
 
 @dataclasses.dataclass

@@ -313,6 +313,7 @@ def test_two_groups_that_wait_for_each_others_ctas_are_told_what_may_have_happen
         for name, device in (("tp", 0), ("ep", 0), ("dp", 1))
     }
     record = c_api.ErrorRecord(state=1, rank=0, peer=1, op=0, generation=7, strategy=1, token=2)
+    overlapped = c_api.ErrorRecord(state=c_api.RecordState.OVERLAPPED, rank=0, op=0, generation=7)
     waiting = {"tp", "dp"}
     monkeypatch.setattr(runtime_workspace, "_workspaces", {(name, each.device): each for name, each in made.items()})
     monkeypatch.setattr(runtime_workspace, "_expired", lambda each: record if each.name in waiting else None)
@@ -323,3 +324,7 @@ def test_two_groups_that_wait_for_each_others_ctas_are_told_what_may_have_happen
         runtime_workspace.check()
     assert "max_ctas" in str(both.value)
     assert "max_ctas" not in str(alone.value)
+    monkeypatch.setattr(runtime_workspace, "_expired", lambda each: overlapped if each.name == "ep" else record)
+    with pytest.raises(runtime_workspace.ExchangeTimeout) as beside_an_overlap:
+        runtime_workspace.check()
+    assert str(beside_an_overlap.value) == str(alone.value)
