@@ -73,7 +73,7 @@ def one_program(seed: int, counts: Counts) -> str | None:
         return problem
     with replay.recording() as recorder:
         fused, report = fused_copy(module)
-    run(fused, inputs)
+        run(fused, inputs)
     with simulated_ranks():
         wrong = [check.detail for check in recorder.checks() if not check.ok]
     return f"replayed: {wrong}\n{report}\n{print_graph(module.graph)}" if wrong else None

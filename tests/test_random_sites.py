@@ -100,26 +100,26 @@ def check_graph(graph: rs.Graph, counts: collections.Counter[str]) -> None:
     fused = copied(module)
     with replay.recording() as recorder:
         report = arf.fuse(fused, STRICT)
-    fused.graph.lint()
-    text = f"{graph}\n{report}\n{print_graph(module.graph)}"
-    assert [site.name for site in report.sites] == list(numbers), text
-    assert all(site.reason for site in report.missed), text
-    assert len(rs.all_reduces(fused.graph)) == len(report.missed), text
-    for site in report.fused:
-        drawn = graph.sites[numbers[site.name]]
-        assert not drawn.unsound or drawn.unsound in rs.IN_PART, text
-        if not drawn.unsound and drawn.quantiser in rs.UNSOUND_QUANTISERS and drawn.fan_out != "other quantiser":
-            assert site.quantiser is None, text
-    for tokens in (rs.TOKENS, 3) if graph.dynamic else (rs.TOKENS,):
-        inputs = graph_inputs(module, graph, tokens)
-        wanted, got = run(module, inputs), run(fused, inputs)
-        assert shared_memory(got) <= shared_memory(wanted), text
-        exact = all(site.norm not in OTHER_ROOTS for site in graph.sites)  # its root is spelled otherwise
-        for index, (a, b) in enumerate(zip(wanted, got, strict=True)):
-            assert (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride()), f"output {index}\n{text}"
-            if exact:
-                check = replay.compare(b, a)
-                assert check.mismatched == 0, f"output {index}: {check}\n{text}"
+        fused.graph.lint()
+        text = f"{graph}\n{report}\n{print_graph(module.graph)}"
+        assert [site.name for site in report.sites] == list(numbers), text
+        assert all(site.reason for site in report.missed), text
+        assert len(rs.all_reduces(fused.graph)) == len(report.missed), text
+        for site in report.fused:
+            drawn = graph.sites[numbers[site.name]]
+            assert not drawn.unsound or drawn.unsound in rs.IN_PART, text
+            if not drawn.unsound and drawn.quantiser in rs.UNSOUND_QUANTISERS and drawn.fan_out != "other quantiser":
+                assert site.quantiser is None, text
+        for tokens in (rs.TOKENS, 3) if graph.dynamic else (rs.TOKENS,):
+            inputs = graph_inputs(module, graph, tokens)
+            wanted, got = run(module, inputs), run(fused, inputs)
+            assert shared_memory(got) <= shared_memory(wanted), text
+            exact = all(site.norm not in OTHER_ROOTS for site in graph.sites)  # its root is spelled otherwise
+            for index, (a, b) in enumerate(zip(wanted, got, strict=True)):
+                assert (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride()), f"output {index}\n{text}"
+                if exact:
+                    check = replay.compare(b, a)
+                    assert check.mismatched == 0, f"output {index}: {check}\n{text}"
     with simulated_ranks():
         problems = [check.detail for check in recorder.checks() if not check.ok and (exact or not few(check))]
     assert not problems, f"{problems}\n{text}"

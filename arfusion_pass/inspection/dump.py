@@ -34,8 +34,8 @@ import torch.distributed as dist
 from arfusion_pass.fusion_pass import reports
 from arfusion_pass.inspection.graph_diff import graph_diff
 from arfusion_pass.inspection.html import diff_page, index_page
-from arfusion_pass.inspection.replay import recording
 from arfusion_pass.reporting.reports import FusionReport, Reports
+from arfusion_pass.rewrite.recording import Printed, watching
 
 log = logging.getLogger("arfusion_pass")
 
@@ -60,7 +60,7 @@ def debug_dump(directory: str | os.PathLike[str], *, depyf: bool = True) -> Iter
     known = len(reports())
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch._inductor.config.patch(fx_graph_cache=False))
-        stack.enter_context(recording())
+        stack.enter_context(watching(Printed()))
         if depyf:
             stack.enter_context(_depyf_dump(folder))
         try:

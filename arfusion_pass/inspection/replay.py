@@ -102,6 +102,7 @@ class Recorder:
     def __init__(self) -> None:
         self.reports: list[FusionReport] = []
         self.sites: list[ReplaySite] = []
+        self._observed: list[int] = []
 
     def take(self, plan: Plan) -> ReplaySite:
         """Copy what a plan is about to replace, while it still stands in the graph."""
@@ -112,7 +113,8 @@ class Recorder:
         for replay, call in zip(replays, calls, strict=True):
             flags = call.kwargs["flags"]
             assert isinstance(flags, int)
-            call.update_kwarg("flags", record.observed(flags, replay.observe))
+            self._observed.append(record.observed(flags, replay.observe))
+            call.update_kwarg("flags", self._observed[-1])
 
     def add(self, report: FusionReport, replays: list[ReplaySite]) -> None:
         """Keep a graph's report; its fused sites are the replays, in the report's order."""
@@ -121,6 +123,11 @@ class Recorder:
         for replay in replays:
             replay.site = by_name[replay.subgraph.meta["site"]]
             self.sites.append(replay)
+
+    def end(self) -> None:
+        """Keep no more calls: a model that runs on would fill the memory with what it runs on."""
+        while self._observed:
+            record.forget(self._observed.pop())
 
     def checks(self) -> list[SiteCheck]:
         """Compare every recorded call with its subgraph. Collective: every rank calls it, in the same order."""
@@ -149,10 +156,14 @@ def verdicts(reports: Sequence[FusionReport], checks: Sequence[SiteCheck]) -> di
 
 @contextlib.contextmanager
 def recording() -> Iterator[Recorder]:
-    """Record every fused site of what is compiled and run inside. Inductor's caches do not keep such graphs."""
+    """Record every fused site of what is compiled and run inside: the recorder keeps copies of each call's inputs and
+    outputs. Inductor's caches do not keep such graphs."""
     recorder = Recorder()
-    with watching(recorder):
-        yield recorder
+    try:
+        with watching(recorder):
+            yield recorder
+    finally:
+        recorder.end()
 
 
 def _extract(plan: Plan) -> ReplaySite:

@@ -1,6 +1,6 @@
 """Who watches the rewrites: the pass shows its recorder each plan before it is written, and each call after.
 
-:func:`arfusion_pass.inspection.recording` is the one that replays fused sites.
+:func:`arfusion_pass.inspection.recording` is the one that replays fused sites; :class:`Printed` keeps the graphs alone.
 """
 
 from __future__ import annotations
@@ -25,6 +25,27 @@ class Recorder(Protocol):
 
     def add(self, report: Any, taken: list[Any]) -> None:
         """Keep the graph's :class:`arfusion_pass.FusionReport`."""
+
+
+class Printed:
+    """A recorder of reports with their graphs, and of nothing that the graphs run on.
+
+    Attributes:
+        reports: one for each graph.
+    """
+
+    def __init__(self) -> None:
+        self.reports: list[Any] = []
+
+    def take(self, plan: Plan) -> None:
+        """Nothing of a plan is kept."""
+
+    def mark(self, taken: list[Any], calls: list[fx.Node]) -> None:
+        """No call is marked: none is observed when it runs."""
+
+    def add(self, report: Any, taken: list[Any]) -> None:
+        """Keep a graph's report."""
+        self.reports.append(report)
 
 
 _active: list[Recorder] = []

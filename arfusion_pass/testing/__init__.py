@@ -24,10 +24,10 @@ import torch
 import torch.distributed as dist
 
 from arfusion_pass.config import FusionConfig
-from arfusion_pass.inspection import recording
 from arfusion_pass.inspection.graph_diff import graph_diff, op_counts
 from arfusion_pass.install import inductor_options
 from arfusion_pass.reporting.reports import FusionReport, Reports
+from arfusion_pass.rewrite.recording import Printed, watching
 
 __all__ = ["Capture", "assert_fused", "capture", "fake_group"]
 
@@ -95,10 +95,11 @@ def capture(
     """
     torch._dynamo.reset()
     group = contextlib.nullcontext() if dist.is_initialized() else fake_group(world)
-    with group, torch.no_grad(), recording() as recorder:
+    printed = Printed()
+    with group, torch.no_grad(), watching(printed):
         compiled = torch.compile(model, options=inductor_options(config, **options))
         result = compiled(*inputs)
-    return Capture(result, Reports(recorder.reports))
+    return Capture(result, Reports(printed.reports))
 
 
 @contextlib.contextmanager

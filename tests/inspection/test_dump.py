@@ -18,6 +18,7 @@ import arfusion_pass as arf
 from arfusion_pass import publishing
 from arfusion_pass.cli import verify
 from arfusion_pass.inspection import dump
+from arfusion_pass.ops import record
 from arfusion_pass.reporting.reports import FusionReport
 from arfusion_pass.reporting.sites import Site
 from tests.simulate import c10d
@@ -54,6 +55,20 @@ def test_graphs_page_and_report_are_written(tmp_path: Path) -> None:
     assert "arfusion.allreduce_rms_norm" in (folder / "diff.html").read_text()
     dumped = [path.read_text() for path in (folder / "depyf").rglob("*.py")]
     assert any("torch.ops.arfusion.allreduce_rms_norm" in text for text in dumped), "depyf shows the compiled graph"
+
+
+@pytest.mark.usefixtures("world")
+def test_what_is_dumped_keeps_no_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dump is of graphs: a model that runs on inside, a server's for hours, is not copied call by call."""
+
+    def observed(*_: object) -> int:
+        raise AssertionError("a call is recorded")
+
+    monkeypatch.setattr(record, "observed", observed)
+    with arf.inspection.debug_dump(tmp_path, depyf=False):
+        compile_block()
+    (report,) = json.loads((tmp_path / "rank0" / "report.json").read_text())
+    assert report["matched_count"] == 1
 
 
 @pytest.mark.usefixtures("world")

@@ -67,7 +67,7 @@ def test_symbol_known_by_its_multiple(world: None, prologue: bool) -> None:
     fused = copied(module)
     with replay.recording() as recorder:
         assert arf.fuse(fused, STRICT).matched_count == 1
-    run(fused, [torch.randn(2, 5, 32, dtype=BF16), torch.randint(0, 9, (2, 5, 2)), torch.ones(32, dtype=BF16)])
+        run(fused, [torch.randn(2, 5, 32, dtype=BF16), torch.randint(0, 9, (2, 5, 2)), torch.ones(32, dtype=BF16)])
     with simulated_ranks():
         assert [check.detail for check in recorder.checks()] == ["within the contract"]
 
@@ -84,8 +84,8 @@ def test_what_a_tensor_reduced_in_place_was_is_not_replayed(world: None) -> None
     module = trace(model, *inputs)
     with replay.recording() as recorder:
         (missed,) = arf.fuse(module, STRICT).missed
+        run(module, inputs)
     assert "copy" not in str(missed.reason)
-    run(module, inputs)
     with simulated_ranks():
         assert [check.detail for check in recorder.checks()] == ["within the contract"]
 
@@ -100,7 +100,7 @@ def test_a_sum_that_the_fused_call_takes_in_another_shape_of_as_many_dimensions(
     module = trace(model, *inputs)
     with replay.recording() as recorder:
         assert arf.fuse(module, STRICT).matched_count == 1
-    run(module, inputs)
+        run(module, inputs)
     with simulated_ranks():
         assert [check.detail for check in recorder.checks()] == ["within the contract"]
 
@@ -114,7 +114,7 @@ def test_a_site_whose_subgraph_reads_more_than_its_call_takes_is_not_run(world: 
     module = trace(model, torch.randn(4, 32), torch.randn(4, 32), torch.randn(32))
     with replay.recording() as recorder:
         arf.fuse(module, STRICT)
-    run(module, [torch.randn(4, 32), torch.randn(4, 32), torch.randn(32)])
+        run(module, [torch.randn(4, 32), torch.randn(4, 32), torch.randn(32)])
     (site,) = recorder.sites
     with simulated_ranks():
         assert [check.ok for check in recorder.checks()] == [True]
@@ -122,3 +122,20 @@ def test_a_site_whose_subgraph_reads_more_than_its_call_takes_is_not_run(world: 
         site.inputs.clear()  # so that running it would fail
         (check,) = recorder.checks()
     assert (check.ok, check.detail) == (False, site.unsupported)
+
+
+def test_a_recording_that_has_ended_keeps_no_more_calls(world: None) -> None:
+    """The model runs on, with the same results, and nothing is copied of it any more. What was recorded stays."""
+
+    def model(x: Tensor, r: Tensor, w: Tensor) -> Tensor:
+        return llama(reduce(x) + r, w, 1e-6)
+
+    inputs = [torch.randn(4, 32), torch.randn(4, 32), torch.randn(32)]
+    module = trace(model, *inputs)
+    with replay.recording() as recorder:
+        arf.fuse(module, STRICT)
+        first = run(module, inputs)
+    assert all(map(torch.equal, first, run(module, inputs)))
+    assert [len(site.calls) for site in recorder.sites] == [1]
+    with simulated_ranks():
+        assert [check.ok for check in recorder.checks()] == [True]
