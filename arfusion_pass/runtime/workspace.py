@@ -24,6 +24,7 @@ import datetime
 import logging
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -120,7 +121,7 @@ def _error(workspace: Workspace, record: c_api.ErrorRecord) -> ExchangeError:
     return kind(workspace.name, record, waited)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Workspace:
     """What a group uses on a device. ``tensor`` and ``handle`` are None unless ``decision`` is native."""
 
@@ -173,7 +174,7 @@ def prepare(
         dtype: its dtype.
         device: CUDA device; default: the current one.
         max_bytes: upper limit of the symmetric memory a rank; default 128 MiB, or ``ARFUSION_WORKSPACE_MIB``.
-        timeout: of a wait inside a kernel; default: the process group's.
+        timeout: of a wait inside a kernel, from the next launch on; default: the process group's for a new workspace.
         max_ctas: of a launch, from :data:`LEAST_CTAS` on, so that kernels beside it find room; 0: as many as pay (the
             default of a new workspace). Two groups' graphs that are replayed on two streams at once, in an order of
             their own on each rank, need half of the multiprocessors each: larger launches can each fill a GPU with
@@ -183,7 +184,7 @@ def prepare(
         The workspace; ``.decision`` says which backend the group uses and why.
 
     Raises:
-        ValueError: an unknown group, a bad size.
+        ValueError: an unknown group, a bad size or timeout.
         RuntimeError: called during stream capture, or a rank did not answer within the group's timeout.
     """
     if (max_token_num is None) != (hidden_dim is None):
@@ -197,6 +198,8 @@ def prepare(
         if dtype not in _DTYPES:
             raise ValueError(f"prepare: dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype}")
         message = max_token_num * hidden_dim * dtype.itemsize
+    if timeout is not None and timeout <= datetime.timedelta():
+        raise ValueError(f"prepare: timeout must be positive, got {timeout}")
     if max_ctas is not None and max_ctas != 0 and max_ctas < LEAST_CTAS:
         raise ValueError(f"prepare: max_ctas must be 0 or at least {LEAST_CTAS}, got {max_ctas}")
     index = _device_index(device)
@@ -204,9 +207,13 @@ def prepare(
     with _lock:
         made = [_prepare(name, index, message, hidden_dim, max_bytes, timeout) for name in names]
         for workspace in made:
-            if max_ctas is not None and workspace.decision.backend is Backend.NATIVE:
-                library = native.load()
-                c_api.check(library, "arf_set_max_ctas", workspace.name.encode(), index, max_ctas)
+            if workspace.decision.backend is not Backend.NATIVE:
+                continue
+            if max_ctas is not None:
+                c_api.check(native.load(), "arf_set_max_ctas", workspace.name.encode(), index, max_ctas)
+            if timeout is not None:  # of one that was made before, too
+                c_api.check(native.load(), "arf_set_timeout", workspace.name.encode(), index, _nanoseconds(timeout))
+                workspace.timeout = timeout
     return made[0]
 
 
@@ -249,14 +256,15 @@ class Watchdog:
 
     Args:
         interval: seconds between looks.
-        on_error: called once a workspace, in the watchdog's thread, with the error; default: log it.
+        on_error: called once a workspace, in the watchdog's thread, with the error; default: log it. What it raises is
+            logged, and the thread goes on looking.
     """
 
     def __init__(self, interval: float = 1.0, on_error: Callable[[ExchangeError], None] | None = None):
         if interval <= 0:
             raise ValueError(f"Watchdog: interval must be positive, got {interval}")
         self._interval, self._on_error = interval, on_error or (lambda error: log.error("%s", error))
-        self._reported: set[int] = set()
+        self._reported: weakref.WeakSet[Workspace] = weakref.WeakSet()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="arfusion-watchdog", daemon=True)
         self._thread.start()
@@ -275,9 +283,12 @@ class Watchdog:
     def _run(self) -> None:
         while not self._stop.wait(self._interval):
             for workspace in workspaces():
-                if id(workspace) not in self._reported and (record := _expired(workspace)) is not None:
-                    self._reported.add(id(workspace))
-                    self._on_error(_error(workspace, record))
+                if workspace not in self._reported and (record := _expired(workspace)) is not None:
+                    self._reported.add(workspace)
+                    try:
+                        self._on_error(_error(workspace, record))
+                    except Exception:
+                        log.exception("arfusion: a Watchdog's on_error failed on group %r", workspace.name)
 
 
 def on_first_use(name: str, device: int, tokens: int, hidden: int, dtype: int) -> Workspace:
@@ -477,12 +488,16 @@ def _allocate(workspace: Workspace, everyone: list[Facts]) -> None:
         rank=group.rank(),
         world=group.size(),
         bytes=size,
-        timeout_ns=int(workspace.timeout.total_seconds() * 1e9),
+        timeout_ns=_nanoseconds(workspace.timeout),
     )
     for rank, pointer in enumerate(handle.buffer_ptrs):
         desc.peers[rank] = pointer
     c_api.check(native.load(), "arf_register_workspace", ctypes.byref(desc))
     workspace.tensor, workspace.handle, workspace.bytes = tensor, handle, size
+
+
+def _nanoseconds(timeout: datetime.timedelta) -> int:
+    return int(timeout.total_seconds() * 1e9)
 
 
 def _vote(workspace: Workspace, stage: str, failed: str | None) -> str | None:

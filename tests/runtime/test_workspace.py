@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import datetime
 import pickle
 import threading
 import types
@@ -328,3 +329,44 @@ def test_two_groups_that_wait_for_each_others_ctas_are_told_what_may_have_happen
     with pytest.raises(runtime_workspace.ExchangeTimeout) as beside_an_overlap:
         runtime_workspace.check()
     assert str(beside_an_overlap.value) == str(alone.value)
+
+
+def test_a_watchdog_reports_each_workspace_and_outlives_its_callback(monkeypatch, caplog) -> None:
+    """The second workspace of a group lies where the first did, and its error counts as well. What a callback raises
+    is logged, and ends nothing."""
+    record = c_api.ErrorRecord(state=1, rank=0, peer=1, op=0, generation=7, strategy=1, token=2)
+    monkeypatch.setattr(runtime_workspace, "_expired", lambda each: record)
+    seen = threading.Semaphore(0)
+
+    def report(error: runtime_workspace.ExchangeError) -> None:
+        seen.release()
+        raise KeyError("of the callback")
+
+    def fail_once() -> None:
+        made = runtime_workspace.Workspace("tp", None, 0, None)
+        monkeypatch.setattr(runtime_workspace, "_workspaces", {("tp", 0): made})
+        assert seen.acquire(timeout=60)
+        monkeypatch.setattr(runtime_workspace, "_workspaces", {})
+
+    with runtime_workspace.Watchdog(0.001, report):
+        for _ in range(3):  # memory that was freed is taken again
+            fail_once()
+    assert not seen.acquire(blocking=False), "each once"
+    assert sum("on_error failed on group 'tp'" in line for line in caplog.messages) == 3
+
+
+def test_a_timeout_reaches_a_workspace_that_was_made_before(monkeypatch) -> None:
+    """``prepare(timeout=...)`` counts for a group whose first call has made its workspace."""
+    native_ = agreement.Decision(agreement.Backend.NATIVE, "")
+    made = runtime_workspace.Workspace("tp", None, 0, native_, bytes=1 << 20)
+    calls: list[tuple[object, ...]] = []
+    monkeypatch.setattr(runtime_workspace, "_names", lambda group: ["tp"])
+    monkeypatch.setattr(runtime_workspace, "_device_index", lambda device: 0)
+    monkeypatch.setattr(runtime_workspace, "_prepare", lambda *given: made)
+    monkeypatch.setattr(native, "load", lambda: None)
+    monkeypatch.setattr(c_api, "check", lambda library, *given: calls.append(given))
+    assert runtime_workspace.prepare("tp", timeout=datetime.timedelta(seconds=2)) is made
+    assert calls == [("arf_set_timeout", b"tp", 0, 2_000_000_000)]
+    assert made.timeout == datetime.timedelta(seconds=2)
+    with pytest.raises(ValueError, match="timeout must be positive"):
+        runtime_workspace.prepare("tp", timeout=datetime.timedelta(0))
