@@ -148,6 +148,11 @@ class TestVerdicts:
         demo._whole_model(Comparison("e", 1.0, 1.0), Comparison("c", 9.0, 9.0), Comparison("f", fused, 1.0))
         assert bool(demo.result.failures) == fails
 
+    def test_a_page_that_cannot_be_written(self, demo: run._Demo, tmp_path: Path) -> None:
+        demo.options = dataclasses.replace(CPU, html=str(tmp_path))
+        demo._print_graphs(Reports(), [])
+        assert demo.result.failures == [f"the page {tmp_path} cannot be written: Is a directory"]
+
     def test_table_shows_what_differs(self) -> None:
         check = SiteCheck(self.site, False, "residual_out: 2 of 10", {"residual_out": OutputCheck(2, 10, 7)})
         table = comparison_table([check])

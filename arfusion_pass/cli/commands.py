@@ -34,7 +34,7 @@ def _ranks(context: click.Context, parameter: click.Parameter, count: int | None
 
 
 @click.group(cls=Commands, context_settings=_CONTEXT)
-@click.version_option(package_name="arfusion-pass")
+@click.version_option(arfusion_pass.__version__)
 def main() -> None:
     """Fuse all-reduce, residual add, RMSNorm and quantisation in models compiled with torch.compile."""
 
@@ -272,7 +272,7 @@ def build(archs: tuple[str, ...], force: bool, output: str | None, wheel: Path |
         raise click.ClickException(f"this installation holds no native backend ({error})") from error
     try:
         if wheel is not None:
-            prebuilt.check_builder()
+            prebuilt.check_builder(wheel)
             archs = archs or prebuilt.ARCHITECTURES
         paths = []
         for arch in archs or (None,):

@@ -27,6 +27,9 @@ NO_RANKS = 2
 
 _HINTS = {
     "Default process group has not been initialized": "call torch.distributed.init_process_group(...) before the model",
+    "Unsupported group type: <class 'NoneType'>": (
+        "call torch.distributed.init_process_group(...) first: before it dist.group.WORLD is None"
+    ),
     "Either mode or options can be specified": (
         "torch.compile takes no mode beside options: arf.inductor_options(mode=...) gives both"
     ),

@@ -270,8 +270,11 @@ class _Demo:
                 )
         if self.options.html and self.rank == 0:
             page = diff_page(reports, replays=replay.verdicts(reports, checks))
-            Path(self.options.html).write_text(page, encoding="utf-8")
-            self._say(f"diff page: {self.options.html}")
+            try:
+                Path(self.options.html).write_text(page, encoding="utf-8")
+                self._say(f"diff page: {self.options.html}")
+            except OSError as error:  # what was found all the same is printed
+                self._fail(f"the page {self.options.html} cannot be written: {error.strerror}")
 
     def _whole_model(self, eager: Comparison, compiled: Comparison, fused: Comparison) -> None:
         reference = "fp64" if self.options.dtype == "float32" else "fp32"

@@ -98,23 +98,28 @@ def why_not(name: str) -> str | None:
     return f"{what} is not used: it holds kernels for {archs}, not for sm_{wanted['arch']}."
 
 
-def check_builder() -> None:
-    """Nothing, or the reason why no wheel can be made here, before hours of compiling.
+def check_builder(folder: Path) -> None:
+    """Make ``folder``, or say why no wheel can be made there, before hours of compiling.
 
     Raises:
-        WheelError: there is no hatchling.
+        WheelError: there is no hatchling, or the folder cannot be written to.
     """
     if importlib.util.find_spec("hatchling") is None:
         raise WheelError("a wheel is made by hatchling, which is not installed: `pip install hatchling`")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise WheelError(f"no wheel can be written to {folder}: {error.strerror}") from error
 
 
 def write_wheel(libraries: Sequence[Path], folder: Path, package_version: str) -> Path:
     """Make the wheel that holds ``libraries`` (named as the cache names them) in ``folder``, and return its path.
 
     Raises:
-        WheelError: there is no hatchling, it failed, or a library's name does not say what it was built from.
+        WheelError: no wheel can be made there, hatchling failed, or a library's name does not say what it is built of.
     """
-    check_builder()
+    check_builder(folder)
     named = [_NAME.fullmatch(path.name) for path in libraries]
     if None in named:
         raise WheelError(
@@ -137,7 +142,6 @@ def write_wheel(libraries: Sequence[Path], folder: Path, package_version: str) -
         wheels = list((work / "dist").glob("*.whl"))
         if done.returncode or not wheels:
             raise WheelError(f"hatchling made no wheel (exit status {done.returncode}):\n{done.stderr.strip()}")
-        folder.mkdir(parents=True, exist_ok=True)
         return Path(shutil.copy(wheels[0], folder))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import importlib.metadata
 import io
 import json
 import os
@@ -44,6 +45,17 @@ sys.exit(int(sys.argv[1]))
 def test_help(command: str) -> None:
     assert CliRunner().invoke(main, [command, "--help"]).exit_code == 0
     assert command in CliRunner().invoke(main, ["--help"]).output
+
+
+def test_version_in_a_checkout_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the package is on the path and not installed, as README's ``python -m arfusion_pass.cli`` runs it."""
+
+    def unknown(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", unknown)
+    done = CliRunner().invoke(main, ["--version"])
+    assert (done.exit_code, done.output.split()[-1]) == (0, arf.__version__)
 
 
 @pytest.mark.parametrize(

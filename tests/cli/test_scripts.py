@@ -138,6 +138,11 @@ def test_an_error_of_the_script_is_shown_without_our_frames(tmp_path: Path) -> N
     ("code", "hint"),
     [
         ("import torch.distributed as dist; dist.get_rank()", "call torch.distributed.init_process_group(...) before"),
+        (
+            "import torch, torch.distributed as dist; "
+            "dist._functional_collectives.all_reduce(torch.ones(4), 'sum', dist.group.WORLD)",
+            "call torch.distributed.init_process_group(...) first",
+        ),
         ("import torch; torch.compile(print, mode='default', options={})", "torch.compile takes no mode"),
     ],
 )

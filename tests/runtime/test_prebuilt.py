@@ -117,6 +117,17 @@ def test_without_hatchling_nothing_is_compiled(
     assert fake.calls == []
 
 
+def test_where_no_wheel_can_be_written_nothing_is_compiled(
+    fake: Fixture,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "file").touch()
+    done = CliRunner().invoke(main, ["build", "--arch", "90a", "--wheel", str(tmp_path / "file" / "dist")])
+    assert done.exit_code == 1
+    assert f"no wheel can be written to {tmp_path / 'file' / 'dist'}: Not a directory" in done.output
+    assert fake.calls == []
+
+
 def test_a_library_without_a_key_goes_into_no_wheel(
     fake: Fixture,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
