@@ -99,7 +99,7 @@ def generate() -> None:
         "without the pass": {**torch._inductor.list_mode_options().get(mode, {}), "fx_graph_cache": False},
         "with the pass": arf.inductor_options(mode=mode, fx_graph_cache=False),
     }.items():
-        torch._dynamo.reset()
+        torch.compiler.reset()
         step = torch.compile(model, options=options, dynamic=False)
         cache = StaticCache(config=config, max_cache_len=ids.shape[1] + arguments.generate)
         for _ in range(3):  # with one cache: a CUDA graph is recorded anew for another one

@@ -247,7 +247,7 @@ class _Demo:
 
     def _compile(self, what: str, *, mark: bool = False, **compile_options: Any) -> Compiled:
         """torch.compile the model afresh. The compilation itself happens on the first call."""
-        torch._dynamo.reset()
+        torch.compiler.reset()
         if mark:
             for ids in self.ids:
                 torch._dynamo.mark_dynamic(ids, 1)

@@ -93,7 +93,7 @@ def capture(
         config: of the pass.
         **options: further options of Inductor.
     """
-    torch._dynamo.reset()
+    torch.compiler.reset()
     group = contextlib.nullcontext() if dist.is_initialized() else fake_group(world)
     printed = Printed()
     with group, torch.no_grad(), watching(printed):

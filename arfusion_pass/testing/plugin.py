@@ -22,10 +22,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def fusion() -> Iterator[AllReduceFusionPass]:
     """Everything that the test compiles is fused, from a fresh Dynamo and without Inductor's caches; the pass, with
     ``.reports``."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     with torch._inductor.config.patch(fx_graph_cache=False), enable() as installed:
         yield installed
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 @pytest.fixture
