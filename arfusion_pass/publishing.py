@@ -39,6 +39,7 @@ from arfusion_pass.reporting.advice import BREAK, NO_GRAD, WHOLE
 from arfusion_pass.reporting.reports import FusionReport
 from arfusion_pass.reporting.tables import place
 from arfusion_pass.rewrite.absence import MET, met_by_dynamo
+from arfusion_pass.runtime.files import replace_by_text
 
 log = logging.getLogger("arfusion_pass")
 
@@ -249,12 +250,7 @@ def store(path: Path, reports: list[FusionReport]) -> None:
         OSError: the folder cannot be written to.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps([report.to_dict() for report in reports]))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)  # on a full disk
+    replace_by_text(path, json.dumps([report.to_dict() for report in reports]))
 
 
 def load(path: Path) -> list[FusionReport]:

@@ -155,7 +155,7 @@ def test_the_end_of_a_compilation_is_seen_after_a_reset() -> None:
 
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(path: Path, text: str) -> None:
+    def full(path: Path, text: str, **_: object) -> None:
         path.touch()
         raise OSError("No space left on device")
 

@@ -116,10 +116,6 @@ class Request:
         """:meth:`rows`, or None for None."""
         return None if value is None else self.rows(name, value, *dtypes)
 
-    def new_rows(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """An output ``[tokens, hidden]`` that the caller did not bring."""
-        return torch.empty(self.tokens, self.hidden, dtype=dtype or self.dtype, device=self.device)
-
     def residual(self, name: str, value: Any, without: bool) -> torch.Tensor | None:
         """The residual to add, ``T`` or fp32; None only where the caller said that there is none."""
         without = truth(self.api, "without_residual", without)

@@ -36,6 +36,7 @@ from arfusion_pass.inspection.graph_diff import graph_diff
 from arfusion_pass.inspection.html import diff_page, index_page
 from arfusion_pass.reporting.reports import FusionReport, Reports
 from arfusion_pass.rewrite.recording import Printed, watching
+from arfusion_pass.runtime.files import replace_by_text
 
 log = logging.getLogger("arfusion_pass")
 
@@ -215,11 +216,4 @@ def _write_summaries(folder: Path, reports: Sequence[FusionReport]) -> None:
     (folder / "report.txt").write_text(f"{Reports(reports)}\n", encoding="utf-8")
     (folder / "diff.html").write_text(diff_page(reports), encoding="utf-8")
     if _rank() is not None:
-        _replace(folder.parent / "index.html", index_page(folder.parent))
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file that other ranks write too: whole or not at all."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
+        replace_by_text(folder.parent / "index.html", index_page(folder.parent))  # other ranks write it too

@@ -160,20 +160,25 @@ def _prologue(call: FusedCall) -> torch.Tensor:
     return call.x.view(int(call.tokens), call.x.shape[-1])
 
 
+def binder(name: str) -> Callable[..., dict[str, Any]]:
+    """What gives the arguments of ``arfusion::name``, as a call spells them, by name: all of them."""
+    schema = fused_op(name)._schema.arguments
+
+    def bind(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        arguments = {argument.name: argument.default_value for argument in schema}
+        arguments.update(zip(arguments, args, strict=False))
+        return {**arguments, **kwargs}
+
+    return bind
+
+
 def _implementations(name: str) -> tuple[Callable[..., None], Callable[..., None], Callable[..., None]]:
     """(real, fake, negated) of one op, which bind their arguments by the op's own schema. ``negated`` is what torch
     calls where a tensor is a lazily negated view: it has the inputs negated, and takes no such output."""
-    schema = fused_op(name)._schema.arguments
-    names = [argument.name for argument in schema]
-
-    def bind(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        arguments = {argument.name: argument.default_value for argument in schema}
-        arguments.update(zip(names, args, strict=False))
-        arguments.update(kwargs)
-        return arguments
+    bind = binder(name)
 
     def real(*args: Any, **kwargs: Any) -> None:
-        arguments = bind(args, kwargs)
+        arguments = bind(*args, **kwargs)
         if arguments["flags"] >> marks.MARK_SHIFT and torch.is_grad_enabled():
             _refuse_gradients(name, arguments)
         if arguments["flags"] & Flags.RECORD:
@@ -186,12 +191,12 @@ def _implementations(name: str) -> tuple[Callable[..., None], Callable[..., None
             _run(call)
 
     def fake(*args: Any, **kwargs: Any) -> None:
-        arguments = bind(args, kwargs)
+        arguments = bind(*args, **kwargs)
         arguments["flags"] = record.strip(arguments["flags"])
         check_call(FusedCall.bind(name, arguments), eager=False)
 
     def negated(*args: Any, **kwargs: Any) -> None:
-        arguments = bind(args, kwargs)
+        arguments = bind(*args, **kwargs)
         for output in OUTPUT_NAMES:
             if arguments[output] is not None and arguments[output].is_neg():
                 raise ValueError(
@@ -233,4 +238,4 @@ def _define() -> torch.library.Library | None:
 
 _library = _define()
 
-__all__ = ["OUTPUT_NAMES", "fused_op", "native_dispatch", "run_reference", "set_dispatcher"]
+__all__ = ["OUTPUT_NAMES", "binder", "fused_op", "native_dispatch", "run_reference", "set_dispatcher"]

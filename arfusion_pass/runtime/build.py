@@ -471,30 +471,24 @@ def _run(command: list[str], stop: threading.Event, verbose: bool) -> float:
 
 @contextlib.contextmanager
 def _default_progress(arch: str, total: int) -> Iterator[Callable[[CompileEvent], None]]:
-    """A rich progress bar on a terminal; elsewhere (logs, no rich) one line at the start and one at the end."""
+    """A progress bar on a terminal; elsewhere (logs) one line at the start and one at the end."""
     start = time.monotonic()
     title = f"arfusion: compiling the CUDA kernels for sm_{arch}"
-    bar = None
-    if sys.stderr.isatty():
-        try:
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-            columns = (
-                TextColumn(title),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("{task.fields[unit]}"),
-            )
-            bar = Progress(*columns, console=Console(stderr=True), transient=True)
-        except ImportError:
-            pass
-    if bar is None:
+    if not sys.stderr.isatty():
         print(f"{title} ({total} steps, once; cached in {cache_dir()})", file=sys.stderr, flush=True)
         yield lambda event: None
     else:
-        with bar:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        columns = (
+            TextColumn(title),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[unit]}"),
+        )
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("", total=total, unit="")
             yield lambda event: bar.update(task, completed=event.done, unit=event.name)
     print(f"arfusion: kernels ready after {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)

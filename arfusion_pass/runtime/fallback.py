@@ -30,7 +30,7 @@ import torch.distributed as dist
 from arfusion_pass.groups import resolve_group
 from arfusion_pass.ops import marks, record
 from arfusion_pass.ops.checks import FusedCall, check_call
-from arfusion_pass.ops.library import fused_op, run_reference
+from arfusion_pass.ops.library import binder, fused_op, run_reference
 from arfusion_pass.ops.schema import NAMESPACE, SCATTERING_OP, SCHEMAS
 from arfusion_pass.ops.spec import Flags
 from arfusion_pass.runtime import flashinfer
@@ -95,21 +95,9 @@ def _telling(run: Callable[..., None], tell: Tell) -> Callable[..., None]:
     return told
 
 
-def _binder(op: str) -> Callable[..., dict[str, Any]]:
-    """What gives the arguments of ``op`` by name."""
-    schema = fused_op(op)._schema.arguments
-
-    def bind(*args: Any, **kwargs: Any) -> dict[str, Any]:
-        arguments = {argument.name: argument.default_value for argument in schema}
-        arguments.update(zip(arguments, args, strict=False))
-        return {**arguments, **kwargs}
-
-    return bind
-
-
 def _first_op(op: str) -> Callable[..., None]:
     """Checks a call of ``op``."""
-    bind = _binder(op)
+    bind = binder(op)
 
     def first(*args: Any, **kwargs: Any) -> None:
         call = FusedCall.bind(op, bind(*args, **kwargs))
@@ -121,7 +109,7 @@ def _first_op(op: str) -> Callable[..., None]:
 
 def _python_op(op: str) -> Callable[..., None]:
     """``op`` on the backend that its flags name."""
-    bind = _binder(op)
+    bind = binder(op)
 
     def run(*args: Any, **kwargs: Any) -> None:
         arguments = bind(*args, **kwargs)
@@ -216,7 +204,7 @@ def moe_finalize_allreduce_rms_norm(
 def reduce_scatter_rms_norm_all_gather(*args: Any, **keywords: Any) -> None:
     """The group's reduce-scatter, the local epilogue on this rank's rows, and its all-gathers: what the reference makes
     of it, with the op library in place."""
-    run_reference(SCATTERING_OP, _binder(SCATTERING_OP)(*args, **keywords))
+    run_reference(SCATTERING_OP, binder(SCATTERING_OP)(*args, **keywords))
 
 
 def _all_reduce(total: torch.Tensor, group_name: str) -> None:

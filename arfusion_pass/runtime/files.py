@@ -14,6 +14,7 @@ import shutil
 import stat
 import struct
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,12 +77,26 @@ def is_whole_library(path: Path) -> bool:
 
 def replace_by_copy(source: Path, target: Path) -> None:
     """Copy ``source`` to ``target`` in one step: a process that has the old file mapped keeps the old one."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    with _draft(target) as draft:
+        shutil.copyfile(source, draft)
+
+
+def replace_by_text(target: Path, text: str) -> None:
+    """Write ``text`` to ``target`` whole or not at all, whoever else writes it at the same time."""
+    with _draft(target) as draft:
+        draft.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _draft(target: Path) -> Iterator[Path]:
+    """A file of this thread's beside ``target`` that takes its place in the end; on an error, such as a full disk, it
+    goes."""
+    draft = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}")
     try:
-        shutil.copyfile(source, temporary)
-        os.replace(temporary, target)
+        yield draft
+        os.replace(draft, target)
     finally:
-        temporary.unlink(missing_ok=True)
+        draft.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

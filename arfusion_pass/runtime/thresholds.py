@@ -28,6 +28,7 @@ from typing import Any
 
 from arfusion_pass.ops.spec import SHARDED_FLAGS, Flags
 from arfusion_pass.runtime.build import BuildError, cache_dir
+from arfusion_pass.runtime.files import replace_by_text
 
 ANY_HIDDEN = "*"
 VERSION = 1
@@ -137,14 +138,12 @@ class ThresholdTable:
         return dataclasses.replace(self, sharded=_with(self.sharded, arch, world_size, hidden, value))
 
     def save(self, path: Path) -> None:
-        """Write the table as JSON, atomically."""
+        """Write the table as JSON, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         document = {"version": VERSION, "oneshot_max_bytes": self.oneshot, "source": self.source}
         if self.sharded:
             document["sharded_min_bytes"] = self.sharded
-        temporary.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
-        os.replace(temporary, path)
+        replace_by_text(path, json.dumps(document, indent=2, sort_keys=True) + "\n")
 
 
 BUILT_IN = ThresholdTable(_BUILT_IN, "built in", _BUILT_IN_SHARDED)
