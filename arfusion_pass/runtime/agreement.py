@@ -169,7 +169,22 @@ def exchange(
                 f"{timeout.total_seconds():.0f} s ({error}){why_absent(peer)}"
             ) from error
         result.append(json.loads(store.get(key)))
+    _clear(store, prefix, world)
     return result
+
+
+def _clear(store: dist.Store, prefix: str, world: int) -> None:
+    """Once all ranks have read a round, the last of them takes it out of the store.
+
+    A store may outlive its groups, as torchrun's does: a world that is destroyed and initialised again has its names
+    and counts its rounds anew, and would read what a rank said in the world before.
+    """
+    try:
+        if store.add(f"{prefix}/read", 1) == world:
+            for key in (*map(str, range(world)), "read"):
+                store.delete_key(f"{prefix}/{key}")
+    except Exception as error:  # a store that cannot, or that went with its rank: everybody has been answered
+        log.debug("arfusion: %s stays in the store: %s", prefix, error)
 
 
 def _arrives(store: dist.Store, key: str) -> bool:

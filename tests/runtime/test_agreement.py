@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch.distributed as dist
@@ -80,3 +81,24 @@ def test_a_world_of_one_asks_nobody(tmp_path):
         assert agreement.exchange(dist.group.WORLD, "tp:0", 7) == [7]
     finally:
         dist.destroy_process_group()
+
+
+class _Group:
+    """What an exchange asks of a process group of two ranks."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank, self.size = lambda: rank, lambda: 2
+
+
+def test_a_world_made_anew_hears_nothing_of_the_one_before_it(monkeypatch):
+    """torchrun's store outlives the groups: the next world has the same names, and its rounds begin at one again."""
+    store, limit = dist.HashStore(), datetime.timedelta(seconds=20)
+    monkeypatch.setattr(dist.distributed_c10d, "_get_process_group_store", lambda group: store)
+    with ThreadPoolExecutor(2) as ranks:
+        for world in ("first", "second"):
+            asked = [
+                ranks.submit(agreement.exchange, _Group(rank), "0/graph", world + str(rank), limit) for rank in (0, 1)
+            ]
+            assert [answer.result() for answer in asked] == [[f"{world}0", f"{world}1"]] * 2
+    with pytest.raises(agreement.NoAnswerError, match="rank 1"):
+        agreement.exchange(_Group(0), "0/graph", "third", datetime.timedelta(seconds=0.2))
