@@ -122,7 +122,15 @@ def graph_key(*parts: Any) -> str | None:
 
     None outside of Dynamo (vLLM loads its graphs without it).
     """
-    return known(lambda: _graph_key(parts)) if compile_id() is not None else None
+    if compile_id() is None:
+        return None
+    return known(lambda: _graph_key(_output().graph, parts, torch.is_grad_enabled()))
+
+
+def inner_key(*parts: Any) -> str | None:
+    """The same for the graph behind AOT autograd that Inductor's cache is asking for, None where it is asking for none:
+    different ones of Dynamo's come to an equal one (with and without checkpoints, frozen or under ``no_grad``)."""
+    return known(lambda: _inner_key(parts))
 
 
 def on_compile_end(callback: Callable[[], None]) -> None:
@@ -190,10 +198,22 @@ def _inference_leaf() -> str | None:
     return None
 
 
-def _graph_key(parts: tuple[Any, ...]) -> str:
-    digest = hashlib.sha256(repr((parts, torch.__version__, torch.is_grad_enabled())).encode())
-    for node in _output().graph.nodes:
-        value = node.meta.get("example_value")
+def _inner_key(parts: tuple[Any, ...]) -> str | None:
+    # The cache asks a pass for its key while it gathers what it hashes, and hands the graph over nowhere.
+    frame = sys._getframe()
+    while (caller := frame.f_back) is not None:
+        frame = caller
+        if frame.f_code.co_name == "__init__" and type(frame.f_locals.get("self")).__name__ == "FxGraphHashDetails":
+            module = frame.f_locals["gm"]
+            codes = [part.code for part in module.modules() if isinstance(part, fx.GraphModule)]  # with its regions'
+            return _graph_key(module.graph, parts, codes)
+    return None
+
+
+def _graph_key(graph: fx.Graph, *parts: Any) -> str:
+    digest = hashlib.sha256(repr((parts, torch.__version__)).encode())
+    for node in graph.nodes:
+        value = node.meta.get("example_value", node.meta.get("val"))
         tensor = isinstance(value, torch.Tensor)
         shape = (value.dtype, value.shape, value.requires_grad, value.device) if tensor else value  # type: ignore[union-attr]
         line = f"{node.op} {node.name} {node.target} {node.args} {node.kwargs} {shape}"

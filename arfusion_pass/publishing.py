@@ -8,7 +8,7 @@ Nothing here may stop a compilation: what fails is left out.
 * ``TORCH_TRACE``: the report as artefact ``arfusion_report``, as text and as JSON; tlparse shows both.
 * ``ARFUSION_DUMP=DIR``: everything that :mod:`arfusion_pass.inspection.dump` writes, in a folder a rank.
 * ``arfusion/`` in Inductor's cache folder (``TORCHINDUCTOR_CACHE_DIR``): the reports of each graph that Dynamo hands
-  over, by a hash of that graph and of the pass's own cache key.
+  over, and of each that AOT autograd makes of it, by a hash of that graph and of the pass's own cache key.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from arfusion_pass.compilation import (
     compile_id,
     graph_break,
     graph_key,
+    inner_key,
     known,
     on_compile_end,
 )
@@ -147,17 +148,26 @@ def _dump(report: FusionReport) -> None:
 
 
 # Warm starts. On a hit in a compile cache the pass is not called, but it is asked for its key. So each key that is
-# asked for waits for its call; one whose compilation ended without a call was answered from a cache.
+# asked for waits for its call; one whose compilation ended without a call was answered from a cache: from AOT
+# autograd's, by Dynamo's graph, or from Inductor's, by one of the graphs that AOT autograd made of it.
 
 
 @dataclasses.dataclass
 class _Waiting:
+    """A compilation that is running.
+
+    Attributes:
+        key: of the graph that Dynamo hands over.
+        inner: by the key of each graph that Inductor's cache was asked for, what the pass said of it and of its parts.
+    """
+
     key: str
     receive: Callable[[FusionReport], None]
     broken: GraphBreak | None = None
     met: str | None = None
     thread: int = dataclasses.field(default_factory=threading.get_ident)
     reports: list[FusionReport] = dataclasses.field(default_factory=list)
+    inner: dict[str, list[FusionReport]] = dataclasses.field(default_factory=dict)
 
 
 _compilations: dict[str, _Waiting] = {}
@@ -168,11 +178,16 @@ def expect(pass_key: Any, receive: Callable[[FusionReport], None]) -> None:
     """A cache asks for a pass's key: unless the pass is called, ``receive`` gets the reports stored for this graph."""
     on_compile_end(settle)
     name = compile_id()
-    if name is None or name in _compilations or _elsewhere.get():
+    if name is None or _elsewhere.get():
         return
-    key = graph_key(pass_key)
-    if key is not None:
+    if name not in _compilations:
+        key = graph_key(pass_key)
+        if key is None:
+            return
         _compilations[name] = _Waiting(key, receive, graph_break(), known(met_by_dynamo))
+    inner = inner_key(pass_key)
+    if inner is not None:
+        _compilations[name].inner.setdefault(inner, [])
 
 
 _elsewhere: contextvars.ContextVar[bool] = contextvars.ContextVar("arfusion_reports_elsewhere", default=False)
@@ -191,20 +206,39 @@ def kept_elsewhere() -> Iterator[None]:
 def called(report: FusionReport) -> None:
     """The pass was called: store what it found beside Inductor's cache."""
     waiting = _compilations.get(compile_id() or "")
-    if waiting is not None:
-        waiting.reports.append(report)
-        known(lambda: store(_path(waiting.key), waiting.reports))
+    if waiting is None:
+        return
+    waiting.reports.append(report)
+    known(lambda: store(_path(waiting.key), waiting.reports))
+    if waiting.inner:
+        key, reports = list(waiting.inner.items())[-1]  # the one that was asked for last
+        reports.append(report)
+        known(lambda: store(_path(key), reports))
 
 
 def settle(thread: int | None = None) -> None:
-    """Deliver the stored reports of the compilations, of one thread or of all, that ended without a call."""
+    """Deliver the stored reports of the graphs, of one thread's compilations or of all, that the pass was not called
+    for."""
     for name, waiting in list(_compilations.items()):
         if thread not in (None, waiting.thread) or _compilations.pop(name, None) is None:
             continue
-        if not waiting.reports:
-            stored = known(lambda waiting=waiting: load(_path(waiting.key))) or []  # type: ignore[misc]
-            for report in recall(_ended_here(report, waiting) for report in stored):
-                waiting.receive(report)
+        for report in recall(_ended_here(report, waiting) for report in _stored(waiting)):
+            waiting.receive(report)
+
+
+def _stored(waiting: _Waiting) -> list[FusionReport]:
+    """What is known of a compilation's graphs that a cache answered."""
+
+    def stored(key: str) -> list[FusionReport]:
+        return known(lambda: load(_path(key))) or []
+
+    if not waiting.reports and (whole := stored(waiting.key)):
+        return whole
+    found = {key: stored(key) for key, reports in waiting.inner.items() if not reports}
+    if any(found.values()):  # AOT autograd's cache knows this graph from now on, and answers by it
+        every = [report for key, reports in waiting.inner.items() for report in reports or found[key]]
+        known(lambda: store(_path(waiting.key), every))
+    return [report for reports in found.values() for report in reports]
 
 
 def _ended_here(report: FusionReport, waiting: _Waiting) -> FusionReport:

@@ -15,18 +15,20 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import arfusion_pass as arf
 from arfusion_pass import compilation, publishing
 from arfusion_pass.cli import verify
 from arfusion_pass.compilation import GraphBreak
+from arfusion_pass.ops import reference
 from arfusion_pass.reporting.advice import BREAK, WHOLE
 from arfusion_pass.reporting.reports import FusionReport
 from arfusion_pass.reporting.sites import Site
 from arfusion_pass.rewrite.absence import MET
 from arfusion_pass.source import Source
 from tests.models import Tensor, llama, reduce
-from tests.simulate import STRICT, fused_copy, tensors, trace
+from tests.simulate import STRICT, all_reduce, fake_world, fused_copy, tensors, trace
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -254,3 +256,30 @@ def test_verify_finds_what_should_not_be(tmp_path: Path) -> None:
     (tmp_path / "broken" / "rank0" / "report.json").write_text('{"a": 1}')
     with pytest.raises(ValueError, match="no report of this package"):
         verify.read(tmp_path / "broken")
+
+
+def _fused(x: Tensor, r: Tensor, w: Tensor) -> Tensor:
+    return llama(r + reduce(x), w, 1e-6)
+
+
+def _checkpointed(x: Tensor, r: Tensor, w: Tensor) -> Tensor:
+    return checkpoint(_fused, x, r, w, use_reentrant=False)
+
+
+def test_a_graph_that_another_function_left_in_the_cache_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Contract *clear*: behind AOT autograd a function with checkpoints is the one without, and Inductor's cache gives
+    it that one's graph; the third start has it from AOT autograd's."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(reference, "ordered_all_reduce", all_reduce)
+    inputs, cached = tensors((4, 64), (4, 64), (64,)), []
+    with fake_world(2), torch.no_grad():
+        for function in (_fused, _checkpointed, _checkpointed):
+            torch._dynamo.reset()
+            options = arf.inductor_options(STRICT)
+            torch.compile(function, fullgraph=True, options=options)(*inputs)
+            (report,) = options["post_grad_custom_post_pass"].reports
+            assert report.matched_count == 1
+            cached.append(report.cached)
+    assert cached == [False, True, True]
