@@ -15,16 +15,15 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Iterable
 
 import torch
 from torch import fx
 
 from arfusion_pass import ir
 from arfusion_pass.config import canonical_epsilon
-from arfusion_pass.dialects import Prologue
+from arfusion_pass.dialects import Prologue, Quantised
 from arfusion_pass.dialects.reading.operands import widens_beside
-from arfusion_pass.graph import dtype_of, last_dim, tensor_of
+from arfusion_pass.graph import aten, dtype_of, last_dim, prims, tensor_of
 from arfusion_pass.rewrite.raised import RaisedSite
 from arfusion_pass.rewrite.raising import adds, is_spread
 
@@ -56,8 +55,7 @@ def build_shadow(sites: list[RaisedSite]) -> Shadow:
                 origins[node].meta["origin"] = node
     for index, site in enumerate(sites):
         if site.reason is None:
-            live = _raise_site(graph, site, index, origins)
-            kept.append(graph.call_function(keep, tuple(live)))
+            kept.append(graph.call_function(keep, tuple(_Site(graph, site, index, origins).write())))
     graph.output(tuple(kept))
     return Shadow(module, sites)
 
@@ -68,97 +66,128 @@ def keep(*values: object) -> tuple[object, ...]:
     return values
 
 
-def _spread_row(graph: fx.Graph, node: fx.Node, row: fx.Node, hidden: int) -> fx.Node:
-    """``row``, which stands for ``node``, as ``[H]``: one element is repeated."""
-    if tensor_of(node).shape == (hidden,):  # type: ignore[union-attr]
-        return row
-    row = graph.call_function(torch.ops.aten.reshape.default, (row, [-1]))
-    if tensor_of(node).numel() == 1 != hidden:  # type: ignore[union-attr]
-        row = graph.call_function(torch.ops.aten.repeat.default, (row, [hidden]))
-    return row
+class _Site:
+    """Writes the IR nodes of one site, stage after stage.
 
+    Attributes:
+        graph: the shadow graph.
+        site, index: the site, and what its nodes know it by.
+        origins: the shadow graph's placeholders, by the nodes of the user's graph that they stand for.
+    """
 
-def _raise_site(graph: fx.Graph, site: RaisedSite, index: int, origins: dict[fx.Node, fx.Node]) -> Iterable[fx.Node]:
-    """Write one site's IR nodes; gives the values that are read outside of it."""
-    assert site.reduced is not None and site.norm is not None
-    norm, values = site.norm, {}
+    def __init__(self, graph: fx.Graph, site: RaisedSite, index: int, origins: dict[fx.Node, fx.Node]) -> None:
+        assert site.reduced is not None and site.norm is not None
+        self.graph, self.site, self.index, self.origins = graph, site, index, origins
+        self.reduced, self.norm = site.reduced, site.norm
 
-    def call(target: object, *args: object) -> fx.Node:
-        node = graph.call_function(target, args)  # type: ignore[arg-type]
-        node.meta["site"] = index
+    def write(self) -> list[fx.Node]:
+        """All stages; gives the values that are read outside of the site."""
+        values: dict[str, fx.Node] = {}
+        block: object = 0
+        if self.site.gathered is not None and self.site.gathered.rows.block is not None:
+            block = self.site.gathered.rows.block
+            block = self.origins[block] if isinstance(block, fx.Node) else block
+        x = self._x()
+        if self.site.scatters:
+            reduced = self._call(ir.op.reduce_scatter.default, x, self.reduced.group, block)
+        else:
+            reduced = self._call(ir.op.all_reduce.default, x, self.reduced.group)
+        values["allreduce_out"] = reduced
+        if adds(self.norm):
+            values["norm_out"], values["residual_out"] = self._added_and_normed(reduced, x)
+        else:
+            values["norm_out"] = self._normed(reduced)
+        if self.site.scatters:
+            gather = ir.op.all_gather.default
+            values["norm_out"] = self._call(gather, values["norm_out"], self.reduced.group, block)
+        if self.site.quant is not None:
+            values |= self._quantised(self.site.quant, values["norm_out"])
+        outside = self.site.outside_readers
+        for role, node in values.items():
+            node.meta.update(role=role, readers=outside.get(role, []))
+        return [node for node in values.values() if node.meta["readers"]]
+
+    def _call(self, target: object, *args: object) -> fx.Node:
+        node = self.graph.call_function(target, args)  # type: ignore[arg-type]
+        node.meta["site"] = self.index
         return node
 
-    dtype, epsilon, epsilon_tensor = dtype_of(norm.norm or site.reduced.x), 0.0, None
-    if isinstance(norm.epsilon, fx.Node):
-        epsilon_tensor = _epsilon_tensor(graph, norm.epsilon, site.reduced.x, origins)
-    else:
-        epsilon = canonical_epsilon(norm.epsilon)
+    def _x(self) -> fx.Node:
+        """What is reduced: a prologue's result, or an input as rows of the norm's size."""
+        if (prologue := self.site.prologue) is not None:
+            arguments = _prologue_arguments(self.graph, prologue, self.origins)
+            return self._call(getattr(ir.op, prologue.op).default, *arguments)
+        x = self.origins[self.reduced.x]
+        if last_dim(self.reduced.x) == (hidden := last_dim(self.norm.operand)):
+            return x
+        return self.graph.call_function(aten.view.default, (x, [-1, hidden]))
 
-    def operand(node: fx.Node) -> fx.Node:
-        given = origins[node]
-        if widens_beside(node, dtype_of(site.reduced.x)):  # type: ignore[union-attr]
-            given = graph.call_function(torch.ops.prims.convert_element_type.default, (given, torch.float32))
+    def _normed(self, reduced: fx.Node) -> fx.Node:
+        epsilon, epsilon_tensor = self._epsilon()
+        arguments = (self._weight(), epsilon, *self._rounding(), epsilon_tensor)
+        return self._call(ir.op.rms_norm.default, reduced, *arguments)
+
+    def _added_and_normed(self, reduced: fx.Node, x: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """The norm, and the sum that it is of."""
+        norm, residual, addend = self.norm, None, None
+        if norm.residual is not None:
+            residual = self._operand(norm.residual)
+            if is_spread(norm.residual, norm.operand):  # a second bias, as a tensor of its own
+                residual = self.graph.call_function(aten.copy.default, (x, self._row(norm.residual, residual)))
+        if norm.addend is not None:
+            addend = self.origins[norm.addend]
+            if is_spread(norm.addend, norm.operand):
+                addend = self._row(norm.addend, addend)
+        epsilon, epsilon_tensor = self._epsilon()
+        both = self._call(
+            ir.op.fused_add_rms_norm.default,
+            *(reduced, residual, self._weight(), epsilon, *self._rounding()),
+            *(dtype_of(norm.total), addend, epsilon_tensor),
+        )
+        return self._call(operator.getitem, both, 0), self._call(operator.getitem, both, 1)
+
+    def _quantised(self, quant: Quantised, norm: fx.Node) -> dict[str, fx.Node]:
+        """The codes, and the scales where the quantiser gives some, by role."""
+        quantiser = ir.QUANTISERS[quant.op]
+        scale = None if quant.scale is None else self.origins[quant.scale]
+        if scale is not None and quant.scale_dtype is not None:
+            scale = self.graph.call_function(prims.convert_element_type.default, (scale, quant.scale_dtype))
+        codes = self._call(quantiser.op, *quantiser.arguments(norm, quant.spec, scale, quant.scale_value))
+        if not quantiser.has_scales:
+            return {"quant_out": codes}
+        scales = self._call(operator.getitem, codes, 1)
+        return {"scale_out": scales, "quant_out": self._call(operator.getitem, codes, 0)}
+
+    def _rounding(self) -> tuple[object, ...]:
+        """Dtype, weight bias and flags of the norm."""
+        norm = self.norm
+        return dtype_of(norm.norm or self.reduced.x), norm.weight_bias, int(norm.flags)
+
+    def _epsilon(self) -> tuple[float, fx.Node | None]:
+        """As a number, or as one element, with 0 for the number."""
+        epsilon = self.norm.epsilon
+        if isinstance(epsilon, fx.Node):
+            return 0.0, _epsilon_tensor(self.graph, epsilon, self.reduced.x, self.origins)
+        return canonical_epsilon(epsilon), None
+
+    def _weight(self) -> fx.Node | None:
+        return None if self.norm.weight is None else self._operand(self.norm.weight)
+
+    def _operand(self, node: fx.Node) -> fx.Node:
+        """An input beside the rows, widened where torch does that in the op itself."""
+        given = self.origins[node]
+        if widens_beside(node, dtype_of(self.reduced.x)):
+            given = self.graph.call_function(prims.convert_element_type.default, (given, torch.float32))
         return given
 
-    weight = None if norm.weight is None else operand(norm.weight)
-    if site.prologue is not None:
-        x = call(getattr(ir.op, site.prologue.op).default, *_prologue_arguments(graph, site.prologue, origins))
-    else:
-        x = origins[site.reduced.x]
-        if last_dim(site.reduced.x) != (hidden := last_dim(norm.operand)):
-            x = graph.call_function(torch.ops.aten.view.default, (x, [-1, hidden]))
-    block: object = 0
-    if site.gathered is not None and site.gathered.rows.block is not None:
-        block = site.gathered.rows.block
-        block = origins[block] if isinstance(block, fx.Node) else block
-    if site.scatters:
-        reduced = call(ir.op.reduce_scatter.default, x, site.reduced.group, block)
-    else:
-        reduced = call(ir.op.all_reduce.default, x, site.reduced.group)
-    values["allreduce_out"] = reduced
-    rounding = (dtype, norm.weight_bias, int(norm.flags))
-    if not adds(norm):
-        norm_value = call(ir.op.rms_norm.default, reduced, weight, epsilon, *rounding, epsilon_tensor)
-    else:
-        residual = addend = None
-        hidden = last_dim(norm.operand)
-        assert hidden is not None
-        if norm.residual is not None:
-            residual = operand(norm.residual)
-            if is_spread(norm.residual, norm.operand):  # a second bias, as a tensor of its own
-                residual = _spread_row(graph, norm.residual, residual, hidden)
-                residual = graph.call_function(torch.ops.aten.copy.default, (x, residual))
-        if norm.addend is not None:
-            addend = origins[norm.addend]
-            if is_spread(norm.addend, norm.operand):
-                addend = _spread_row(graph, norm.addend, addend, hidden)
-        both = call(
-            ir.op.fused_add_rms_norm.default,
-            *(reduced, residual, weight, epsilon, *rounding, dtype_of(norm.total), addend, epsilon_tensor),
-        )
-        norm_value = call(operator.getitem, both, 0)
-        values["residual_out"] = call(operator.getitem, both, 1)
-    if site.scatters:
-        norm_value = call(ir.op.all_gather.default, norm_value, site.reduced.group, block)
-    values["norm_out"] = norm_value
-    if site.quant is not None:
-        quantiser = ir.QUANTISERS[site.quant.op]
-        scale = None if site.quant.scale is None else origins[site.quant.scale]
-        if scale is not None and site.quant.scale_dtype is not None:
-            scale = graph.call_function(torch.ops.prims.convert_element_type.default, (scale, site.quant.scale_dtype))
-        codes = call(quantiser.op, *quantiser.arguments(norm_value, site.quant.spec, scale, site.quant.scale_value))
-        if quantiser.has_scales:
-            values["scale_out"] = call(operator.getitem, codes, 1)
-            codes = call(operator.getitem, codes, 0)
-        values["quant_out"] = codes
-    live = []
-    outside = site.outside_readers
-    for role, node in values.items():
-        node.meta["role"] = role
-        node.meta["readers"] = outside.get(role, [])
-        if node.meta["readers"]:
-            live.append(node)
-    return live
+    def _row(self, node: fx.Node, row: fx.Node) -> fx.Node:
+        """``row``, which stands for ``node``, as ``[H]``: one element is repeated."""
+        hidden, tensor = last_dim(self.norm.operand), tensor_of(node)
+        assert tensor is not None
+        if tensor.shape == (hidden,):
+            return row
+        row = self.graph.call_function(aten.reshape.default, (row, [-1]))
+        return self.graph.call_function(aten.repeat.default, (row, [hidden])) if tensor.numel() == 1 != hidden else row
 
 
 def _epsilon_tensor(graph: fx.Graph, epsilon: fx.Node, x: fx.Node, origins: dict[fx.Node, fx.Node]) -> fx.Node:
@@ -170,9 +199,9 @@ def _epsilon_tensor(graph: fx.Graph, epsilon: fx.Node, x: fx.Node, origins: dict
     if (made := given.meta.get("epsilon_tensor")) is None:
         options = {"dtype": torch.float32, "device": device}
         value = given if tensor is None else 1.0
-        made = graph.call_function(torch.ops.aten.full.default, ([1], value), options)
+        made = graph.call_function(aten.full.default, ([1], value), options)
         if tensor is not None:
-            made = graph.call_function(torch.ops.aten.mul.Tensor, (made, given))
+            made = graph.call_function(aten.mul.Tensor, (made, given))
         made.meta["once"] = True
         given.meta["epsilon_tensor"] = made
     return made
@@ -189,7 +218,7 @@ def _prologue_arguments(graph: fx.Graph, prologue: Prologue, origins: dict[fx.No
         node = given(role)
         if node is None or dtype_of(prologue.inputs[role]) == dtype:
             return node
-        return graph.call_function(torch.ops.prims.convert_element_type.default, (node, dtype))
+        return graph.call_function(prims.convert_element_type.default, (node, dtype))
 
     if prologue.op == "moe_reduce":
         scale = as_dtype("expert_scale", torch.float32)
@@ -197,11 +226,11 @@ def _prologue_arguments(graph: fx.Graph, prologue: Prologue, origins: dict[fx.No
     given_index = index = as_dtype("index", torch.int32)
     if prologue.wraps:
         rows = tensor_of(prologue.inputs["permuted_x"]).shape[0]  # type: ignore[union-attr]
-        index = graph.call_function(torch.ops.aten.remainder.Scalar, (index, rows))
+        index = graph.call_function(aten.remainder.Scalar, (index, rows))
     elif prologue.sentinel:
-        index = graph.call_function(torch.ops.aten.clamp_min.default, (index, 0))
+        index = graph.call_function(aten.clamp_min.default, (index, 0))
     if prologue.sentinel:
-        some = graph.call_function(torch.ops.aten.ne.Scalar, (given_index, -1))
-        index = graph.call_function(torch.ops.aten.where.ScalarOther, (some, index, -1))
+        some = graph.call_function(aten.ne.Scalar, (given_index, -1))
+        index = graph.call_function(aten.where.ScalarOther, (some, index, -1))
     scale, shared = given("expert_scale"), given("shared")
     return (given("permuted_x"), index, scale, shared, prologue.routed_scaling_factor, int(prologue.flags))
