@@ -147,7 +147,7 @@ def exchange(
         return [payload]
     from torch.distributed.distributed_c10d import _get_process_group_store
 
-    store = _get_process_group_store(group)
+    store = _connection(_get_process_group_store(group))
     timeout = timeout or group_timeout(group)
     rounds = _rounds.setdefault(group, {})  # of this group, not of an earlier one at its address
     number = rounds[tag] = rounds.get(tag, 0) + 1
@@ -171,6 +171,15 @@ def exchange(
         result.append(json.loads(store.get(key)))
     _clear(store, prefix, world)
     return result
+
+
+def _connection(store: dist.Store) -> dist.Store:
+    """A connection of its own to a store. A wait holds the one that it waits on, which all groups of a process share:
+    another thread, or torch, could not say meanwhile what a rank waits for that this one waits for."""
+    try:
+        return store.clone()  # type: ignore[attr-defined]
+    except RuntimeError:  # a store that is written in Python need not have it
+        return store
 
 
 def _clear(store: dist.Store, prefix: str, world: int) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -88,6 +89,7 @@ class _Group:
 
     def __init__(self, rank: int) -> None:
         self.rank, self.size = lambda: rank, lambda: 2
+        self.number = rank
 
 
 def test_a_world_made_anew_hears_nothing_of_the_one_before_it(monkeypatch):
@@ -102,3 +104,18 @@ def test_a_world_made_anew_hears_nothing_of_the_one_before_it(monkeypatch):
             assert [answer.result() for answer in asked] == [[f"{world}0", f"{world}1"]] * 2
     with pytest.raises(agreement.NoAnswerError, match="rank 1"):
         agreement.exchange(_Group(0), "0/graph", "third", datetime.timedelta(seconds=0.2))
+
+
+def test_two_threads_exchange_in_opposite_orders(monkeypatch):
+    """Contract *never stuck*: a rank's groups share one connection to the store, which a waiting thread would hold.
+    Each rank begins with another group, and a second thread says what the other one waits for."""
+    limit = datetime.timedelta(seconds=20)
+    server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    clients = [server, dist.TCPStore("localhost", server.port, is_master=False)]
+    monkeypatch.setattr(dist.distributed_c10d, "_get_process_group_store", lambda group: clients[group.number])
+    with ThreadPoolExecutor(4) as threads:
+        asked = []
+        for rank, name in ((0, "a"), (1, "b"), (0, "b"), (1, "a")):
+            asked.append(threads.submit(agreement.exchange, _Group(rank), f"{name}/graph", rank, limit))
+            time.sleep(0.3)
+        assert [answer.result() for answer in asked] == [[0, 1]] * 4
