@@ -197,7 +197,7 @@ struct Epilogue {
   struct Targets {
     void* scale;
     uint4 *total, *norm; /* of straight calls */
-    void* codes;         /* of straight calls, static */
+    void* codes;         /* of straight calls, but for usual FP8, which has no registers left */
     uint32_t flags;
     uint32_t holds; /* whether this thread has a vector */
   };
@@ -215,8 +215,8 @@ struct Epilogue {
       if constexpr (kFamily == kPlain) {
         to.norm = static_cast<uint4*>(p.norm_out) + i;
         asm volatile("" : "+l"(to.norm)); /* as above */
-      } else if constexpr (kFamily == kStatic) {
-        to.codes = Q::codes_at(p, t, at.vector(0));
+      } else if constexpr (kFamily != kUsual) {
+        to.codes = codes_at(p, t, at.vector(0));
         asm volatile("" : "+l"(to.codes)); /* as above */
       }
       asm volatile("" : "+r"(to.holds)); /* as above */
@@ -375,13 +375,14 @@ struct Epilogue {
     }
   }
 
-  /* The row's largest magnitude, NaN if it has one. The order does not matter to a maximum. */
-  ARF_DEVICE static float row_amax(const Params& p, Shared scratch, const Place& at, const Row& row) {
+  /* The row's largest magnitude, NaN if it has one, from those of this thread's vectors; in whatever order. */
+  template <class AmaxOf>
+  ARF_DEVICE static float row_amax(const Params& p, Shared scratch, const Place& at, const AmaxOf& amax_of) {
     const uint32_t lane = threadIdx.x % kWarp, parity = at.parity();
 #pragma unroll
     for (int k = 0; k < kHeld; ++k) {
       if (k && k >= p.per_thread) break;
-      const uint32_t amax = __reduce_max_sync(~0u, Q::amax_of(row[k]));
+      const uint32_t amax = __reduce_max_sync(~0u, amax_of(k));
       const uint32_t tile = at.vector(k) / kWarp;
       deliver(at, scratch.amax(parity) + 4 * tile, scratch.barriers(2 + parity), tile, amax);
     }
@@ -389,9 +390,9 @@ struct Epilogue {
     uint32_t amax = 0;
     if constexpr (kHeld == 1) {
       if (lane < at.tiles) amax = load_shared(scratch.amax(parity) + 4 * lane);
-      return float_of(__reduce_max_sync(~0u, amax));
+    } else {
+      for (uint32_t tile = lane; tile < p.tiles; tile += kWarp) amax = max(amax, load_shared(scratch.amax(parity) + 4 * tile));
     }
-    for (uint32_t tile = lane; tile < p.tiles; tile += kWarp) amax = max(amax, load_shared(scratch.amax(parity) + 4 * tile));
     return float_of(__reduce_max_sync(~0u, amax));
   }
 
@@ -422,7 +423,6 @@ struct Epilogue {
   /* Normalises a vector in place, writes norm_out, and leaves what the quantiser reads. */
   ARF_DEVICE static void normalise(const Params& p, const Given& given, uint32_t t, uint32_t v, uint32_t slot, float rstd,
                                    float (&x)[N], const Targets& to) {
-    if constexpr (kStraight) return normalise_straight(given, rstd, x, to);
     const bool round_first = p.flags & kRoundBeforeWeight;
     if (!kCommon && (p.flags & kDivideByRoot)) {
 #pragma unroll
@@ -449,26 +449,43 @@ struct Epilogue {
   }
 
   /* One rounding behind the product serves norm_out, the quantiser and a model's second rounding alike. */
-  ARF_DEVICE static void normalise_straight(const Given& given, float rstd, float (&x)[N], const Targets& to) {
-    uint4 weight = given.weight.raw, norm;
+  ARF_DEVICE static uint4 normalise_straight(const Given& given, float rstd, float (&x)[N], const Targets& to) {
+    uint4 weight = given.weight.raw;
     /* Nothing; but not unpacked before the row arrives, where eight registers more made static FP8 spill one. It was read back
      * behind the acquire of the row's sum, which empties L1: 0.25 us. */
     asm volatile("" : "+r"(weight.x), "+r"(weight.y), "+r"(weight.z), "+r"(weight.w));
 #pragma unroll
     for (int i = 0; i < N; ++i) x[i] = __fmul_rn(x[i], rstd);
-    if (to.flags & kRoundBeforeWeight) {
-      norm = multiply<kDtype>(pack<kDtype>(x), weight);
-    } else {
-      float w[N];
-      unpack<kDtype>(weight, w);
+    if (to.flags & kRoundBeforeWeight) return multiply<kDtype>(pack<kDtype>(x), weight);
+    float w[N];
+    unpack<kDtype>(weight, w);
 #pragma unroll
-      for (int i = 0; i < N; ++i) x[i] = __fmul_rn(x[i], w[i]);
-      norm = pack<kDtype>(x);
-    }
+    for (int i = 0; i < N; ++i) x[i] = __fmul_rn(x[i], w[i]);
+    return pack<kDtype>(x);
+  }
+
+  /* A straight call's norm to where it goes, as it is or quantised; all threads call. */
+  ARF_DEVICE static void write_straight(const Params& p, Shared scratch, const Place& at, const Given& given, uint32_t t,
+                                        const uint4& norm, const Targets& to) {
+    float x[N];
+    if constexpr (kFamily != kPlain) unpack<kDtype>(norm, x);
     if constexpr (kFamily == kPlain) {
-      *to.norm = norm;
+      if (to.holds) *to.norm = norm;
+    } else if constexpr (kFamily == kStatic) {
+      if (to.holds) Q::usual_static_vector(to.codes, x, given.factor);
+    } else if constexpr (kFamily == kFp4) {
+      const uint32_t amax = Q::template few_lanes_amax<Q::kFp4Lanes>(largest_magnitude<kDtype>(norm));
+      if (to.holds) Q::nvfp4_vector(float_of(amax), to.scale, to.codes, x, given.factor);
+    } else if constexpr (kFamily == kMx) {
+      const uint32_t amax = Q::template few_lanes_amax<Q::kMxLanes>(largest_magnitude<kDtype>(norm));
+      if (to.holds) Q::mx_vector(amax, to.scale, to.codes, x);
     } else {
-      unpack<kDtype>(norm, x);
+      const uint32_t own = max(largest_magnitude<kDtype>(norm), bits_of(p.amax_bound));
+      const float amax = given.usual & kByToken ? row_amax(p, scratch, at, [&](int) { return own; }) : Q::usual_amax(own);
+      if (to.holds) {
+        Q::usual_vector(given.usual & kProduct, given.usual & kByReciprocal, amax, p.scale_bound, to.scale,
+                        codes_at(p, t, at.vector(0)), x);
+      }
     }
   }
 
@@ -479,16 +496,22 @@ struct Epilogue {
     const float mean = __fmul_rn(sum_of_squares(p, scratch, at, row), p.inverse_hidden);
     if (at.row == 0) stamp(kReduced);
     const float rstd = rstd_of(p, __fadd_rn(mean, kCommon ? p.epsilon : given.epsilon));
+    if constexpr (kStraight) {
+      uint4 norm = {};
+      if (to.holds) norm = normalise_straight(given, rstd, row[0], to);
+      write_straight(p, scratch, at, given, t, norm, to);
+    } else {
 #pragma unroll
-    for (int k = 0; k < kHeld; ++k) {
-      if (k && k >= p.per_thread) break;
-      if (k ? at.vector(k) < p.vectors : to.holds) normalise(p, given, t, at.vector(k), at.slot(k), rstd, row[k], to);
+      for (int k = 0; k < kHeld; ++k) {
+        if (k && k >= p.per_thread) break;
+        if (k ? at.vector(k) < p.vectors : to.holds) normalise(p, given, t, at.vector(k), at.slot(k), rstd, row[k], to);
+      }
+      if constexpr (kFamily != kPlain) quantise(p, scratch, at, given, t, row, to);
     }
-    if constexpr (kFamily != kPlain) quantise(p, scratch, at, given, t, row, to);
   }
 
-  ARF_DEVICE static void* codes_at(const Params& p, const Targets& to, uint32_t t, uint32_t v) {
-    return kStraight && kFamily == kStatic ? to.codes : Q::codes_at(p, t, v);
+  ARF_DEVICE static void* codes_at(const Params& p, uint32_t t, uint32_t v) {
+    return Q::codes_at(p, t, v, kFamily == kFp4 ? N / 2 : N);
   }
 
   /* The quantiser alone, of a row as it reads it; all threads call. */
@@ -498,7 +521,8 @@ struct Epilogue {
     typename Q::Factor factor = given.factor;
     const bool by_token = kFamily == kUsual ? given.usual & kByToken : kFamily == kDynamic && p.group < 0;
     float token_scale = 0.0f;
-    if (kFamily == kDynamic && by_token) token_scale = Q::dynamic_scale(p, p.quant, row_amax(p, scratch, at, row), factor);
+    const auto amax_of = [&](int k) { return Q::amax_of(row[k]); };
+    if (kFamily == kDynamic && by_token) token_scale = Q::dynamic_scale(p, p.quant, row_amax(p, scratch, at, amax_of), factor);
 #pragma unroll
     for (int k = 0; k < kHeld; ++k) {
       if (k && k >= p.per_thread) break;
@@ -507,16 +531,17 @@ struct Epilogue {
       if constexpr (kFamily >= kDynamic && !kCommon) scale_at = Q::scale_target(p, t, v);
       if constexpr (kFamily == kUsual) {
         const uint32_t bound = bits_of(p.amax_bound);
-        const float amax = by_token ? float_of(max(bits_of(row_amax(p, scratch, at, row)), bound))
+        const float amax = by_token ? float_of(max(bits_of(row_amax(p, scratch, at, amax_of)), bound))
                                     : Q::usual_amax(max(Q::amax_of(row[k]), bound));
         if (active) {
-          Q::usual_vector(given.usual & kProduct, given.usual & kByReciprocal, amax, p.scale_bound, scale_at, codes_at(p, to, t, v),
+          Q::usual_vector(given.usual & kProduct, given.usual & kByReciprocal, amax, p.scale_bound, scale_at, codes_at(p, t, v),
                           row[k]);
         }
       } else if constexpr (kFamily == kFp4) {
-        Q::nvfp4_vector(p, scale_at, t, v, active, row[k], factor);
+        const float amax = Q::lanes_amax(Q::amax_of(row[k]), Q::kFp4Lanes);
+        if (active) Q::nvfp4_vector(amax, scale_at, codes_at(p, t, v), row[k], factor);
       } else if constexpr (kFamily == kStatic && kCommon) {
-        if (active) Q::usual_static_vector(codes_at(p, to, t, v), row[k], factor);
+        if (active) Q::usual_static_vector(codes_at(p, t, v), row[k], factor);
       } else if (kFamily == kStatic || by_token) {
         if (active) Q::store_bytes(p, p.quant, t, v, row[k], factor);
         if (by_token && scale_at) store_float(scale_at, token_scale);

@@ -121,6 +121,16 @@ ARF_DEVICE uint4 multiply(const uint4& a, const uint4& b) {
                     multiply_pair<kDtype>(a.w, b.w));
 }
 
+/* Of a vector of a T of 16 bits, the bits of its largest magnitude as fp32: NaN above inf. */
+template <int kDtype>
+ARF_DEVICE uint32_t largest_magnitude(const uint4& v) {
+  constexpr uint32_t kBoth = 0x7FFF7FFFu;
+  const uint32_t pair = __vmaxu2(__vmaxu2(v.x & kBoth, v.y & kBoth), __vmaxu2(v.z & kBoth, v.w & kBoth));
+  float low, high;
+  unpack_pair<kDtype>(pair, low, high);
+  return max(bits_of(low), bits_of(high));
+}
+
 /* float(T(x)). */
 template <int kDtype>
 ARF_DEVICE float round_to(float x) {
@@ -207,30 +217,45 @@ ARF_DEVICE float e4m3_to_float(uint32_t code) {
 
 /* ---- e2m1: 0, 0.5, 1, 1.5, 2, 3, 4, 6 ----------------------------------------------------------------------------- */
 
-/* To nearest even, saturating at 6; NaN becomes 6, -0.0 keeps its sign: the instruction's results. x is a product, whose NaN
- * has no sign. Adding 2^22, 2^23 or 2^24, as a lies below 2, 4 or 8, rounds it to multiples of 0.5, 1 or 2; how many,
- * plus 2 for each doubling, is the code. */
-ARF_DEVICE uint32_t e2m1_one_software(float x) {
-  const float a = fminf(fabsf(x), 6.0f); /* NaN as well */
-  const uint32_t power = max(bits_of(a), 0x3F800000u) & 0x7F800000u;
-  const uint32_t magic = power + (22u << 23);
-  const uint32_t code = bits_of(__fadd_rn(a, float_of(magic))) - magic + (power >> 22) - 254u;
-  return code | (bits_of(x) >> 28 & 8u);
-}
+/* A byte for each number, with its sign on top. */
+ARF_DEVICE uint32_t signs_of(float a, float b) { return __byte_perm(bits_of(a), bits_of(b), 0x0073) & 0x8080u; }
+ARF_DEVICE uint32_t signs_of(float a, float b, float c, float d) { return signs_of(a, b) | signs_of(c, d) << 16; }
 
-/* A byte, `low` in the low nibble. */
-ARF_DEVICE uint32_t e2m1_pair(float low, float high) {
+/* The codes of N numbers, from the low end, to nearest even, saturating at 6; NaN becomes 6, -0.0 keeps its sign: the
+ * instruction's results. The numbers are products, whose NaN has no sign. In software the code of a magnitude a is 2 a where it
+ * lies below 2, a + 2 below 4 and a / 2 + 4 beyond: the least of the three lines. Each is taken from 2^23 on, so that the one
+ * rounding of its sum is that to an integer, in the end of the bits. */
+template <int N>
+ARF_DEVICE uint32_t e2m1_codes(const float (&y)[N]) {
+  uint32_t codes = 0;
 #if ARF_HAS_MX_CONVERSIONS
-  uint32_t pair;
-  asm("{ .reg .b8 b;\n\t"
-      "cvt.rn.satfinite.e2m1x2.f32 b, %1, %2;\n\t" /* b = {e2m1(high), e2m1(low)} */
-      "cvt.u32.u8 %0, b; }"                        /* widen */
-      : "=r"(pair)
-      : "f"(high), "f"(low));
-  return pair;
+#pragma unroll
+  for (int i = 0; i < N; i += 2) {
+    uint32_t pair;
+    asm("{ .reg .b8 b;\n\t"
+        "cvt.rn.satfinite.e2m1x2.f32 b, %1, %2;\n\t" /* b = {e2m1(high), e2m1(low)} */
+        "cvt.u32.u8 %0, b; }"                        /* widen */
+        : "=r"(pair)
+        : "f"(y[i + 1]), "f"(y[i]));
+    codes |= pair << 4 * i;
+  }
 #else
-  return e2m1_one_software(low) | e2m1_one_software(high) << 4;
+  constexpr uint32_t kZero = 0x4B000000u; /* 2^23 */
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const float a = fabsf(y[i]);
+    const uint32_t halves = bits_of(__fmaf_rn(a, 2.0f, 0x1p23f)), ones = bits_of(__fadd_rn(a, 0x1p23f + 2.0f)),
+                   twos = bits_of(__fmaf_rn(a, 0.5f, 0x1p23f + 4.0f));
+    codes += min(min(halves, ones), min(twos, kZero + 7u)) << 4 * i;
+  }
+  codes -= kZero * (N == 8 ? 0x11111111u : 0x1111u); /* all at once */
+  if constexpr (N == 8) {
+    codes |= signs_of(y[0], y[2], y[4], y[6]) >> 4 | signs_of(y[1], y[3], y[5], y[7]);
+  } else {
+    codes |= signs_of(y[0], y[2]) >> 4 | signs_of(y[1], y[3]);
+  }
 #endif
+  return codes;
 }
 
 /* ---- ue8m0: a biased exponent ------------------------------------------------------------------------------------- */

@@ -66,15 +66,15 @@ ARF_DEVICE void write_padding(const Params& p, uint64_t i, uint64_t n) {
     /* Chunk j of 16 bytes of a tile of 128 rows holds rows r, r + 32, r + 64, r + 96, with r = j mod 32. */
     const uint32_t tile = first / 128, chunks = padding ? words * 32 : 0;
     uint4* const at = static_cast<uint4*>(p.scale_out) + static_cast<uint64_t>(tile) * chunks;
+    const uint32_t row = tile * 128 + static_cast<uint32_t>(i) % 32; /* of all this thread's chunks: n is a multiple of 32 */
     for (uint32_t j = static_cast<uint32_t>(i); j < chunks; j += static_cast<uint32_t>(n)) {
-      const uint32_t row = tile * 128 + j % 32;
+      uint32_t* const word = reinterpret_cast<uint32_t*>(at + j);
       if (row >= first) {
         at[j] = make_uint4(0, 0, 0, 0);
       } else {
-#pragma unroll
-        for (int q = 1; q < 4; ++q) {
-          if (row + 32 * q >= first) reinterpret_cast<uint32_t*>(at + j)[q] = 0;
-        }
+        if (row + 32 >= first) word[1] = 0;
+        if (row + 64 >= first) word[2] = 0;
+        if (row + 96 >= first) word[3] = 0;
       }
     }
   } else {

@@ -136,11 +136,12 @@ struct SimulatedShardedParams {
 static_assert(sizeof(SimulatedShardedParams) + sizeof(int) <= 4096, "a kernel's parameters");
 
 /* Quantiser families: one template parameter, so that a norm alone carries no quantiser's registers. kUsual: of
- * kDynamic the specs that most models use (plan.cu: is_usual), in kernels for common calls only. */
-enum Family { kPlain = 0, kStatic = 1, kDynamic = 2, kFp4 = 3, kUsual = 4, kFamilies = 5 };
+ * kDynamic the specs that most models use (plan.cu: is_usual), in kernels for common calls only. kMx: MXFP8 of 16 bits, in
+ * those for straight calls. */
+enum Family { kPlain = 0, kStatic = 1, kDynamic = 2, kFp4 = 3, kUsual = 4, kMx = 5, kFamilies = 6 };
 
 /* What a kernel takes for granted of its calls (plan.cu). Straight calls, of the common: what a decode step asks for between
- * two GEMMs: residual in and out, the norm or its FP8 codes and nothing else, no bias to the weight. One-shot only. */
+ * two GEMMs: residual in and out, the norm or its codes and nothing else, no bias to the weight. One-shot only. */
 enum Calls { kAnyCalls = 0, kCommonCalls = 1, kStraightCalls = 2 };
 
 /* Which set of kernels. Two, four and eight ranks have their own for rows of at most 1024 vectors; any other world, and

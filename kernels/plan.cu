@@ -239,8 +239,12 @@ bool is_common(const arf_call& c) {
 
 /* Of a common call with the quantiser's family set: a straight one (params.h: Calls). */
 bool is_straight(const arf_call& c, int family) {
-  const bool writes = family == kPlain ? c.norm_out && !c.quant_out : (family == kStatic || family == kUsual) && !c.norm_out;
+  const bool writes = family == kPlain ? c.norm_out && !c.quant_out : family != kDynamic && !c.norm_out;
   return c.dtype != ARF_FP32 && c.residual && c.residual_out && !c.allreduce_out && c.weight_bias == 0.0f && writes;
+}
+
+bool saturates(const arf_call& c) {
+  return Quant{static_cast<uint32_t>(c.quant & 0xFFFFFFFF)}.clamp() || cast_saturates.load(std::memory_order_relaxed);
 }
 
 /* The FP8 that most models use: static, per token, or groups of 128 with fp32 scales. Layouts differ only in their strides,
@@ -248,13 +252,18 @@ bool is_straight(const arf_call& c, int family) {
 bool is_usual(const arf_call& c) {
   const Quant q{static_cast<uint32_t>(c.quant & 0xFFFFFFFF)};
   const int64_t group = (c.quant >> 32) - 1;
-  const bool saturates = q.clamp() || cast_saturates.load(std::memory_order_relaxed);
   const uint32_t free = Quant::kRule | 3u << 8 /* bound */ | (group ? 15u << 4 : 0) /* layout */ | 3u << 14 /* apply */;
-  if (!saturates || ((q.bits | 1u << 18) & ~free) != Quant::kUsual) return false;
+  if (!saturates(c) || ((q.bits | 1u << 18) & ~free) != Quant::kUsual) return false;
   if (group == 0) return true;
   const bool bounded = q.bound() == Bound::kNone || (c.quant_bound >= 0.0f && c.quant_bound <= 0x1p80f);
   return (group == 128 || group == -1) && q.layout() != Layout::kPackedUe8m0 && bounded &&
          q.rule() != ScaleRule::kReciprocal && (q.apply() == Apply::kDivide || q.apply() == Apply::kReciprocal);
+}
+
+/* MXFP8 as its callers define it: of the norm as it is written, by a division, without a bound. */
+bool is_usual_mx(const arf_call& c) {
+  const uint32_t bits = static_cast<uint32_t>(c.quant & 0xFFFFFFFF) & ~(15u << 4 /* layout */ | 1u << 18 /* clamp */);
+  return bits == static_cast<uint32_t>(Format::kMxfp8) && (c.quant >> 32) - 1 == 32 && c.dtype != ARF_FP32 && saturates(c);
 }
 
 int family_of(const arf_call& c) {
@@ -267,7 +276,7 @@ int family_of(const arf_call& c) {
 /* Among the kernels for common calls there is one static FP8, the usual; the usual dynamic ones have a family of their own. */
 void set_common(const arf_call& c, Plan* plan) {
   plan->common = is_common(c) && (plan->family != kStatic || is_usual(c));
-  if (plan->common && plan->family == kDynamic && is_usual(c)) plan->family = kUsual;
+  if (plan->common && plan->family == kDynamic) plan->family = is_usual(c) ? kUsual : is_usual_mx(c) ? kMx : kDynamic;
 }
 
 /* Whether an output lies in x. In one-shot a row may be finished here before a CTA that only pushes has read it; in two-shot

@@ -116,9 +116,9 @@ struct Quantiser {
     store_codes(p, q, codes_at(p, t, v), y);
   }
 
-  /* Where vector v of token t has its codes of one byte. */
-  ARF_DEVICE static void* codes_at(const Params& p, uint32_t t, uint32_t v) {
-    return static_cast<uint8_t*>(p.quant_out) + (static_cast<uint64_t>(t) * p.vectors + v) * N;
+  /* Where vector v of token t has its codes, of one byte, or `bytes` for a vector. */
+  ARF_DEVICE static void* codes_at(const Params& p, uint32_t t, uint32_t v, uint32_t bytes = N) {
+    return static_cast<uint8_t*>(p.quant_out) + (static_cast<uint64_t>(t) * p.vectors + v) * bytes;
   }
 
   ARF_DEVICE static void store_codes(const Params& p, Quant q, void* at, const float (&y)[N]) {
@@ -211,6 +211,17 @@ struct Quantiser {
     return float_of(m);
   }
 
+  /* As lanes_amax, with all shuffles side by side. */
+  template <uint32_t kLanes>
+  ARF_DEVICE static uint32_t few_lanes_amax(uint32_t m) {
+    uint32_t other[kLanes];
+#pragma unroll
+    for (uint32_t i = 1; i < kLanes; ++i) other[i] = __shfl_xor_sync(~0u, m, i);
+#pragma unroll
+    for (uint32_t i = 1; i < kLanes; ++i) m = max(m, other[i]);
+    return m;
+  }
+
   /* Over the lanes of a usual group, with one reduction of the warp for each half, side by side, where shuffles would
    * stand in a row. */
   ARF_DEVICE static float usual_amax(uint32_t m) {
@@ -301,36 +312,45 @@ struct Quantiser {
     if (scale_at) store_float(scale_at, scale);
   }
 
+  /* ---- usual MXFP8: groups of 32 of a 16-bit T ---- */
+  static constexpr uint32_t kMxLanes = 32 / N;
+
+  /* The exponent of amax / 448, rounded up, is that of amax less 448's, and one more where amax has the larger mantissa. */
+  ARF_DEVICE static void mx_vector(uint32_t amax, void* scale_at, void* at, const float (&x)[N]) {
+    uint32_t exponent = max(amax + 0x1FFFFFu >> 23, 8u) - 8u; /* 448 is 2^8 * 1.75, of mantissa 0x600000 */
+    if (amax >= 0x7F800000u) exponent = amax > 0x7F800000u ? 255u : 254u;
+    float y[N];
+    multiply_all(x, ue8m0_reciprocal(exponent), y);
+    store_fp8(at, y);
+    if (scale_at) store_byte(scale_at, exponent);
+  }
+
   /* ---- NVFP4: groups of 16, e4m3 scales under a given encode scale ---- */
+  static constexpr uint32_t kFp4Lanes = 16 / N; /* of a group */
+
   ARF_DEVICE static Factor encode_factor(float encode) { return {encode, is_moderate(encode)}; }
 
-  ARF_DEVICE static void nvfp4_vector(const Params& p, void* scale_at, uint32_t t, uint32_t v, bool active, const float (&x)[N],
-                                      const Factor& encode) {
-    const float amax = lanes_amax(amax_of(x), 16 / N);
-    if (!active) return;
+  ARF_DEVICE static void nvfp4_vector(float amax, void* scale_at, void* at, const float (&x)[N], const Factor& encode) {
     const uint32_t code = e4m3_pair(__fmul_rn(encode.value, __fmul_rn(amax, 1.0f / 6.0f)), 0.0f) & 0xFFu;
     const float decoded = e4m3_to_float(code);
     float factor = quotient(encode, decoded);
     if (decoded == 0.0f) factor = 0.0f;
-    uint32_t word = 0;
-#pragma unroll
-    for (int i = 0; i < N; i += 2) {
-      word |= e2m1_pair(__fmul_rn(x[i], factor), __fmul_rn(x[i + 1], factor)) << 4 * i;
-    }
-    uint8_t* at = static_cast<uint8_t*>(p.quant_out) + (static_cast<uint64_t>(t) * p.vectors + v) * (N / 2);
+    float y[N];
+    multiply_all(x, factor, y);
+    const uint32_t word = e2m1_codes(y);
     if constexpr (N == 8) {
-      *reinterpret_cast<uint32_t*>(at) = word;
+      *static_cast<uint32_t*>(at) = word;
     } else {
-      *reinterpret_cast<uint16_t*>(at) = static_cast<uint16_t>(word);
+      *static_cast<uint16_t*>(at) = static_cast<uint16_t>(word);
     }
     if (scale_at) store_byte(scale_at, code);
   }
 
-  /* encode / decoded, decoded an e4m3 number. */
+  /* encode / decoded, decoded an e4m3 number: for divisors of four bits one correction does (tests/division.cpp). */
   ARF_DEVICE static float quotient(const Factor& encode, float decoded) {
     if (!encode.divide) return __fdiv_rn(encode.value, decoded);
     const float r = inverse_of(decoded);
-    return corrected_twice(encode.value, decoded, r, __fmul_rn(encode.value, r));
+    return corrected(encode.value, decoded, r, __fmul_rn(encode.value, r));
   }
 };
 

@@ -163,9 +163,6 @@ if __name__ == "__main__":
     if "RANK" in os.environ:
         _rank_main(Path(sys.argv[2]))
     elif len(sys.argv) == 2 and sys.argv[1].isdigit():
-        try:
-            print(run(int(sys.argv[1])))
-        except RuntimeError as error:
-            sys.exit(f"tune: {error}")
+        print(run(int(sys.argv[1])))
     else:
         sys.exit(__doc__)

@@ -53,7 +53,7 @@ int main(int argc, char** argv) {
   int devices;
   CK(cudaGetDeviceCount(&devices));
   /* ARF_RANKS: more ranks than GPUs, on one GPU each in a stream of its own: everything but NVLink, for tuning decode, with a
-     library that is built with -DARF_LINK_CYCLES=1300 (exchange.cuh). */
+     library that is built with -DARF_LINK_CYCLES=1000 (exchange.cuh). */
   const int W = getenv("ARF_RANKS") ? atoi(getenv("ARF_RANKS")) : devices;
   auto device_of = [&](int i) { return i % devices; };
   auto group_of = [](int i) { return "bench" + std::to_string(i); };

@@ -47,12 +47,18 @@ def assert_bits(name: str, got: torch.Tensor, want: torch.Tensor, nan_equal: boo
     assert got.dtype == want.dtype, f"{name}: dtype {got.dtype}, expected {want.dtype}"
     if got.numel() == 0:
         return
-    integer = _INTEGERS[got.element_size()]
-    differs = got.contiguous().view(integer) != want.contiguous().view(integer)
-    if nan_equal and (got.dtype.is_floating_point):
-        differs &= ~(torch.isnan(got.float()) & torch.isnan(want.float()))
+    differs = differing(got, want, nan_equal)
     if differs.any():
         raise AssertionError(describe(name, got, want, differs))
+
+
+def differing(got: torch.Tensor, want: torch.Tensor, nan_equal: bool = True) -> torch.Tensor:
+    """Where the bits are others; any NaN equals any NaN where ``nan_equal`` and the dtype is a float's."""
+    integer = _INTEGERS[got.element_size()]
+    differs = got.contiguous().view(integer) != want.contiguous().view(integer)
+    if nan_equal and got.dtype.is_floating_point:
+        differs &= ~(torch.isnan(got.float()) & torch.isnan(want.float()))
+    return differs
 
 
 def assert_norm(name: str, got: torch.Tensor, want: torch.Tensor, limit: int = 1) -> None:

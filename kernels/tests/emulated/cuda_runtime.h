@@ -143,6 +143,13 @@ inline uint32_t max(uint32_t a, uint32_t b) { return a > b ? a : b; }
 inline uint32_t min(uint32_t a, uint32_t b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
 inline int min(int a, int b) { return a < b ? a : b; }
+inline uint32_t __vmaxu2(uint32_t a, uint32_t b) { return max(a & 0xFFFF0000u, b & 0xFFFF0000u) | max(a & 0xFFFFu, b & 0xFFFFu); }
+inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t both = static_cast<uint64_t>(b) << 32 | a;
+  uint32_t y = 0;
+  for (int i = 0; i < 4; ++i) y |= static_cast<uint32_t>(both >> (selector >> 4 * i & 7u) * 8 & 0xFFu) << 8 * i;
+  return y;
+}
 template <class T>
 T __ldg(const T* p) { return *p; }
 inline uint32_t atomicExch(uint32_t* p, uint32_t value) { return std::exchange(*p, value); }

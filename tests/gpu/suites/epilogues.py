@@ -23,6 +23,7 @@ from tests.gpu import rare
 from tests.gpu.calls import (
     Config,
     allocate,
+    assert_same_codes,
     launch,
     rank_input,
     run,
@@ -228,7 +229,11 @@ def extreme_scales(env: Env) -> None:
             outputs = {name: buffer.tensor for name, buffer in result.buffers.items()}
             check = partial(verify_quantiser, config, outputs, outputs["norm_out"], shared, exact=True)
             env.attempt(check, (spec, scale, dtype, strategy))
-    env.note(f"{2 * 2 * len(calls)} calls")
+            bare = dataclasses.replace(config, outputs=("residual_out", "quant_out"))  # kernels of their own
+            alone = allocate(bare, env.device)
+            launch(bare, env, rank_input(bare, env.rank, env.device), shared, alone)
+            env.attempt(partial(assert_same_codes, alone, result), (spec, scale, dtype, strategy, "without the norm"))
+    env.note(f"{2 * 2 * 2 * len(calls)} calls")
 
 
 @case("epilogues", "local", worlds=(1,))
