@@ -43,7 +43,7 @@ class AllReduceFusionPass(CustomGraphPass):
     """
 
     def __init__(self, config: FusionConfig | None = None) -> None:
-        self.config = _checked("AllReduceFusionPass", config)
+        self.config = given_config("AllReduceFusionPass", config)
         self._reports: list[FusionReport] = []
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -91,7 +91,7 @@ def fuse(graph_module: fx.GraphModule, config: FusionConfig | None = None) -> Fu
     """
     if not isinstance(graph_module, fx.GraphModule):
         raise ValueError(f"fuse: expected a torch.fx.GraphModule, got {type(graph_module).__name__}")
-    config = _checked("fuse", config)
+    config = given_config("fuse", config)
     sites: list[Site] = []
     parts: dict[fx.GraphModule, fx.Node] = {}
     for node in graph_module.graph.nodes:
@@ -125,7 +125,12 @@ def _keep_names(graph: fx.Graph, names: list[str]) -> None:
             taken.add(name)
 
 
-def _checked(what: str, config: FusionConfig | None) -> FusionConfig:
+def given_config(what: str, config: FusionConfig | None) -> FusionConfig:
+    """``config``, or the environment's where it is None.
+
+    Raises:
+        ValueError: it is no FusionConfig, in the words of the function ``what`` that was given it.
+    """
     if config is not None and not isinstance(config, FusionConfig):
         raise ValueError(f"{what}: expected a FusionConfig, got {config!r}")
     return config or FusionConfig.from_env()

@@ -14,7 +14,7 @@ from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from arfusion_pass.config import FusionConfig
-from arfusion_pass.fusion_pass import AllReduceFusionPass
+from arfusion_pass.fusion_pass import AllReduceFusionPass, given_config
 
 try:
     from torch._inductor.custom_graph_pass import CustomInferenceAwareGraphPass
@@ -79,7 +79,12 @@ def inductor_options(config: FusionConfig | None = None, *, mode: str | None = N
     Raises:
         ValueError: on an unknown mode, an option that Inductor does not have, or a ``config`` that is no FusionConfig.
     """
+    if isinstance(config, str):
+        raise ValueError(
+            f"inductor_options: expected a FusionConfig, got {config!r}; a mode is given as mode={config!r}"
+        )
     _check_options(options)
+    fusion = AllReduceFusionPass(given_config("inductor_options", config))
     expanded: dict[str, Any] = {}
     if mode is not None and mode != "default":
         modes = torch._inductor.list_mode_options()
@@ -88,7 +93,7 @@ def inductor_options(config: FusionConfig | None = None, *, mode: str | None = N
         expanded.update(modes[mode])
     expanded.update(options)
     existing = expanded.get(HOOK, getattr(inductor_config, HOOK))
-    expanded[HOOK] = chained(existing, AllReduceFusionPass(config))
+    expanded[HOOK] = chained(existing, fusion)
     return expanded
 
 
@@ -120,6 +125,6 @@ def enable(config: FusionConfig | None = None) -> Iterator[AllReduceFusionPass]:
     Yields:
         the pass, with its reports.
     """
-    fusion = AllReduceFusionPass(config)
+    fusion = AllReduceFusionPass(given_config("enable", config))
     with inductor_config.patch({HOOK: chained(getattr(inductor_config, HOOK), fusion)}):
         yield fusion

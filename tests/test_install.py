@@ -240,10 +240,19 @@ def test_fuse_what_is_no_graph_module(thing: Any) -> None:
 
 @pytest.mark.parametrize("config", [3, "auto", {"strategy": "auto"}, arf.FusionConfig])
 def test_bad_config(config: Any, module: fx.GraphModule) -> None:
-    """Whatever takes a config says so where it is given something else."""
-    for use in (arf.AllReduceFusionPass, arf.inductor_options, lambda given: arf.fuse(module, given)):
-        with pytest.raises(ValueError, match="expected a FusionConfig"):
+    """Whatever takes a config says so where it is given something else, under the name that it was called by."""
+    uses = {
+        "AllReduceFusionPass": arf.AllReduceFusionPass,
+        "inductor_options": arf.inductor_options,
+        "enable": lambda given: arf.enable(given).__enter__(),
+        "fuse": lambda given: arf.fuse(module, given),
+    }
+    for name, use in uses.items():
+        with pytest.raises(ValueError, match=f"^{name}: expected a FusionConfig"):
             use(config)
+    if isinstance(config, str):
+        with pytest.raises(ValueError, match="a mode is given as mode='auto'"):
+            arf.inductor_options(config)
 
 
 def test_fuse_then_run_the_module(world: None) -> None:

@@ -163,6 +163,9 @@ if __name__ == "__main__":
     if "RANK" in os.environ:
         _rank_main(Path(sys.argv[2]))
     elif len(sys.argv) == 2 and sys.argv[1].isdigit():
-        print(run(int(sys.argv[1])))
+        try:
+            print(run(int(sys.argv[1])))
+        except RuntimeError as error:
+            sys.exit(f"tune: {error}")
     else:
         sys.exit(__doc__)
