@@ -96,6 +96,27 @@ def stopped_shorter(env: Env) -> None:
     _goes_on(env, lambda: stop_self(1.5))
 
 
+@case("faults", "shorter-bound", worlds=(2, 3, 4))
+def shorter_bound(env: Env) -> None:
+    """A bound that is given later holds from the next launch on: a call that one rank leaves out ends by it."""
+    make(env, bound=300.0)
+    old = workspace.find(env.group)
+    assert workspace.prepare(env.group, 512, 8192, timeout=datetime.timedelta(seconds=BOUND)) is old
+    notes = []
+    call = Call(env, Config(5, 4096))
+    env.barrier()
+    if not is_last(env):
+        began = time.monotonic()
+        call()
+        torch.cuda.synchronize()
+        try:
+            workspace.check(env.group)
+        except workspace.ExchangeTimeout:
+            notes.append(f"{time.monotonic() - began:.1f} s")
+        assert notes and time.monotonic() - began < BOUND + 5
+    recovered(env, notes)
+
+
 def _graph(call: Call, calls: int) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
