@@ -15,6 +15,7 @@ import enum
 import json
 import logging
 import socket
+import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -121,6 +122,7 @@ class NoAnswerError(RuntimeError):
 
 
 _rounds: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[str, int]] = weakref.WeakKeyDictionary()
+_threads = threading.local()
 
 
 def exchange(
@@ -145,9 +147,7 @@ def exchange(
     rank, world = group.rank(), group.size()
     if world == 1:
         return [payload]
-    from torch.distributed.distributed_c10d import _get_process_group_store
-
-    store = _connection(_get_process_group_store(group))
+    store = _connection(group)
     timeout = timeout or group_timeout(group)
     rounds = _rounds.setdefault(group, {})  # of this group, not of an earlier one at its address
     number = rounds[tag] = rounds.get(tag, 0) + 1
@@ -173,13 +173,22 @@ def exchange(
     return result
 
 
-def _connection(store: dist.Store) -> dist.Store:
-    """A connection of its own to a store. A wait holds the one that it waits on, which all groups of a process share:
-    another thread, or torch, could not say meanwhile what a rank waits for that this one waits for."""
-    try:
-        return store.clone()  # type: ignore[attr-defined]
-    except RuntimeError:  # a store that is written in Python need not have it
-        return store
+def _connection(group: dist.ProcessGroup) -> dist.Store:
+    """This thread's own connection to the store of ``group``. A wait holds the one that it waits on, which all groups
+    of a process share: another thread, or torch, could not say meanwhile what a rank waits for that this one waits for.
+
+    One for all rounds: a connection may cost a look-up of names, and seconds where no resolver answers.
+    """
+    kept = _threads.__dict__.setdefault("stores", weakref.WeakKeyDictionary())
+    if group not in kept:
+        from torch.distributed.distributed_c10d import _get_process_group_store
+
+        store = _get_process_group_store(group)
+        try:
+            kept[group] = store.clone()  # type: ignore[attr-defined]
+        except RuntimeError:  # a store that is written in Python need not have it
+            kept[group] = store
+    return kept[group]  # type: ignore[no-any-return]
 
 
 def _clear(store: dist.Store, prefix: str, world: int) -> None:

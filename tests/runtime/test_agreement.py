@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -119,3 +120,25 @@ def test_two_threads_exchange_in_opposite_orders(monkeypatch):
             asked.append(threads.submit(agreement.exchange, _Group(rank), f"{name}/graph", rank, limit))
             time.sleep(0.3)
         assert [answer.result() for answer in asked] == [[0, 1]] * 4
+
+
+def test_a_thread_keeps_its_connection(monkeypatch):
+    """Two threads that exchange time after time connect once each: a connection may cost a look-up of names."""
+    made = []
+
+    class Store:
+        def __init__(self, store: dist.Store) -> None:
+            self.store = store
+
+        def clone(self) -> dist.Store:
+            made.append(threading.get_ident())
+            return self.store
+
+    store = Store(dist.HashStore())
+    monkeypatch.setattr(dist.distributed_c10d, "_get_process_group_store", lambda group: store)
+    groups = [_Group(0), _Group(1)]
+    with ThreadPoolExecutor(2) as ranks:
+        for number in range(5):
+            asked = [ranks.submit(agreement.exchange, group, "0/graph", number) for group in groups]
+            assert [answer.result() for answer in asked] == [[number] * 2] * 2
+    assert len(made) <= len(groups) * len(set(made))
