@@ -20,7 +20,9 @@ from arfusion_pass.reporting.reports import FusionReport, Reports
 from arfusion_pass.reporting.sites import Site
 from arfusion_pass.reporting.tables import ranges, report_table
 
-TITLE = "arfusion-pass: graphs before and after"
+CONTEXT = 3
+"""Unchanged lines shown around a change."""
+
 UNRECORDED = "The graph was not recorded."
 CACHED = "From a compile cache, which kept the report and not the graph."
 
@@ -45,18 +47,11 @@ class _Row:
     gap: int = 0
 
 
-def diff_page(
-    reports: Sequence[FusionReport],
-    title: str = TITLE,
-    context: int = 3,
-    replays: Mapping[tuple[int, str], str] | None = None,
-) -> str:
+def diff_page(reports: Sequence[FusionReport], replays: Mapping[tuple[int, str], str] | None = None) -> str:
     """The page as text. Graphs appear where they were recorded (``FusionReport.before`` and ``.after``).
 
     Args:
         reports: one a graph.
-        title: of the page.
-        context: unchanged lines shown around a change.
         replays: what a replay of a site found (``"exact"``, or what differs), by graph's place and site's name.
     """
     graphs: list[dict[str, Any]] = []
@@ -71,7 +66,7 @@ def diff_page(
                 "note": report.note or (None if report.before else CACHED if report.cached else UNRECORDED),
                 "shown": bool(report.before or report.note),
                 "counts": changed,
-                "rows": _rows(_lines_of(before), _lines_of(after), context) if changed else [],
+                "rows": _rows(_lines_of(before), _lines_of(after)) if changed else [],
             }
         )
         sites += _sites(number, report, replays or {})
@@ -82,10 +77,10 @@ def diff_page(
     told = [
         f"{'Graph' if len(which) == 1 else 'Graphs'} {ranges(which)}: {note}" for note, which in notes.items() if note
     ]
-    return template.render(title=title, summary=summary, notes=told, graphs=graphs, sites=sites)
+    return template.render(summary=summary, notes=told, graphs=graphs, sites=sites)
 
 
-def index_page(folder: Path, title: str = TITLE) -> str:
+def index_page(folder: Path) -> str:
     """A page over the ranks' folders below ``folder``: those that hold a ``report.json`` and a ``diff.html``."""
     rows = []
     for path in sorted(folder.glob("*/report.json"), key=lambda path: (len(path.parent.name), path.parent.name)):
@@ -101,7 +96,7 @@ def index_page(folder: Path, title: str = TITLE) -> str:
         )
     alike = len({(row["graphs"], row["sites"], row["fused"]) for row in rows}) <= 1
     summary = "All ranks fused alike." if alike else "The ranks did not fuse alike: they run different graphs."
-    return _TEMPLATES.get_template("index.html.jinja").render(title=title, summary=summary, rows=rows)
+    return _TEMPLATES.get_template("index.html.jinja").render(summary=summary, rows=rows)
 
 
 def _sites(number: int, report: FusionReport, replays: Mapping[tuple[int, str], str]) -> Iterator[dict[str, Any]]:
@@ -153,10 +148,10 @@ def _lines_of(printed: str) -> list[str]:
     return printed.replace(" [call_func]", "").replace("[placehold]", "[placeholder]").splitlines()
 
 
-def _rows(old: list[str], new: list[str], context: int) -> list[_Row]:
+def _rows(old: list[str], new: list[str]) -> list[_Row]:
     rows: list[_Row] = []
     seen = 0
-    for group in line_matcher(old, new).get_grouped_opcodes(context):
+    for group in line_matcher(old, new).get_grouped_opcodes(CONTEXT):
         if group[0][1] > seen:
             rows.append(_Row(gap=group[0][1] - seen))
         for tag, a0, a1, b0, b1 in group:

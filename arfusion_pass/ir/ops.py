@@ -67,14 +67,6 @@ QUANTISERS: dict[str, Callable[[QuantSpec], bool]] = {
 """Quantiser op to the specs that it takes."""
 
 
-def quantiser_op(spec: QuantSpec) -> torch._ops.OpOverload:
-    """The canonical op of ``spec``; ``ValueError`` where there is none."""
-    for name, takes in QUANTISERS.items():
-        if takes(spec):
-            return ir_op(name)
-    raise ValueError(f"no canonical quantiser for {spec}")
-
-
 def ir_op(name: str) -> torch._ops.OpOverload:
     """The op ``arfusion_ir::name``."""
     return getattr(getattr(torch.ops, NAMESPACE), name).default

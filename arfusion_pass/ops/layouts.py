@@ -87,7 +87,7 @@ def scale_allocation(tokens: Size, hidden: Size, spec: QuantSpec) -> tuple[tuple
     """Shape and dtype of a contiguous ``scale_out``, or None where the quantiser writes no scale.
 
     Column-major layouts are given as their transpose (``[G, T]``, ``[G, pad4(T)]``, packed ``[ceil(G / 4), pad4(T)]``);
-    :func:`logical_view` turns that into the ``[T, G]`` view that a consumer reads.
+    its transpose, cut to ``T`` rows, is the ``[T, G]`` view that a consumer reads.
     """
     if spec.format == QuantFormat.NONE or spec.is_static:
         return None
@@ -105,11 +105,6 @@ def allocate_scales(tokens: int, hidden: int, spec: QuantSpec, device: torch.dev
     """An uninitialised ``scale_out`` of :func:`scale_allocation`'s shape, or None where there is none."""
     allocation = scale_allocation(tokens, hidden, spec)
     return None if allocation is None else torch.empty(allocation[0], dtype=allocation[1], device=device)
-
-
-def logical_view(buffer: torch.Tensor, tokens: Size, spec: QuantSpec) -> torch.Tensor:
-    """The ``[T, G]`` view (packed: ``[T, ceil(G / 4)]``) of a column-major transpose; other layouts as they are."""
-    return buffer.t()[:tokens] if spec.layout in COLUMN_MAJOR else buffer
 
 
 def swizzled_index(row: torch.Tensor, column: torch.Tensor, groups: int, layout: ScaleLayout) -> torch.Tensor:

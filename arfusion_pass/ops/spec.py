@@ -77,11 +77,6 @@ class Flags(enum.IntFlag):
     OWNER_BLOCKS = 1 << 22
 
 
-ROUNDING_FLAGS = (
-    Flags.UNROUNDED_SUM | Flags.ROUND_BEFORE_WEIGHT | Flags.ADDEND_LAST | Flags.DIVIDE_BY_ROOT | Flags.RECIPROCAL_ROOT
-)
-"""The flags that say what is computed, apart from the MoE prologues; the others say how."""
-
 SHARDED_FLAGS = Flags.RESIDUAL_IN_SHARDED | Flags.RESIDUAL_OUT_SHARDED
 """The marks of a chain's members."""
 

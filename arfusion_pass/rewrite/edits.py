@@ -50,12 +50,10 @@ class Edits:
     def __exit__(self, *_: object) -> None:
         self.restore()
 
-    def insert_before(
-        self, place: fx.Node, target: Any, args: tuple[Any, ...], meta: dict[str, Any], kwargs: Any = None
-    ) -> fx.Node:
+    def insert_before(self, place: fx.Node, target: Any, args: tuple[Any, ...], meta: dict[str, Any]) -> fx.Node:
         """A new call in front of a node."""
         with self.graph.inserting_before(place):
-            return self._insert(target, args, meta, kwargs)
+            return self._insert(target, args, meta, None)
 
     def insert_after(
         self, place: fx.Node, target: Any, args: tuple[Any, ...], meta: dict[str, Any], kwargs: Any = None

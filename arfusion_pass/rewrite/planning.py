@@ -33,7 +33,7 @@ from arfusion_pass.graph import (
 from arfusion_pass.ops.checks import FusedCall, check_call
 from arfusion_pass.ops.schema import OUTPUT_NAMES
 from arfusion_pass.rewrite.buffers import Buffer, SizeSource, plan_buffer
-from arfusion_pass.rewrite.pass_manager import FusionPassManager
+from arfusion_pass.rewrite.pass_manager import fuse_shadow
 from arfusion_pass.rewrite.raised import RaisedSite
 from arfusion_pass.rewrite.shadow import Shadow, build_shadow
 
@@ -65,7 +65,7 @@ def planned(graph: fx.Graph, sites: list[RaisedSite], config: FusionConfig) -> l
     if all(site.reason is not None for site in sites):
         return []
     shadow = build_shadow(sites)
-    calls = FusionPassManager(config).apply(shadow)
+    calls = fuse_shadow(shadow, config)
     matched = {call.meta["site"] for call in calls}
     for index, site in enumerate(sites):
         if site.reason is None and index not in matched:

@@ -189,11 +189,7 @@ _PROTOTYPES: dict[str, tuple[object, tuple[object, ...]]] = {
 
 
 class NativeError(RuntimeError):
-    """A function of the kernel library failed; ``status`` says how."""
-
-    def __init__(self, function: str, status: int, message: str):
-        super().__init__(f"{function}: {message}")
-        self.status = Status(status) if status in Status._value2member_map_ else status
+    """A function of the kernel library failed."""
 
 
 def open_library(path: Path) -> ctypes.CDLL:
@@ -227,4 +223,4 @@ def check(library: ctypes.CDLL, function: str, *arguments: object) -> None:
     message = (library.arf_last_error() or b"").decode(errors="replace")
     if status == Status.INVALID:
         raise ValueError(message)
-    raise NativeError(function, status, message)
+    raise NativeError(f"{function}: {message}")

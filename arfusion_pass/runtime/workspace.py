@@ -139,12 +139,6 @@ class Workspace:
         """0: there is no NVLink multicast object."""
         return int(getattr(self.handle, "multicast_ptr", 0) or 0)
 
-    def capacity(self, strategy: c_api.Strategy = c_api.Strategy.TWOSHOT) -> int:
-        """The largest message in bytes (tokens * hidden * itemsize) that goes in one piece; 0 without a workspace."""
-        if self.tensor is None:
-            return 0
-        return int(native.load().arf_workspace_capacity(self.group.size(), self.bytes, int(strategy)))
-
 
 _workspaces: dict[tuple[str, int], Workspace] = {}
 _lock = threading.RLock()

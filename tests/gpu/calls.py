@@ -15,11 +15,17 @@ import torch
 
 from arfusion_pass.ops import layouts, reference
 from arfusion_pass.ops.quantisers import quantise
-from arfusion_pass.ops.spec import NO_QUANT, ROUNDING_FLAGS, Flags, QuantFormat, QuantSpec
+from arfusion_pass.ops.spec import NO_QUANT, Flags, QuantFormat, QuantSpec
 from tests.gpu.compare import POISON, GuardedBuffer, assert_bits, assert_norm, differing
 from tests.gpu.harness import Env
+from tests.ops.cases import logical_view
 
 OUTPUTS = ("allreduce_out", "residual_out", "norm_out", "quant_out", "scale_out")
+
+ROUNDING_FLAGS = (
+    Flags.UNROUNDED_SUM | Flags.ROUND_BEFORE_WEIGHT | Flags.ADDEND_LAST | Flags.DIVIDE_BY_ROOT | Flags.RECIPROCAL_ROOT
+)
+"""The flags that say what is computed, apart from the MoE prologues; the others say how."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +143,7 @@ def allocate(config: Config, device: torch.device) -> Result:
     if allocation is not None:
         buffers["scale_out"] = GuardedBuffer(tuple(map(int, allocation[0])), allocation[1], device)
         if config.logical_scales:
-            result.scale_view = layouts.logical_view(buffers["scale_out"].tensor, config.tokens, config.spec)
+            result.scale_view = logical_view(buffers["scale_out"].tensor, config.tokens, config.spec)
     return result
 
 
@@ -287,7 +293,7 @@ def verify_quantiser(
         # Padding inside the tensor given is 0; what lies past a strided view's last element keeps its poison.
         expected = torch.empty_like(outputs["scale_out"])
         expected.view(torch.uint8).fill_(POISON)
-        view = layouts.logical_view(expected, config.tokens, spec) if config.logical_scales else expected
+        view = logical_view(expected, config.tokens, spec) if config.logical_scales else expected
         layouts.write_scales(scales, view, config.hidden, spec)
     if exact:
         assert_bits("quant_out", outputs["quant_out"], codes.view(outputs["quant_out"].dtype))

@@ -48,6 +48,11 @@ def outputs(
     return given
 
 
+def logical_view(buffer: torch.Tensor, tokens: int, spec: QuantSpec) -> torch.Tensor:
+    """The ``[T, G]`` view (packed: ``[T, ceil(G / 4)]``) of a column-major transpose; other layouts as they are."""
+    return buffer.t()[:tokens] if spec.layout in layouts.COLUMN_MAJOR else buffer
+
+
 def arguments(spec: QuantSpec = NO_QUANT, group: str = "", **changes: Any) -> dict[str, Any]:
     """The epilogue's keyword arguments with ``spec`` in them."""
     return {

@@ -9,6 +9,7 @@ import torch
 
 from arfusion_pass.ops import layouts
 from arfusion_pass.ops.spec import QuantFormat, QuantSpec, ScaleLayout, ScaleRound
+from tests.ops.cases import logical_view
 
 POW2 = ScaleRound.POW2
 TOKENS = [1, 2, 3, 4, 5, 8, 9, 127, 128, 129, 160]
@@ -64,7 +65,7 @@ def test_column_major_logical_view(layout: ScaleLayout) -> None:
         assert transposed is not None
         layouts.write_scales(scales, transposed, hidden, spec)
         assert torch.equal(memory[8:-8], transposed.view(-1)[:span])
-        assert torch.equal(view, layouts.logical_view(transposed, tokens, spec))
+        assert torch.equal(view, logical_view(transposed, tokens, spec))
         assert (memory[:8] == 99).all()
         assert (memory[-8:] == 99).all()
         assert torch.equal(layouts.read_scales(view, tokens, hidden, spec), scales)
@@ -98,7 +99,7 @@ def test_swizzle_is_a_permutation_of_tiles(layout: ScaleLayout, rows: int) -> No
 
 
 def test_allocation_shapes() -> None:
-    """Shapes as DESIGN.md section 6 gives them; MXFP8 has ceil(H / 128) tiles a row of tiles, NVFP4 ceil(H / 64)."""
+    """Whole tiles, column-major scales transposed; MXFP8 has ceil(H / 128) tiles a row of tiles, NVFP4 ceil(H / 64)."""
     mx, nv = spec_of(ScaleLayout.SWIZZLED_128X4), QuantSpec(QuantFormat.NVFP4, 16, ScaleLayout.SWIZZLED_8X4)
     assert layouts.scale_allocation(5, 160, mx) == ((128, 8), torch.uint8)
     assert layouts.scale_allocation(9, 80, nv) == ((16, 8), torch.float8_e4m3fn)

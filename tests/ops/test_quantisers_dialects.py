@@ -1,4 +1,4 @@
-"""Each quantiser as real graphs spell it (DIALECTS.md 2.3), in plain torch, against the spec that names it.
+"""Each quantiser as real graphs spell it, in plain torch, against the spec that names it.
 
 Codes and scales must be those of the eager graph, bit for bit: that is what a rewrite promises its user.
 """
