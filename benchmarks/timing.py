@@ -108,7 +108,7 @@ class Timer:
 
 
 def floor_microseconds(message_bytes: int, world: int) -> float:
-    """The bound of ``shared/ANCHORS.md``: an empty kernel in a graph, a one-way flag a hop, bytes at 350 GB/s."""
+    """A bound from below: an empty kernel in a graph, a one-way flag a hop, bytes at 350 GB/s."""
     one_hop = 0.54 + 0.65 + (world - 1) * message_bytes / 350e3
     two_hops = 0.54 + 1.30 + 2 * (world - 1) / world * message_bytes / 350e3
     return min(one_hop, two_hops)

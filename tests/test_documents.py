@@ -114,6 +114,15 @@ def test_links_between_documents_lead_somewhere() -> None:
         assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == [], page
 
 
+def test_pages_that_are_named_exist() -> None:
+    """Whoever a docstring or a page sends to another page finds it in the tree."""
+    there = {page.name for page in ROOT.rglob("*.md")} | {"tpN.md", "siteN.md"}
+    for folder in ("arfusion_pass", "tests", "benchmarks", "examples", "docs"):
+        for path in (*(ROOT / folder).rglob("*.py"), *(ROOT / folder).glob("*.md")):
+            named = set(re.findall(r"\b[\w-]+\.md\b", path.read_text()))
+            assert named <= there, path
+
+
 TORCHS = ("Could not find schema for arfusion::", "object has no attribute 'allreduce_rms_norm'")
 
 

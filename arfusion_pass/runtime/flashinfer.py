@@ -38,7 +38,8 @@ DEFAULT_MESSAGE = 32 << 20
 """Largest message, in bytes, of a workspace that a compiled graph's first call makes: 512 MiB of memory on 4 ranks."""
 
 MAX_ONESHOT_H200X4 = 2 << 20
-"""4 ranks on sm_90: above it FlashInfer's two-shot kernel is faster (ANCHORS.md); its own limit, 8 MiB, is a B200's."""
+"""4 ranks on sm_90: above it FlashInfer's two-shot kernel is faster (``benchmarks/results/tp4.md``); its own limit, 8
+MiB, is a B200's."""
 
 ROUNDING = Flags.UNROUNDED_SUM | Flags.ROUND_BEFORE_WEIGHT
 """Beside its approximate root the norm's last bit is open, a division by the root or not."""
