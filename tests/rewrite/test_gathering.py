@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import fx
 
 import arfusion_pass as arf
+from arfusion_pass.dialects.reading.pieces import cut
 from arfusion_pass.ops.marks import mark_in
 from tests import quant_cases as q
 from tests.dialects.engine_ops import register_vllm
@@ -111,6 +112,49 @@ def test_other_pieces(where: str, order: tuple[int, int]) -> None:
     fused = check(traced(fn, (2, *ROWS), (2, *SHARD), (HIDDEN,)), ADD)
     (call,) = fused.graph.find_nodes(op="call_function", target=FUSED)
     assert call.kwargs["block"] == 0
+
+
+def two_of_three_pieces(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    total = r[:, :2] + scatter(torch.cat(x.split(2, 1)[:2]), WORLD)
+    return gather(llama(total, w, 1e-6), WORLD, 1), total
+
+
+def pieces_of_two(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    total = r + scatter(torch.cat([x.split(3, 1)[0], x.neg().split(3, 1)[1]]), WORLD)
+    return gather(llama(total, w, 1e-6), WORLD, 1), total
+
+
+def pieces_of_batches(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """Which are in order as they are; as rows of the second dimension they would be dealt out one by one."""
+    total = r[:1, :2] + scatter(torch.cat(x[:, :2].contiguous().split(1)), WORLD)
+    return gather(llama(total, w, 1e-6).view(2, 1, HIDDEN), WORLD, 1), total
+
+
+def joined_by_columns(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    parts = gather(llama(r + scatter(x, WORLD, 1), w, 1e-6), WORLD).split(2)
+    return torch.cat(parts, 2), r
+
+
+def a_part_read(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    parts = gather(llama(r + scatter(x, WORLD, 1), w, 1e-6), WORLD).split(2)
+    return torch.cat(parts, 1), parts[1].relu()
+
+
+@pytest.mark.parametrize("fn", [two_of_three_pieces, pieces_of_two, pieces_of_batches, joined_by_columns, a_part_read])
+def test_pieces_that_are_not_one_of_each_rank(fn: Any) -> None:
+    """Contract *sound*: what is cut or joined otherwise stays in the graph, around the fused call."""
+    fused = check(traced(fn, (2, *ROWS), (2, *SHARD), (HIDDEN,)), ADD)
+    (call,) = fused.graph.find_nodes(op="call_function", target=FUSED)
+    assert call.kwargs["block"] == 0
+    assert calls(fused, torch.ops.aten.cat.default) >= 1
+
+
+def test_some_of_the_pieces() -> None:
+    """Two of four ranks' pieces are not what four ranks deal out."""
+    module = trace(lambda x: (torch.cat(x.split(2, 1)[:2]), torch.cat(x.split(2, 1))), *tensors((2, 8, HIDDEN)))
+    two, four = module.graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default)
+    assert cut(two, 4) is None
+    assert cut(four, 4) is not None
 
 
 @pytest.mark.parametrize("dim", [0, 1])
@@ -270,6 +314,30 @@ def other_world(x: Tensor, r: Tensor, w: Tensor) -> Tensor:
     return gather(llama(r[:2] + scatter(x, 3), w, 1e-6), 3)
 
 
+def both_codes(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    norm = llama(r + scatter(x, WORLD), w, 1e-6)
+    return gather(static(norm), WORLD), gather(q.int8_token(norm)[0], WORLD)
+
+
+def codes_twice(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    codes = static(llama(r + scatter(x, WORLD), w, 1e-6))
+    return gather(codes, WORLD), gather(codes, WORLD).float()
+
+
+def scales_in_tiles(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    register_vllm()
+    norm = llama(r + scatter(x, WORLD), w, 1e-6)
+    codes, scales = torch.ops._C.scaled_fp4_quant(norm, torch.ones(1), True)
+    return gather(codes, WORLD), gather(scales, WORLD)
+
+
+def rows_then_columns(x: Tensor, r: Tensor, w: Tensor) -> Tensor:
+    """vLLM's ops, along one dimension there and along another back."""
+    register_vllm()
+    mine = torch.ops.vllm.reduce_scatter(x.view(4, 3, HIDDEN), 0, WORLD, "0")
+    return torch.ops.vllm.all_gather(llama(mine, w, 1e-6), 1, WORLD, "0")
+
+
 def hidden_scattered(x: Tensor, r: Tensor, w: Tensor) -> Tensor:
     return torch.ops.vllm.all_gather(llama(torch.ops.vllm.reduce_scatter(x, 1, WORLD, "0"), w, 1e-6), 1, WORLD, "0")
 
@@ -283,6 +351,10 @@ def hidden_scattered(x: Tensor, r: Tensor, w: Tensor) -> Tensor:
         (other_shape, "in another shape"),
         (other_order, "(aten.relu|aten.clone|aten.permute).*without an all-gather"),
         (other_group, "over another group"),
+        (both_codes, "is gathered as well as"),
+        (codes_twice, "is gathered more than once"),
+        (scales_in_tiles, "scales laid out as SWIZZLED_128X4, are gathered: only rows can be"),
+        (rows_then_columns, "puts rows in another order than the reduce-scatter deals them out in"),
         (other_world, "scatters to 3 ranks, and the group has 2"),
         (average, "reduces by 'avg'"),
         (padded, "aten.slice.Tensor"),
@@ -293,8 +365,37 @@ def hidden_scattered(x: Tensor, r: Tensor, w: Tensor) -> Tensor:
 )
 def test_refused(fn: Any, words: str) -> None:
     """Left alone, node for node, with the true reason."""
-    shapes = {other_order: ((12, HIDDEN), (6, HIDDEN), (HIDDEN,)), padded_rows: ((6, HIDDEN), (4, HIDDEN), (HIDDEN,))}
+    twelve = ((12, HIDDEN), (6, HIDDEN), (HIDDEN,))
+    shapes = {other_order: twelve, rows_then_columns: twelve, padded_rows: ((6, HIDDEN), (4, HIDDEN), (HIDDEN,))}
     assert re.search(words, reason(fn, ON, *shapes.get(fn, ()))), words
+
+
+def test_a_norm_that_quantises() -> None:
+    """vLLM's norm that gives codes alone: those are gathered, and there is no norm to gather."""
+    register_vllm()
+
+    def fn(x: Tensor, w: Tensor, s: Tensor) -> Tensor:
+        codes = torch.empty(3, HIDDEN, dtype=torch.float8_e4m3fn)
+        torch.ops._C.rms_norm_static_fp8_quant(codes, scatter(x, WORLD), w, s, 1e-6)
+        return gather(codes, WORLD)
+
+    inputs = [torch.randn(*ROWS).bfloat16(), torch.ones(HIDDEN).bfloat16(), torch.ones(1)]
+    module = captured(fn, inputs)
+    fused, report = fused_copy(module, ON)
+    assert [site.pattern for site in report.sites] == ["ReduceScatterRMSNormStaticQuantFP8AllGather"], str(report)
+    check_same(module, fused)
+
+
+def test_columns_of_symbolic_length() -> None:
+    """vLLM's op along the second dimension of a symbolic number of rows: no block that the call could be given."""
+    register_vllm()
+
+    def fn(x: Tensor, w: Tensor) -> Tensor:
+        norm = llama(torch.ops.vllm.reduce_scatter(x, 1, WORLD, "0"), w, 1e-6)
+        return torch.ops.vllm.all_gather(norm, 1, WORLD, "0")
+
+    module = trace(fn, *symbolic((2, "s", HIDDEN), (HIDDEN,)))
+    assert "scatters a dimension of symbolic length" in str(check_unchanged(module, ON).sites[0].reason)
 
 
 @pytest.mark.parametrize("op", ["sum", "avg"])

@@ -41,8 +41,7 @@ def cut(node: fx.Node, world: int) -> Rows | None:
         if base is not None and (split.args[0] is not base or split.args[1] != size):
             return None
         base, size = split.args[0], split.args[1]  # type: ignore[assignment]
-        tensor = tensor_of(piece)
-        if not _along_rows(split) or tensor is None or not statically_equal(tensor.shape[-2], size_of(size)):
+        if not _along_rows(split):
             return None
     if base is None or not statically_equal(tensor_of(base).shape[-2], world * size_of(size)):  # type: ignore[union-attr]
         return None
@@ -66,8 +65,6 @@ def joined(node: fx.Node, world: int) -> Rows | None:
         return None
     assert tensor is not None
     if not all(is_call(part, operator.getitem) and only_user(part) is cat for part in parts):
-        return None
-    if not statically_equal(tensor.shape[0], world * size_of(split.args[1])):
         return None
     size: Any = tensor.shape[-2]
     return Rows(cat, None if _one_sequence(cat) else size, (split, *parts, cat))
