@@ -101,20 +101,22 @@ ARF_DEVICE void join_cluster(const Part& part) {
 #endif
 }
 
-/* A word, the same in all lanes of the warp, into `slot` of every CTA; `expected` words make a row complete. */
+/* kWords of a warp, word and slot w those of lanes 8 w to 8 w + 7, into those slots of every CTA; `expected` words make a row
+ * complete. */
+template <uint32_t kWords = 1>
 ARF_DEVICE void publish(uint32_t slot, uint32_t barrier, uint32_t word, bool valid, uint32_t expected, const Part& part) {
 #if __CUDA_ARCH__ >= 900
-  const uint32_t lane = threadIdx.x % kWarp;
+  const uint32_t lane = threadIdx.x % kWarp, cta = kWords == 1 ? lane : lane % 8;
   if (threadIdx.x == 0) {
     asm volatile("{ .reg .b64 state;\n\t"
                  "mbarrier.arrive.expect_tx.shared::cta.b64 state, [%0], %1; }" /* this phase ends after so many bytes */
                  ::"r"(barrier), "r"(expected * 4)
                  : "memory");
   }
-  if (valid && lane < part.count) {
+  if (valid && cta < part.count && lane < 8 * kWords) {
     uint32_t to, signal;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(slot), "r"(lane)); /* slot in CTA `lane` */
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(signal) : "r"(barrier), "r"(lane));
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(slot), "r"(cta)); /* slot in that CTA */
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(signal) : "r"(barrier), "r"(cta));
     asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" /* word and its arrival */
                  ::"r"(to), "r"(word), "r"(signal)
                  : "memory");

@@ -165,7 +165,7 @@ struct Epilogue {
     Given g = {fetch_weight(p, at), kCommon ? p.epsilon : epsilon(p), {}, 0};
     if constexpr (kFamily == kStatic) g.factor = Q::static_factor(p, Q::given_scale(p));
     if constexpr (kFamily == kFp4) g.factor = Q::encode_factor(Q::given_scale(p));
-    if constexpr (kFamily == kUsual) g.usual = usual(p);
+    if constexpr (kFamily == kUsual || kFamily == kToken) g.usual = usual(p);
     return g;
   }
 
@@ -183,13 +183,13 @@ struct Epilogue {
     store_shared(scratch.known(), p.cluster);
     store_shared(scratch.known() + 4, p.tiles);
     store_shared(scratch.known() + 8, p.flags);
-    if constexpr (kFamily == kUsual) store_shared(scratch.known() + 12, usual(p));
+    if constexpr (kFamily == kUsual || kFamily == kToken) store_shared(scratch.known() + 12, usual(p));
   }
   ARF_DEVICE static void know(Shared scratch, Place& at, Given& given) {
     if constexpr (kStraight) {
       const uint4 known = load_shared_vector(scratch.known());
       at.part.count = known.x, at.tiles = known.y, at.flags = known.z;
-      if constexpr (kFamily == kUsual) given.usual = known.w;
+      if constexpr (kFamily == kUsual || kFamily == kToken) given.usual = known.w;
     }
   }
 
@@ -215,7 +215,7 @@ struct Epilogue {
       if constexpr (kFamily == kPlain) {
         to.norm = static_cast<uint4*>(p.norm_out) + i;
         asm volatile("" : "+l"(to.norm)); /* as above */
-      } else if constexpr (kFamily != kUsual) {
+      } else if constexpr (kFamily != kUsual && kFamily != kToken) {
         to.codes = codes_at(p, t, at.vector(0));
         asm volatile("" : "+l"(to.codes)); /* as above */
       }
@@ -352,6 +352,38 @@ struct Epilogue {
     return butterfly_sum(s);
   }
 
+  /* As sum_of_squares, and beside it the row's largest |value * weight|, NaN if it has one. A thread's only row: the buffer of
+   * the other parity is free. */
+  ARF_DEVICE static float sum_and_largest(Shared scratch, const Place& at, const Weight& weight, const float (&x)[N], float& largest) {
+    const uint32_t lane = threadIdx.x % kWarp, parity = at.parity(), tile = at.vector(0) / kWarp;
+    float w[N], most = 0.0f;
+    unpack<kDtype>(weight.raw, w);
+#pragma unroll
+    for (int i = 0; i < N; ++i) most = max_nan(most, fabsf(__fmul_rn(x[i], w[i])));
+    const uint32_t of_tile = __reduce_max_sync(~0u, bits_of(most)), s = bits_of(butterfly_sum(squares(x)));
+    const bool second = lane & 8;
+    const uint32_t word = second ? of_tile : s;
+    const uint32_t slot = second ? scratch.amax(!parity) + 4 * tile : scratch.squares(parity) + 4 * word_of(tile);
+    if (at.part.count > 1) {
+      publish<2>(slot, scratch.barriers(parity), word, tile < at.tiles, 2 * at.tiles, at.part);
+    } else if ((lane & ~8u) == 0) {
+      store_shared(slot, word);
+    }
+    meet(scratch.barriers(parity), at);
+    largest = float_of(__reduce_max_sync(~0u, lane < at.tiles ? load_shared(scratch.amax(!parity) + 4 * lane) : 0u));
+    return few_tiles(scratch.squares(parity));
+  }
+
+  /* The largest |T(x * rstd * weight)| of a row from `largest`, its |x * weight|, without the row, where it is certain: the three
+   * roundings to fp32 in front of the one to T move it by less than 2^-21 of itself, and by 2^-22 where x * rstd is subnormal
+   * under an enormous weight. One row in some thousands lies so near a boundary of T. */
+  ARF_DEVICE static bool find_amax(float largest, float rstd, float& amax) {
+    const float about = __fmul_rn(largest, rstd);
+    const float low = __fmaf_rn(about, 1.0f - 0x1p-21f, -0x1p-22f), high = __fmaf_rn(about, 1.0f + 0x1p-21f, 0x1p-22f);
+    amax = round_to<kDtype>(high);
+    return round_to<kDtype>(low) == amax && amax < 0x1p120f;
+  }
+
   /* Of at most 32 tiles, with zeros for those that are not there, which change no sum: the eight whose numbers are equal
    * modulo 4 lie side by side, so that a thread does the butterfly's first three steps in registers. */
   ARF_DEVICE static uint32_t word_of(uint32_t tile) { return kHeld == 1 ? tile % 4 * 8 + tile / 4 : tile; }
@@ -456,7 +488,7 @@ struct Epilogue {
     asm volatile("" : "+r"(weight.x), "+r"(weight.y), "+r"(weight.z), "+r"(weight.w));
 #pragma unroll
     for (int i = 0; i < N; ++i) x[i] = __fmul_rn(x[i], rstd);
-    if (to.flags & kRoundBeforeWeight) return multiply<kDtype>(pack<kDtype>(x), weight);
+    if (kFamily != kToken && to.flags & kRoundBeforeWeight) return multiply<kDtype>(pack<kDtype>(x), weight);
     float w[N];
     unpack<kDtype>(weight, w);
 #pragma unroll
@@ -489,10 +521,29 @@ struct Epilogue {
     }
   }
 
+  /* A straight call's row with a scale a token, which one exchange among its threads settles but for a few rows. */
+  ARF_DEVICE static void finish_token(const Params& p, Shared scratch, const Place& at, const Given& given, uint32_t t, Row& row,
+                                      const Targets& to) {
+    float largest, amax;
+    const float mean = __fmul_rn(sum_and_largest(scratch, at, given.weight, row[0], largest), p.inverse_hidden);
+    if (at.row == 0) stamp(kReduced);
+    const float rstd = rstd_of(p, __fadd_rn(mean, p.epsilon));
+    const bool certain = find_amax(largest, rstd, amax);
+    uint4 norm = {};
+    if (to.holds) norm = normalise_straight(given, rstd, row[0], to);
+    if (!certain) amax = row_amax(p, scratch, at, [&](int) { return largest_magnitude<kDtype>(norm); });
+    if (!to.holds) return;
+    float x[N];
+    unpack<kDtype>(norm, x);
+    Q::usual_vector(given.usual & kProduct, given.usual & kByReciprocal, float_of(max(bits_of(amax), bits_of(p.amax_bound))),
+                    p.scale_bound, to.scale, codes_at(p, t, at.vector(0)), x);
+  }
+
   /* Norm and quantiser of row t; all threads call. Lanes without a vector hold zeros. */
   ARF_DEVICE static void norm_and_quantise(const Params& p, Shared scratch, const Place& at, const Given& given, uint32_t t,
                                            Row& row, const Targets& to) {
     if (!needs_norm(p)) return;
+    if constexpr (kFamily == kToken) return finish_token(p, scratch, at, given, t, row, to);
     const float mean = __fmul_rn(sum_of_squares(p, scratch, at, row), p.inverse_hidden);
     if (at.row == 0) stamp(kReduced);
     const float rstd = rstd_of(p, __fadd_rn(mean, kCommon ? p.epsilon : given.epsilon));

@@ -416,6 +416,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) simulated_kernel(const __grid_
 constexpr int general(int calls) { return calls == kStraightCalls ? kCommonCalls : calls; }
 constexpr int mx_of(int calls) { return calls == kStraightCalls ? kMx : kDynamic; }
 constexpr int usual_of(int calls) { return calls == kAnyCalls ? kDynamic : kUsual; }
+constexpr int token_of(int calls) { return calls == kStraightCalls ? kToken : usual_of(calls); }
 constexpr int straight_of(int dtype) { return dtype == ARF_FP32 ? kCommonCalls : kStraightCalls; }
 
 }  // namespace arf
@@ -427,14 +428,16 @@ constexpr int straight_of(int dtype) { return dtype == ARF_FP32 ? kCommonCalls :
    reinterpret_cast<const void*>(&arf::fused_kernel<DTYPE, WORLD, arf::kDynamic, HELD, TWO, arf::general(CALLS)>),      \
    reinterpret_cast<const void*>(&arf::fused_kernel<DTYPE, WORLD, arf::kFp4, HELD, TWO, CALLS>),                        \
    reinterpret_cast<const void*>(&arf::fused_kernel<DTYPE, WORLD, arf::usual_of(CALLS), HELD, TWO, CALLS>),             \
-   reinterpret_cast<const void*>(&arf::fused_kernel<DTYPE, WORLD, arf::mx_of(CALLS), HELD, TWO, CALLS>)}
+   reinterpret_cast<const void*>(&arf::fused_kernel<DTYPE, WORLD, arf::mx_of(CALLS), HELD, TWO, CALLS>),                 \
+   reinterpret_cast<const void*>(&arf::fused_kernel<DTYPE, WORLD, arf::token_of(CALLS), HELD, TWO, CALLS>)}
 #define ARF_SIMULATED_ROW(DTYPE, TWO, CALLS)                                                                            \
   {reinterpret_cast<const void*>(&arf::simulated_kernel<DTYPE, arf::kPlain, TWO, CALLS>),                               \
    reinterpret_cast<const void*>(&arf::simulated_kernel<DTYPE, arf::kStatic, TWO, CALLS>),                              \
    reinterpret_cast<const void*>(&arf::simulated_kernel<DTYPE, arf::kDynamic, TWO, arf::general(CALLS)>),               \
    reinterpret_cast<const void*>(&arf::simulated_kernel<DTYPE, arf::kFp4, TWO, CALLS>),                                 \
    reinterpret_cast<const void*>(&arf::simulated_kernel<DTYPE, arf::usual_of(CALLS), TWO, CALLS>),                      \
-   reinterpret_cast<const void*>(&arf::simulated_kernel<DTYPE, arf::mx_of(CALLS), TWO, CALLS>)}
+   reinterpret_cast<const void*>(&arf::simulated_kernel<DTYPE, arf::mx_of(CALLS), TWO, CALLS>),                          \
+   reinterpret_cast<const void*>(&arf::simulated_kernel<DTYPE, arf::token_of(CALLS), TWO, CALLS>)}
 #define ARF_LOCAL_TABLE(DTYPE)                                                                                          \
   static const void* const table[3][arf::kFamilies] = {                                                                 \
       ARF_FUSED_ROW(DTYPE, 1, arf::kMaxVectors<DTYPE>, false, arf::kAnyCalls),                                          \

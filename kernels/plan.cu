@@ -273,10 +273,14 @@ int family_of(const arf_call& c) {
   return q.format() == Format::kFp8 && (c.quant >> 32) - 1 == 0 ? kStatic : kDynamic;
 }
 
+int usual_family(const arf_call& c) {
+  return (c.quant >> 32) - 1 == -1 && !(c.flags & kRoundBeforeWeight) && c.dtype != ARF_FP32 ? kToken : kUsual;
+}
+
 /* Among the kernels for common calls there is one static FP8, the usual; the usual dynamic ones have a family of their own. */
 void set_common(const arf_call& c, Plan* plan) {
   plan->common = is_common(c) && (plan->family != kStatic || is_usual(c));
-  if (plan->common && plan->family == kDynamic) plan->family = is_usual(c) ? kUsual : is_usual_mx(c) ? kMx : kDynamic;
+  if (plan->common && plan->family == kDynamic) plan->family = is_usual(c) ? usual_family(c) : is_usual_mx(c) ? kMx : kDynamic;
 }
 
 /* Whether an output lies in x. In one-shot a row may be finished here before a CTA that only pushes has read it; in two-shot

@@ -235,7 +235,7 @@ def cases() -> list[Config]:
         made.append(
             Config(tokens=tokens, hidden=hidden if dtype != torch.float32 else hidden // 2, dtype=dtype, outputs=plain)
         )
-    return made + straight_cases() + rare.configs()
+    return made + straight_cases() + token_rows() + rare.configs()
 
 
 PAYLOADS = ("specials", "negative_zero", "sentinel", "subnormal", "nan_rank")
@@ -259,6 +259,23 @@ def straight_cases() -> list[Config]:
         outputs = ("residual_out", "quant_out")
         made.append(Config(tokens=5, hidden=1024, dtype=dtype, spec=SPECS[name], payload=payload, outputs=outputs))
     return made
+
+
+def token_rows() -> list[Config]:
+    """Rows enough that some of their largest norms lie next to a boundary of T (epilogue.cuh: find_amax)."""
+    seeds, flags = range(4), (0, int(Flags.UNROUNDED_SUM))
+    return [
+        Config(
+            tokens=1000,
+            hidden=384,
+            dtype=dtype,
+            spec=SPECS["token"],
+            flags=flag,
+            seed=seed,
+            outputs=("residual_out", "quant_out"),
+        )
+        for seed, flag, dtype in itertools.product(seeds, flags, (torch.bfloat16, torch.float16))
+    ]
 
 
 def run_moe(ranks: Ranks | None) -> int:
