@@ -263,18 +263,11 @@ def straight_cases() -> list[Config]:
 
 def token_rows() -> list[Config]:
     """Rows enough that some of their largest norms lie next to a boundary of T (epilogue.cuh: find_amax)."""
-    seeds, flags = range(4), (0, int(Flags.UNROUNDED_SUM))
+    base = Config(tokens=1000, hidden=256, spec=SPECS["token"], outputs=("residual_out", "quant_out"))
+    dtypes = (torch.float16, torch.bfloat16)
     return [
-        Config(
-            tokens=1000,
-            hidden=384,
-            dtype=dtype,
-            spec=SPECS["token"],
-            flags=flag,
-            seed=seed,
-            outputs=("residual_out", "quant_out"),
-        )
-        for seed, flag, dtype in itertools.product(seeds, flags, (torch.bfloat16, torch.float16))
+        dataclasses.replace(base, dtype=dtype, seed=seed, flags=flag)
+        for dtype, seed, flag in itertools.product(dtypes, range(12), (0, int(Flags.UNROUNDED_SUM)))
     ]
 
 
