@@ -419,6 +419,16 @@ constexpr int usual_of(int calls) { return calls == kAnyCalls ? kDynamic : kUsua
 constexpr int token_of(int calls) { return calls == kStraightCalls ? kToken : usual_of(calls); }
 constexpr int straight_of(int dtype) { return dtype == ARF_FP32 ? kCommonCalls : kStraightCalls; }
 
+/* A kernel for every family. */
+struct KernelRow {
+  const void* kernels[kFamilies];
+  template <class... K>
+  KernelRow(K... all) : kernels{all...} {
+    static_assert(sizeof...(all) == kFamilies);
+  }
+  const void* operator[](int family) const { return kernels[family]; }
+};
+
 }  // namespace arf
 
 /* The bodies of kernel getters: table[row][family]. Families that have no kernels of their own take their neighbour's. */
@@ -439,20 +449,20 @@ constexpr int straight_of(int dtype) { return dtype == ARF_FP32 ? kCommonCalls :
    reinterpret_cast<const void*>(&arf::simulated_kernel<DTYPE, arf::mx_of(CALLS), TWO, CALLS>),                          \
    reinterpret_cast<const void*>(&arf::simulated_kernel<DTYPE, arf::token_of(CALLS), TWO, CALLS>)}
 #define ARF_LOCAL_TABLE(DTYPE)                                                                                          \
-  static const void* const table[3][arf::kFamilies] = {                                                                 \
+  static const arf::KernelRow table[3] = {                                                                              \
       ARF_FUSED_ROW(DTYPE, 1, arf::kMaxVectors<DTYPE>, false, arf::kAnyCalls),                                          \
       ARF_FUSED_ROW(DTYPE, 1, 1, false, arf::kAnyCalls), ARF_FUSED_ROW(DTYPE, 1, 1, false, arf::kCommonCalls)};
 #define ARF_WORLD_TABLE(DTYPE, WORLD)                                                                                   \
-  static const void* const table[5][arf::kFamilies] = {                                                                 \
+  static const arf::KernelRow table[5] = {                                                                              \
       ARF_FUSED_ROW(DTYPE, WORLD, 1, false, arf::kAnyCalls), ARF_FUSED_ROW(DTYPE, WORLD, 1, true, arf::kAnyCalls),      \
       ARF_FUSED_ROW(DTYPE, WORLD, 1, false, arf::kCommonCalls), ARF_FUSED_ROW(DTYPE, WORLD, 1, true, arf::kCommonCalls), \
       ARF_FUSED_ROW(DTYPE, WORLD, 1, false, arf::straight_of(DTYPE))};
 #define ARF_ANY_TABLE(DTYPE)                                                                                            \
-  static const void* const table[2][arf::kFamilies] = {                                                                 \
+  static const arf::KernelRow table[2] = {                                                                              \
       ARF_FUSED_ROW(DTYPE, 0, arf::kMaxVectors<DTYPE>, false, arf::kAnyCalls),                                          \
       ARF_FUSED_ROW(DTYPE, 0, arf::kMaxVectors<DTYPE>, true, arf::kAnyCalls)};
 #define ARF_SIMULATED_TABLE(DTYPE)                                                                                      \
-  static const void* const table[5][arf::kFamilies] = {                                                                 \
+  static const arf::KernelRow table[5] = {                                                                              \
       ARF_SIMULATED_ROW(DTYPE, false, arf::kAnyCalls), ARF_SIMULATED_ROW(DTYPE, true, arf::kAnyCalls),                  \
       ARF_SIMULATED_ROW(DTYPE, false, arf::kCommonCalls), ARF_SIMULATED_ROW(DTYPE, true, arf::kCommonCalls),            \
       ARF_SIMULATED_ROW(DTYPE, false, arf::straight_of(DTYPE))};

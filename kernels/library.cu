@@ -6,6 +6,7 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <vector>
@@ -37,7 +38,7 @@ int cuda_failed(cudaError_t error, const char* what) {
 
 uint32_t timeout_us(int64_t ns) { return static_cast<uint32_t>(std::min<int64_t>(ns / 1000 + 1, INT32_MAX)); }
 
-/* One (group, device). Never freed once made: a launch may hold it while another thread destroys it. */
+/* One (group, device). Shared: a launch may hold it while another thread destroys it. */
 struct Workspace {
   std::string group;
   int device = 0;
@@ -73,8 +74,8 @@ struct Neighbours {
 Neighbours neighbours[kMaxDevices];
 
 std::mutex registry_mutex;
-std::vector<Workspace*>& registry() {
-  static auto* all = new std::vector<Workspace*>;
+std::vector<std::shared_ptr<Workspace>>& registry() {
+  static auto* all = new std::vector<std::shared_ptr<Workspace>>;
   return *all;
 }
 std::atomic<uint64_t> registry_version{1};
@@ -82,18 +83,18 @@ std::atomic<arf_prepare_fn> prepare{nullptr};
 thread_local std::string prepare_problem;
 thread_local bool prepare_is_value_error = false;
 
-Workspace* find_locked(const char* group, int device) {
-  for (Workspace* w : registry()) {
+std::shared_ptr<Workspace> find_locked(const char* group, int device) {
+  for (const auto& w : registry()) {
     if (w->device == device && w->group == group) return w;
   }
   return nullptr;
 }
 
 /* One string comparison on a hit: an engine's thread uses one group, or two in turn. */
-Workspace* find(const char* group, int device) {
+std::shared_ptr<Workspace> find(const char* group, int device) {
   struct Hit {
     uint64_t version = 0;
-    Workspace* workspace = nullptr;
+    std::shared_ptr<Workspace> workspace;
   };
   thread_local Hit hits[2];
   const uint64_t version = registry_version.load(std::memory_order_acquire);
@@ -101,9 +102,9 @@ Workspace* find(const char* group, int device) {
     if (hit.version == version && hit.workspace->device == device && hit.workspace->group == group) return hit.workspace;
   }
   const std::lock_guard<std::mutex> lock(registry_mutex);
-  Workspace* found = find_locked(group, device);
+  std::shared_ptr<Workspace> found = find_locked(group, device);
   if (found) {
-    hits[1] = hits[0];
+    hits[1] = std::move(hits[0]);
     hits[0] = {registry_version.load(), found};
   }
   return found;
@@ -114,12 +115,12 @@ Workspace* renew_locked(const char* group, int device) {
   auto& all = registry();
   for (size_t i = 0; i < all.size(); ++i) {
     if (all[i]->device != device || all[i]->group != group) continue;
-    Workspace* old = all[i];
+    const std::shared_ptr<Workspace> old = all[i];
     const std::lock_guard<std::mutex> lock(old->launches);
     {
       const std::lock_guard<std::mutex> list(neighbours[device].mutex);
       auto& there = neighbours[device].workspaces;
-      there.erase(std::remove(there.begin(), there.end(), old), there.end());
+      there.erase(std::remove(there.begin(), there.end(), old.get()), there.end());
     }
     old->state = 0;
     if (old->owns_control) cudaFree(old->control);
@@ -129,12 +130,11 @@ Workspace* renew_locked(const char* group, int device) {
     all.erase(all.begin() + i);
     break;
   }
-  auto* fresh = new Workspace;
-  fresh->group = group;
-  fresh->device = device;
-  all.push_back(fresh);
+  all.push_back(std::make_shared<Workspace>());
+  all.back()->group = group;
+  all.back()->device = device;
   ++registry_version;
-  return fresh;
+  return all.back().get();
 }
 
 struct DeviceFacts {
@@ -301,8 +301,8 @@ int expired(const Workspace* w) {
 
 /* The workspace, made by the callback if need be. */
 int resolve(const char* group, int device, long long tokens, long long hidden, int dtype, cudaStream_t stream,
-            Workspace** out) {
-  Workspace* w = find(group, device);
+            std::shared_ptr<Workspace>* out) {
+  std::shared_ptr<Workspace> w = find(group, device);
   if (!w || w->state.load(std::memory_order_acquire) == 0) {
     const arf_prepare_fn make = prepare.load();
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
@@ -323,8 +323,9 @@ int resolve(const char* group, int device, long long tokens, long long hidden, i
       return fail(ARF_NO_WORKSPACE, "group '%s' still has no workspace on device %d after arfusion_pass.prepare", group, device);
     }
   }
-  *out = w;
-  return w->state.load(std::memory_order_acquire) == 2 ? ARF_FALLBACK : ARF_OK;
+  const int state = w->state.load(std::memory_order_acquire);
+  *out = std::move(w);
+  return state == 2 ? ARF_FALLBACK : ARF_OK;
 }
 
 /* With a grid for at most 1 / share of the device's multiprocessors. */
@@ -402,6 +403,10 @@ int arf_register_workspace(const arf_workspace_desc* d) {
     e = cudaHostAlloc(&error, sizeof(arf_error_record), cudaHostAllocMapped | cudaHostAllocPortable);
     if (e == cudaSuccess) std::memset(error, 0, sizeof(arf_error_record));
   }
+  if (e != cudaSuccess) {
+    if (!d->control) cudaFree(control);
+    if (!d->error) cudaFreeHost(error);
+  }
   if (previous != d->device) cudaSetDevice(previous);
   if (e != cudaSuccess) return cuda_failed(e, "allocating control words");
   const std::lock_guard<std::mutex> lock(registry_mutex);
@@ -440,7 +445,8 @@ int arf_mark_fallback(const char* group, int device) {
 }
 
 int arf_group_state(const char* group, int device) {
-  const Workspace* w = find(group, device);
+  const std::lock_guard<std::mutex> lock(registry_mutex); /* else the record could be freed while it is read */
+  const std::shared_ptr<Workspace> w = find_locked(group, device);
   if (!w) return 0;
   const int state = w->state.load(std::memory_order_acquire);
   const volatile arf_error_record* error = w->error;
@@ -448,13 +454,13 @@ int arf_group_state(const char* group, int device) {
 }
 
 int arf_prepare_group(const char* group, int device, long long tokens, long long hidden, int dtype, void* stream) {
-  Workspace* w;
+  std::shared_ptr<Workspace> w;
   return resolve(group, device, tokens, hidden, dtype, static_cast<cudaStream_t>(stream), &w);
 }
 
 int arf_read_error(const char* group, int device, arf_error_record* out) {
   const std::lock_guard<std::mutex> lock(registry_mutex);
-  const Workspace* w = find_locked(group, device);
+  const std::shared_ptr<Workspace> w = find_locked(group, device);
   if (!w || !w->error) return 0;
   const int state = static_cast<volatile arf_error_record*>(w->error)->state;
   if (out) *out = *w->error;
@@ -463,7 +469,7 @@ int arf_read_error(const char* group, int device, arf_error_record* out) {
 
 int arf_set_timeout(const char* group, int device, int64_t timeout_ns) {
   const std::lock_guard<std::mutex> lock(registry_mutex);
-  Workspace* w = find_locked(group, device);
+  const std::shared_ptr<Workspace> w = find_locked(group, device);
   if (!w) return fail(ARF_NO_WORKSPACE, "group '%s' has no workspace", group);
   w->timeout_ns = timeout_ns > 0 ? timeout_ns : kDefaultTimeout;
   return ARF_OK;
@@ -471,7 +477,7 @@ int arf_set_timeout(const char* group, int device, int64_t timeout_ns) {
 
 int arf_set_max_ctas(const char* group, int device, int ctas) {
   const std::lock_guard<std::mutex> lock(registry_mutex);
-  Workspace* w = find_locked(group, device);
+  const std::shared_ptr<Workspace> w = find_locked(group, device);
   if (!w) return fail(ARF_NO_WORKSPACE, "group '%s' has no workspace", group);
   w->max_ctas = ctas > 0 ? ctas : INT32_MAX;
   return ARF_OK;
@@ -510,18 +516,18 @@ int arf_launch(const char* group, int device, const arf_call* call, void* stream
   if (!problem.empty()) return fail(ARF_INVALID, "%s", problem.c_str());
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_handle);
   if (!*group) return launch_pieces(nullptr, device, *call, stream, 1);
-  Workspace* w;
+  std::shared_ptr<Workspace> w;
   int status = resolve(group, device, call->tokens, call->hidden, call->dtype, stream, &w);
   if (status != ARF_OK) return status;
   const std::lock_guard<std::mutex> lock(w->launches);
   if (w->state.load(std::memory_order_acquire) != 1) {
     return fail(ARF_NO_WORKSPACE, "the workspace of group '%s' was destroyed", group);
   }
-  if (static_cast<volatile arf_error_record*>(w->error)->state) return expired(w);
+  if (static_cast<volatile arf_error_record*>(w->error)->state) return expired(w.get());
   if (call->tokens == 0) return ARF_OK;
   int share = 1;
-  status = order(w, stream, &share);
-  return status == ARF_OK ? launch_pieces(w, device, *call, stream, share) : status;
+  status = order(w.get(), stream, &share);
+  return status == ARF_OK ? launch_pieces(w.get(), device, *call, stream, share) : status;
 }
 
 int arf_launch_simulated(int world, const arf_call* calls, void* const* buffers, int64_t bytes, void* const* controls,
