@@ -174,8 +174,6 @@ def _everywhere(bound: Any, node: fx.Node) -> float | None:
 
 
 def _divide(node: fx.Node, states: States) -> State | None:
-    if argument(node, "rounding_mode") is not None:
-        return None
     a, b = node.args[0], node.args[1]
     state, low = states.get(a), _low(node)
     divisor = states.get(b) if isinstance(b, fx.Node) else None
