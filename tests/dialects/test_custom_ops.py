@@ -16,7 +16,7 @@ from arfusion_pass.dialects import vllm
 from arfusion_pass.dialects.reading.op_calls import V1, V2, OpCall, op_name
 from arfusion_pass.ops.spec import Flags
 from tests.dialects import engine_ops
-from tests.simulate import check_fused, check_unchanged, fused_copy, tensors, trace
+from tests.simulate import captured, check_fused, check_unchanged, fused_copy, tensors, trace
 
 TOKENS, HIDDEN = 6, 64
 c10d = torch.ops._c10d_functional
@@ -315,6 +315,138 @@ def test_an_unknown_quantiser_is_named(world: None, viewed: bool) -> None:
     engine_ops.register_vllm()
     report = check_fused(trace(fn, *tensors((TOKENS, HIDDEN), (HIDDEN,))), 1)
     assert "arfusion_test.quantise.default) gives torch.float8_e4m3fn, as a quantiser does" in str(report.fused[0].note)
+
+
+def vllm_norm(value: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return torch.ops.vllm_ir.rms_norm(value, w, 1e-6)
+
+
+def added_to_itself(x: torch.Tensor, w: torch.Tensor) -> Any:
+    value = _reduce(x)
+    return torch.ops.vllm_ir.fused_add_rms_norm(value, value, w, 1e-6)[0]
+
+
+def weight_of_rows(x: torch.Tensor, w: torch.Tensor) -> Any:
+    return vllm_norm(_reduce(x), w.expand(TOKENS, HIDDEN).contiguous())
+
+
+def reduced_weight(x: torch.Tensor, w: torch.Tensor) -> Any:
+    return vllm_norm(x, _reduce(w))
+
+
+def sum_alone(x: torch.Tensor, w: torch.Tensor) -> Any:
+    return torch.ops.vllm_ir.fused_add_rms_norm(_reduce(x), x, w, 1e-6)[1]
+
+
+def residual_in_part(x: torch.Tensor, w: torch.Tensor) -> Any:
+    """vLLM's kernel writes the sum into a part of a larger buffer."""
+    value, buffer = _reduce(x), torch.cat([x, x])
+    torch.ops._C.fused_add_rms_norm(value, buffer[:TOKENS], w, 1e-6)
+    return value, buffer
+
+
+def scale_a_column(x: torch.Tensor, w: torch.Tensor) -> Any:
+    codes = torch.empty(TOKENS, HIDDEN, dtype=torch.float8_e4m3fn)
+    torch.ops._C.rms_norm_static_fp8_quant(codes, _reduce(x), w, torch.ones(HIDDEN), 1e-6)
+    return codes
+
+
+@pytest.mark.parametrize(
+    ("fn", "words"),
+    [
+        (added_to_itself, "adds .* to itself$"),
+        (weight_of_rows, r"is no \[hidden\] vector"),
+        (reduced_weight, "and not as the rows that it normalises"),
+        (sum_alone, "nobody reads the norm of"),
+        (residual_in_part, "is a part of"),
+        (scale_a_column, "has no scale of one element"),
+    ],
+)
+def test_a_norm_that_no_kernel_is(world: None, fn: Any, words: str) -> None:
+    """Contract *sound*: an engine's norm op, called as the engine may call it, and as the fused op cannot be."""
+    engine_ops.register_vllm()
+    module = captured(fn, [torch.randn(TOKENS, HIDDEN).bfloat16(), torch.ones(HIDDEN).bfloat16()])
+    assert re.search(words, str(check_unchanged(module).missed[0].reason))
+
+
+def _quantised(op: Any, *rest: Any, codes: torch.dtype = torch.float8_e4m3fn, more: int = 0) -> Any:
+    """A quantiser that writes its codes behind a norm."""
+
+    def fn(x: torch.Tensor, w: torch.Tensor) -> Any:
+        norm = vllm_norm(_reduce(x), w)
+        out = torch.empty(TOKENS + more, HIDDEN, dtype=codes)
+        op(out, norm, *(each.clone() if isinstance(each, torch.Tensor) else each for each in rest))
+        return out, norm
+
+    return fn
+
+
+def scales_alone(x: torch.Tensor, w: torch.Tensor) -> Any:
+    norm, scales = vllm_norm(_reduce(x), w), torch.empty(TOKENS, 1)
+    codes = torch.empty(TOKENS, HIDDEN, dtype=torch.float8_e4m3fn)
+    torch.ops._C.dynamic_per_token_scaled_fp8_quant(codes, norm, scales, None)
+    return norm, scales
+
+
+def norm_as_scale(x: torch.Tensor, w: torch.Tensor) -> Any:
+    norm = vllm_norm(_reduce(x), w)
+    return norm, torch.ops.vllm_ir.static_quant_fp8(x, norm, torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize(
+    ("case", "note"),
+    [
+        ("padded codes", "has another number of rows than"),
+        ("AMD's codes", "holds torch.float8_e4m3fnuz, no codes of FP8"),
+        ("a scale of many", "has no scale of one element"),
+        ("a scale of 16 bits", "is torch.bfloat16, expected float32"),
+        ("scales alone", "nobody reads the codes of"),
+        ("norm as scale", "and not as what it quantises"),
+    ],
+)
+def test_a_quantiser_that_no_kernel_is(world: None, case: str, note: str) -> None:
+    """Contract *sound*, and *clear*: the norm is fused, the quantiser stays, and the report says why."""
+    engine_ops.register_vllm()
+    static = torch.ops._C.static_scaled_fp8_quant
+    fn = {
+        "padded codes": _quantised(static, torch.ones(1), None, more=2),
+        "AMD's codes": _quantised(static, torch.ones(1), None, codes=torch.float8_e4m3fnuz),
+        "a scale of many": _quantised(static, torch.ones(HIDDEN), None),
+        "a scale of 16 bits": _quantised(static, torch.ones(1).bfloat16(), None),
+        "scales alone": scales_alone,
+        "norm as scale": norm_as_scale,
+    }[case]
+    module = captured(fn, [torch.randn(TOKENS, HIDDEN).bfloat16(), torch.ones(HIDDEN).bfloat16()])
+    _, report = fused_copy(module)
+    assert [site.pattern for site in report.sites] == ["AllReduceRMSNorm"], str(report)
+    assert note in str(report.fused[0].note)
+
+
+def test_what_a_quantising_norm_adds_to_is_either_operand(world: None) -> None:
+    """As with a norm that does not quantise, the reduced tensor may stand where the residual does."""
+    engine_ops.register_vllm()
+
+    def fn(x: torch.Tensor, w: torch.Tensor) -> Any:
+        value, codes = _reduce(x), torch.empty(TOKENS, HIDDEN, dtype=torch.float8_e4m3fn)
+        torch.ops._C.fused_add_rms_norm_static_fp8_quant(codes, x, value, w, torch.ones(1), 1e-6)
+        return codes, value
+
+    module = captured(fn, [torch.randn(TOKENS, HIDDEN).bfloat16(), torch.ones(HIDDEN).bfloat16()])
+    report = check_fused(module, 1)
+    assert report.fused[0].pattern == "AllReduceFusedAddRMSNormStaticQuantFP8"
+
+
+def test_a_quantiser_in_place_outside_auto_functionalized(world: None) -> None:
+    engine_ops.register_sglang()
+    engine_ops.register_vllm()
+    builder = Builder()
+    value, weight, scale = builder.reduced(), builder.input(HIDDEN), builder.input(1, dtype=torch.float32)
+    codes = builder.input(TOKENS, HIDDEN, dtype=torch.float8_e4m3fn)
+    norm = builder.call(torch.ops.vllm_ir.rms_norm.default, value, weight, 1e-6)
+    builder.call(torch.ops.sgl_kernel.sgl_per_tensor_quant_fp8.default, norm, codes, scale, True, val=())
+    _, report = fused_copy(builder.module(codes))
+    assert report.fused[0].quantiser is None
+    assert "writes in place, outside auto_functionalized" in str(report.fused[0].note)
 
 
 def test_rounding_of_vllm_kernels_by_generation(monkeypatch: pytest.MonkeyPatch) -> None:

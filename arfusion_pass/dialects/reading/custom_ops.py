@@ -85,8 +85,12 @@ class NormOp:
         """The norm that ``call`` is, reading ``start``: the reduced ``value`` or its sum with a residual, as it is or
         widened to fp32."""
         roles = [role for role in (self.x, self.residual) if call.reads(role, start)]
-        if len(roles) != 1:
-            return None
+        if not roles:
+            return Refused(
+                f"{describe(call.node)} reads {describe(start)}, and not as the rows that it normalises", call.node
+            )
+        if len(roles) > 1:
+            return Refused(f"{describe(call.node)} adds {describe(start)} to itself", call.node)
         if call.in_place:
             return Refused(
                 f"{describe(call.node)} writes in place: the pass runs where Inductor has no auto_functionalized "
@@ -119,12 +123,12 @@ class NormOp:
         quant: Quantised | None = None
         if self.quant is not None:
             found = self.quant.recognise(call, start, alone=False)
-            if found is None or isinstance(found, Refused):
+            if isinstance(found, Refused):
                 return found
             spec = dataclasses.replace(found.spec, unrounded=found.spec.unrounded or x_dtype == torch.float32 != dtype)
             quant = dataclasses.replace(found, spec=spec, nodes=nodes)
         elif norm is None:
-            return None  # only the sum is read: nothing to fuse
+            return Refused(f"nobody reads the norm of {describe(call.node)}", call.node)
         else:
             last = only_user(norm)
             if last is not None and dtype_of(norm) == torch.float32 != dtype and is_cast(last, dtype):
@@ -189,15 +193,15 @@ class QuantOp:
     scales: Output | None = None
     scale: str | None = None
 
-    def recognise(self, call: OpCall, norm: fx.Node, alone: bool = True) -> Quantised | Refused | None:
+    def recognise(self, call: OpCall, norm: fx.Node, alone: bool = True) -> Quantised | Refused:
         """The quantiser that ``call`` is, reading ``norm``; or a part of what it is, not ``alone``."""
-        if not call.reads(self.x, norm):
-            return None
+        if alone and not call.reads(self.x, norm):
+            return Refused(f"{describe(call.node)} reads {describe(norm)}, and not as what it quantises", call.node)
         if call.in_place:
             return Refused(f"{describe(call.node)} writes in place, outside auto_functionalized", call.node)
         codes, scales = call.output(self.codes), call.output(self.scales)
         if codes is None:
-            return None
+            return Refused(f"nobody reads the codes of {describe(call.node)}", call.node)
         found = self.spec(call, norm)
         if isinstance(found, (str, Refused)):
             return Refused(found, call.node) if isinstance(found, str) else found
@@ -289,12 +293,13 @@ class CustomOpDialect(Dialect):
         """The quantisers in the table that read ``norm``."""
         for user in list(norm.users):
             entry = self.quantiser_ops.get(op_name(user) or "")
-            quant = None if entry is None else entry.recognise(OpCall(user), norm)
+            if entry is None:
+                continue
+            quant = entry.recognise(OpCall(user), norm)
             if isinstance(quant, Quantised) and dtype_of(norm) == torch.float32:
                 # of a norm that was never rounded to the reduced tensor's dtype (of an fp32 site, raising drops this)
                 quant = dataclasses.replace(quant, spec=dataclasses.replace(quant.spec, unrounded=True))
-            if quant is not None:
-                yield quant
+            yield quant
 
 
 def functional_all_reduce(x: str, group: str, reduce_op: str | None = None) -> Callable[[OpCall], Reduced | Refused]:
