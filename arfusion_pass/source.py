@@ -36,6 +36,9 @@ _PLUMBING = (
     "/transformers/integrations/",
     "/typing_extensions.py",
     "/vllm/distributed/",
+    "/vllm/ir/",
+    "/vllm/model_executor/custom_op.py",
+    "/vllm/model_executor/parameter.py",
 )
 """Frames of files with one of these in their path carry an all-reduce out for somebody: the caller is what to show."""
 _LIBRARY = sysconfig.get_paths()["stdlib"] + os.sep

@@ -48,6 +48,13 @@ def test_the_users_frame_is_the_innermost_that_is_no_plumbing() -> None:
     assert users_frame([*ours, *frames(hook)]) == ours[0], "of this package's files the demo's model alone is a model"
 
 
+@pytest.mark.parametrize("file", ["distributed/parallel_state.py", "ir/op.py", "model_executor/parameter.py"])
+def test_vllms_dispatch_is_nobodys_model(file: str) -> None:
+    """A norm of its IR and a product with its weights are the model's or the layer's that calls them."""
+    layer = Source("/site-packages/vllm/model_executor/layers/layernorm.py", 3, "return ir.ops.rms_norm(x)")
+    assert users_frame([layer, Source(f"/site-packages/vllm/{file}", 1)]) == layer
+
+
 @pytest.mark.parametrize("trace", [None, "", "no traceback at all", 3, '  File "a.py", line x'])
 def test_what_is_no_traceback_gives_nothing(trace: object) -> None:
     assert line_of(node(stack_trace=trace)) is None

@@ -171,10 +171,26 @@ def vllm_groups() -> dict[str, dist.ProcessGroup]:
 
 def _tell_of_no_graph(config: Any) -> None:
     """Say, where an engine's configuration is made, that it has all-reduces and that our pass will see none of them."""
-    mode = config.compilation_config.mode.name
-    if config.model_config is not None and config.parallel_config.tensor_parallel_size > 1 and mode != "VLLM_COMPILE":
-        cause = " (--enforce-eager, or -O0)" if mode == "NONE" else ""
+    if config.model_config is None or config.parallel_config.tensor_parallel_size == 1:
+        return
+    mode, backend = config.compilation_config.mode.name, config.compilation_config.backend
+    if mode != "VLLM_COMPILE":
+        cause = f" ({_why_none(config)})" if mode == "NONE" else ""
         _say(f"arfusion: nothing will fuse: vLLM runs its passes in mode VLLM_COMPILE, this is {mode}{cause}")
+    elif backend == "eager":
+        _say("arfusion: nothing will fuse: vLLM runs its passes with the backend inductor, this is eager")
+
+
+def _why_none(config: Any) -> str:
+    """What has set the mode NONE: the user, or vLLM itself for models that it runs under breakable CUDA graphs (0.33:
+    DeepSeek V3.2, GLM-5 and others), of which it writes a variable."""
+    if config.model_config.enforce_eager:
+        return "--enforce-eager"
+    if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
+        return "TORCH_COMPILE_DISABLE=1"
+    if os.environ.get("VLLM_USE_BREAKABLE_CUDAGRAPH", "0") not in ("", "0"):
+        return "breakable CUDA graphs; VLLM_USE_BREAKABLE_CUDAGRAPH=0 compiles the models that vLLM can compile"
+    return "asked for, as by -O0"
 
 
 @functools.cache

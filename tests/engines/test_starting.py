@@ -241,3 +241,45 @@ def test_ray_carries_our_variables(said: Any, monkeypatch: pytest.MonkeyPatch) -
     vllm.register()
     assert sorted(ray_env.DEFAULT_ENV_VAR_PREFIXES) == ["ARFUSION_", "VLLM_"]
     assert said() == []
+
+
+@pytest.mark.parametrize(
+    ("mode", "backend", "eager", "environment", "part"),
+    [
+        ("VLLM_COMPILE", "inductor", False, {}, None),
+        ("VLLM_COMPILE", "inductor", False, {"VLLM_USE_BREAKABLE_CUDAGRAPH": "1"}, None),
+        ("VLLM_COMPILE", "eager", False, {}, "with the backend inductor, this is eager"),
+        ("NONE", "inductor", True, {"VLLM_USE_BREAKABLE_CUDAGRAPH": "0"}, "this is NONE (--enforce-eager)"),
+        ("NONE", "inductor", False, {"VLLM_USE_BREAKABLE_CUDAGRAPH": "1"}, "VLLM_USE_BREAKABLE_CUDAGRAPH=0 compiles"),
+        ("NONE", "inductor", False, {"TORCH_COMPILE_DISABLE": "1"}, "(TORCH_COMPILE_DISABLE=1)"),
+        ("NONE", "inductor", False, {"VLLM_USE_BREAKABLE_CUDAGRAPH": "0"}, "(asked for, as by -O0)"),
+        ("DYNAMO_TRACE_ONCE", "inductor", False, {}, "this is DYNAMO_TRACE_ONCE"),
+    ],
+)
+def test_a_start_that_compiles_nothing_is_told(
+    mode: str,
+    backend: str,
+    eager: bool,
+    environment: dict[str, str],
+    part: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One line that names what has kept vLLM's passes from running, by a user or by vLLM itself; none for one rank, nor
+    where they run."""
+    for variable in ("TORCH_COMPILE_DISABLE", "VLLM_USE_BREAKABLE_CUDAGRAPH"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    told: list[str] = []
+    monkeypatch.setattr(vllm, "_say", told.append)
+    config = types.SimpleNamespace(
+        model_config=types.SimpleNamespace(enforce_eager=eager),
+        parallel_config=types.SimpleNamespace(tensor_parallel_size=1),
+        compilation_config=types.SimpleNamespace(mode=types.SimpleNamespace(name=mode), backend=backend),
+    )
+    vllm._tell_of_no_graph(config)
+    assert told == []
+    config.parallel_config.tensor_parallel_size = 2
+    vllm._tell_of_no_graph(config)
+    assert len(told) == (part is not None)
+    assert part is None or (told[0].startswith("arfusion: nothing will fuse: ") and part in told[0]), told

@@ -97,7 +97,8 @@ def test_sequence_parallelism_comes_first() -> None:
 
 
 def test_a_start_without_graphs_is_told(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``--enforce-eager`` and ``-O0`` with more than one rank: one line where the engine's configuration is made."""
+    """A configuration of more than one rank that compiles nothing: one line where the engine's configuration is made,
+    from vLLM's own fields; what the line says in which case: ``test_starting.py``."""
     from vllm.config import CompilationMode, ParallelConfig, VllmConfig
 
     from arfusion_pass.engines import vllm as plugin
@@ -108,13 +109,26 @@ def test_a_start_without_graphs_is_told(caplog: pytest.LogCaptureFixture, monkey
     monkeypatch.setattr(log, "parent", logging.getLogger())
     monkeypatch.setattr(log, "level", logging.INFO)
     config = cpu_config()
-    config.model_config, config.parallel_config = object(), ParallelConfig(tensor_parallel_size=2)
+    config.model_config = types.SimpleNamespace(enforce_eager=True)
+    config.parallel_config = ParallelConfig(tensor_parallel_size=2)
     plugin._say.cache_clear()
+    config.compilation_config.backend = "inductor"
     for mode in (CompilationMode.NONE, CompilationMode.NONE, CompilationMode.VLLM_COMPILE):
         config.compilation_config.mode = mode
         plugin._tell_of_no_graph(config)
     (said,) = [record.getMessage() for record in caplog.records if record.name == "arfusion_pass"]
-    assert said.endswith("this is NONE (--enforce-eager, or -O0)")
+    assert said.endswith("this is NONE (--enforce-eager)")
+
+
+def test_vllm_switches_to_breakable_graphs_by_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variable that the line above is read from is vLLM's, which sets the mode by it."""
+    from vllm import envs
+
+    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
+    monkeypatch.setattr(envs, "__getattr__", inspect.unwrap(envs.__getattr__))
+    config = cpu_config()
+    config._maybe_enable_breakable_cudagraph()
+    assert config.compilation_config.mode.name == "NONE"
 
 
 def test_ray_actors_get_our_variables(monkeypatch: pytest.MonkeyPatch) -> None:
