@@ -14,7 +14,7 @@ import arfusion_pass.ops  # noqa: F401  (a compiled artefact imports nothing: th
 from arfusion_pass import cache_key, provenance, publishing, written_order
 from arfusion_pass.compilation import GraphBreak, compile_id, graph_break, known, running_part
 from arfusion_pass.config import FusionConfig
-from arfusion_pass.graph import parts_of, tensor_of, trains
+from arfusion_pass.graph import parts_of, put_in_order, tensor_of, trains
 from arfusion_pass.reporting.printing import print_graph, readable
 from arfusion_pass.reporting.reports import FusionReport, Reports
 from arfusion_pass.reporting.sites import Site
@@ -146,6 +146,7 @@ def run(graph: fx.Graph, config: FusionConfig) -> FusionReport:
     """Raise, plan, write and report one graph."""
     begin = time.perf_counter()
     broken, recorder = graph_break(), recording.active()
+    known(lambda: put_in_order(graph))
     printed = recorder is not None or publishing.dumping()
     before, before_code = _printed(graph) if printed else (None, None)
     rewrite = _rewrite(graph, config, recorder)

@@ -43,4 +43,4 @@ from arfusion_pass.graph.views import (
     views_of_all,
     without_views,
 )
-from arfusion_pass.graph.wholes import parts_of, trains
+from arfusion_pass.graph.wholes import parts_of, put_in_order, trains

@@ -5,12 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 from torch import fx
+from torch._inductor.pattern_matcher import stable_topological_sort
 from torch._ops import HigherOrderOperator
 
 
 def trains(graph: fx.Graph) -> bool:
     """Whether a graph is half of a training step: AOT autograd names its inputs so."""
     return any(node.name.startswith(("primals_", "tangents_")) for node in graph.find_nodes(op="placeholder"))
+
+
+def put_in_order(graph: fx.Graph) -> None:
+    """Let every node stand behind what it reads, as Inductor does once more behind its custom passes: what is read and
+    written in between is told by places. A pass in front may have put a replacement in front of its inputs, as vLLM's
+    ``AddRMSNormFusionPass`` does with a norm whose weight is computed. A graph in order stays as it is."""
+    seen: set[fx.Node] = set()
+    for node in graph.nodes:
+        if not seen.issuperset(node.all_input_nodes):
+            stable_topological_sort(graph)
+            return
+        seen.add(node)
 
 
 def parts_of(node: fx.Node) -> list[fx.GraphModule]:
