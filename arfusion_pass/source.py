@@ -116,9 +116,11 @@ def module_of(node: Any) -> str | None:
 
 
 def path_of(name: str) -> str | None:
-    """Dynamo's name of a value in a module, ``"L['self']._modules['norm'].weight"``, as ``"norm.weight"``."""
+    """Dynamo's name of a value in a module, ``"L['self']._modules['norm'].weight"``, as ``"norm.weight"``; one that it
+    found behind a method, ``"mlp.forward.__self__.down"``, as ``"mlp.down"``."""
     path = re.sub(r"^L\[['\"](?:(?:args|kwargs)['\"]\]\[[^\]]*|\w+['\"])\]", "", name)  # L['self'], L['args'][0]
     path = re.sub(r"(?:\._(?:modules|parameters|buffers))?\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", path)
+    path = re.sub(r"\.\w+\.__self__", "", path)
     return path.strip(".") or None
 
 

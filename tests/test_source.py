@@ -82,6 +82,7 @@ def test_a_reason_quotes_the_line_and_names_the_node_only_without_one() -> None:
         ("L['self'].layers[3].mlp", "layers.3.mlp"),
         ("L['self']._modules['layers']._modules['3'].mlp", "layers.3.mlp"),
         ("L['args'][0].model.layers.0", "model.layers.0"),
+        ("L['self'].layers[0].mlp.forward.__self__.down_proj", "layers.0.mlp.down_proj"),
         ("L['model']", None),
         ("layers.7.norm", "layers.7.norm"),
     ],

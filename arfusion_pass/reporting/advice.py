@@ -70,6 +70,8 @@ def advise(all_reduce: fx.Node, culprit: fx.Node | None, reason: str, broken: Gr
         part = runs_as_part(all_reduce.graph)
         if part is not None:
             return PART.format(where=describe(part))
+        if _is_projected(all_reduce):
+            return None
         return WHOLE if broken is None else BREAK.format(where=broken)
     if takes_rows(culprit, all_reduce):
         return ROWS
@@ -105,6 +107,21 @@ def takes_rows(node: fx.Node, all_reduce: fx.Node) -> bool:
 
 
 _TAKES = (aten.slice.Tensor, aten.select.int, aten.index.Tensor, aten.index_select.default)
+
+
+_PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.linear.default)
+
+
+def _is_projected(all_reduce: fx.Node) -> bool:
+    """Whether what an all-reduce gives is multiplied as it is: the model has no norm there, in this graph or another,
+    as behind the embedding of one that normalises behind its layers (OLMo 2, EXAONE 4)."""
+    stack = [all_reduce]
+    while stack:
+        node = stack.pop()
+        if any(is_call(user, *_PRODUCTS) for user in node.users):
+            return True
+        stack += [user for user in node.users if is_cast(user) or node in viewed(user)]
+    return False
 
 
 def _leaves(all_reduce: fx.Node) -> bool:

@@ -69,13 +69,15 @@ def test_a_leaf_made_under_inference_mode_is_named(mode: type) -> None:
         (lambda y, r: (r + y, None), True),
         (lambda y, r: ((r.float() + y.float()).to(y.dtype).view(-1, 32), None), True),
         (lambda y, r: (y, y.sum()), True),
+        (lambda y, r: (y, y.view(2, 2, 32) @ r[:32].T[:32]), False),
         (lambda y, r: (r * torch.sigmoid(y), None), False),
         (lambda y, r: (r + y * y.relu(), None), False),
         (lambda y, r: (torch.nn.functional.layer_norm(r + y, (32,)), None), False),
     ],
 )
 def test_a_sum_that_leaves_the_graph(behind: Callable[..., tuple[torch.Tensor, ...]], whole: bool) -> None:
-    """Layers compiled one by one end in a residual add whose norm is in the next graph: said, and only there."""
+    """Layers compiled one by one end in a residual add whose norm is in the next graph: said, and only there. Not of a
+    sum that is projected as it is, as an embedding is where norms stand behind the layers: no norm follows it."""
 
     def layer(x: torch.Tensor, r: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return behind(reduce(x), r)
