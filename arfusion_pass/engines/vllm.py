@@ -182,14 +182,14 @@ def _tell_of_no_graph(config: Any) -> None:
 
 
 def _why_none(config: Any) -> str:
-    """What has set the mode NONE: the user, or vLLM itself for models that it runs under breakable CUDA graphs (0.33:
-    DeepSeek V3.2, GLM-5 and others), of which it writes a variable."""
+    """What has set the mode NONE: the user, or vLLM itself for models that are not written to be compiled (0.33:
+    DeepSeek V3.2 and V4, GLM-5, Kimi K3, MiniMax M3 and others), by a variable that it then writes."""
     if config.model_config.enforce_eager:
         return "--enforce-eager"
     if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
         return "TORCH_COMPILE_DISABLE=1"
     if os.environ.get("VLLM_USE_BREAKABLE_CUDAGRAPH", "0") not in ("", "0"):
-        return "breakable CUDA graphs; VLLM_USE_BREAKABLE_CUDAGRAPH=0 compiles the models that vLLM can compile"
+        return "VLLM_USE_BREAKABLE_CUDAGRAPH=1, which vLLM sets by itself for models that it does not compile"
     return "asked for, as by -O0"
 
 

@@ -250,7 +250,7 @@ def test_ray_carries_our_variables(said: Any, monkeypatch: pytest.MonkeyPatch) -
         ("VLLM_COMPILE", "inductor", False, {"VLLM_USE_BREAKABLE_CUDAGRAPH": "1"}, None),
         ("VLLM_COMPILE", "eager", False, {}, "with the backend inductor, this is eager"),
         ("NONE", "inductor", True, {"VLLM_USE_BREAKABLE_CUDAGRAPH": "0"}, "this is NONE (--enforce-eager)"),
-        ("NONE", "inductor", False, {"VLLM_USE_BREAKABLE_CUDAGRAPH": "1"}, "VLLM_USE_BREAKABLE_CUDAGRAPH=0 compiles"),
+        ("NONE", "inductor", False, {"VLLM_USE_BREAKABLE_CUDAGRAPH": "1"}, "for models that it does not compile)"),
         ("NONE", "inductor", False, {"TORCH_COMPILE_DISABLE": "1"}, "(TORCH_COMPILE_DISABLE=1)"),
         ("NONE", "inductor", False, {"VLLM_USE_BREAKABLE_CUDAGRAPH": "0"}, "(asked for, as by -O0)"),
         ("DYNAMO_TRACE_ONCE", "inductor", False, {}, "this is DYNAMO_TRACE_ONCE"),
