@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import torch.nn.functional as F
 
 import arfusion_pass as arf
 from arfusion_pass import testing
+from arfusion_pass.ops.marks import without_mark
+from arfusion_pass.ops.spec import Flags
 from tests.models import Tensor, reduce
 
 H = 32
@@ -48,6 +51,23 @@ def test_capture_and_assert(golden: Callable[[Path, str], None], tmp_path: Path)
     file.write_text("another\n")
     with pytest.raises(pytest.fail.Exception, match="differs"):
         golden(file, captured.diff)
+
+
+def test_capture_with_settings() -> None:
+    """With a config and an option of Inductor's own, on a group of another size; the call says how it is to run."""
+    sizes: list[int] = []
+
+    def model(x: Tensor) -> Tensor:
+        sizes.append(torch.distributed.get_world_size())
+        return F.rms_norm(reduce(x * 2), (H,), None, 1e-6)
+
+    config = arf.FusionConfig(pdl=False, backend="reference", strategy="oneshot")
+    captured = testing.capture(model, torch.ones(4, H), config=config, world=4, shape_padding=False)
+    testing.assert_fused(captured.reports, 1)
+    assert set(sizes) == {4}
+    (call,) = re.findall(r"allreduce_rms_norm.*flags=(\d+)", captured.reports[0].after or "")
+    wanted = Flags.NO_PDL | Flags.REFERENCE | Flags.ONESHOT
+    assert without_mark(int(call)) == wanted
 
 
 def test_missed_sites_count_unless_they_may(fusion: arf.AllReduceFusionPass) -> None:

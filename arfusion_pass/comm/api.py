@@ -125,9 +125,9 @@ def allreduce_fusion(
     Arguments that a pattern has no use for are ignored, as FlashInfer does.
 
     Returns:
-        ``norm_out`` for patterns 1, 4, 5, 9 and 11, ``quant_out`` for 2, 3, 8 and 10, ``output`` for 0. Patterns 6 and
-        7: the first that is given of ``norm_out``, ``quant_out`` (then for 6 ``residual_out``, ``output``; 7 makes a
-        ``norm_out`` where neither is given).
+        ``norm_out`` for patterns 1, 4, 5, 9, 11 and 14, ``quant_out`` for 2, 3, 8, 10 and 13, ``output`` for 0. Of
+        patterns 6 and 7 the first that is given of ``norm_out``, ``quant_out`` (then for 6 ``residual_out``,
+        ``output``; 7 makes a ``norm_out`` where neither is given).
 
     Raises:
         ValueError: naming the argument, what it is and what is needed; nothing has been launched then.

@@ -134,11 +134,6 @@ class Workspace:
     handle: object | None = None
     timeout: datetime.timedelta = datetime.timedelta(minutes=10)
 
-    @property
-    def multicast_ptr(self) -> int:
-        """0: there is no NVLink multicast object."""
-        return int(getattr(self.handle, "multicast_ptr", 0) or 0)
-
 
 _workspaces: dict[tuple[str, int], Workspace] = {}
 _lock = threading.RLock()

@@ -103,8 +103,8 @@ def capture(
 
 
 @contextlib.contextmanager
-def fake_group(world: int = 2, rank: int = 0) -> Iterator[None]:
-    """A default group of ``world`` ranks of which this process is ``rank``, and nobody else is there.
+def fake_group(world: int = 2) -> Iterator[None]:
+    """A default group of ``world`` ranks of which this process is the first, and nobody else is there.
 
     Raises:
         RuntimeError: if torch.distributed is initialised already.
@@ -113,7 +113,7 @@ def fake_group(world: int = 2, rank: int = 0) -> Iterator[None]:
 
     if dist.is_initialized():
         raise RuntimeError("fake_group: torch.distributed is initialised already; use its groups")
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     try:
         yield
     finally:

@@ -34,7 +34,7 @@ def default_workspace(env: Env) -> None:
     assert made is not None
     assert made.decision.backend is Backend.NATIVE, made.decision
     assert made.bytes <= 128 << 20, made.bytes
-    assert made.multicast_ptr == 0, "an NVLink multicast object exists"
+    assert not made.handle.multicast_ptr, "an NVLink multicast object exists"
     assert workspace.find(env.group_name) is made
     assert workspace.prepare(env.group, 16, 4096) is made, "a smaller request keeps it"
     env.note(f"{made.bytes / 2**20:.0f} MiB symmetric, {used / 2**20:.0f} MiB in all on first use")
