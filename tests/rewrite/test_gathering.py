@@ -314,6 +314,17 @@ def other_world(x: Tensor, r: Tensor, w: Tensor) -> Tensor:
     return gather(llama(r[:2] + scatter(x, 3), w, 1e-6), 3)
 
 
+def read_before_the_wait(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    pending = c10d.reduce_scatter_tensor(x, "sum", WORLD, "0")
+    early = pending + 1
+    return gather(llama(r + c10d.wait_tensor(pending), w, 1e-6), WORLD), early
+
+
+def coalesced(x: Tensor, r: Tensor, w: Tensor) -> Tensor:
+    (mine,) = c10d.reduce_scatter_tensor_coalesced([x], "sum", WORLD, "0")
+    return gather(llama(r + c10d.wait_tensor(mine), w, 1e-6), WORLD)
+
+
 def both_codes(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     norm = llama(r + scatter(x, WORLD), w, 1e-6)
     return gather(static(norm), WORLD), gather(q.int8_token(norm)[0], WORLD)
@@ -357,6 +368,8 @@ def hidden_scattered(x: Tensor, r: Tensor, w: Tensor) -> Tensor:
         (rows_then_columns, "puts rows in another order than the reduce-scatter deals them out in"),
         (other_world, "scatters to 3 ranks, and the group has 2"),
         (average, "reduces by 'avg'"),
+        (read_before_the_wait, "is read by .*aten.add.* before it is waited for"),
+        (coalesced, "reduces several tensors at once"),
         (padded, "aten.slice.Tensor"),
         (padded_first, "aten.constant_pad_nd.*the ranks share the tokens unevenly"),
         (padded_rows, "aten.constant_pad_nd.*the ranks share the tokens unevenly"),
