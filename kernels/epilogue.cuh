@@ -165,7 +165,7 @@ struct Epilogue {
     Given g = {fetch_weight(p, at), kCommon ? p.epsilon : epsilon(p), {}, 0};
     if constexpr (kFamily == kStatic) g.factor = Q::static_factor(p, Q::given_scale(p));
     if constexpr (kFamily == kFp4) g.factor = Q::encode_factor(Q::given_scale(p));
-    if constexpr (kFamily == kUsual || kFamily == kToken) g.usual = usual(p);
+    if constexpr (kFamily == kUsual || kFamily == kTokenRounded) g.usual = usual(p);
     return g;
   }
 
@@ -183,21 +183,23 @@ struct Epilogue {
     store_shared(scratch.known(), p.cluster);
     store_shared(scratch.known() + 4, p.tiles);
     store_shared(scratch.known() + 8, p.flags);
-    if constexpr (kFamily == kUsual || kFamily == kToken) store_shared(scratch.known() + 12, usual(p));
+    if constexpr (kFamily == kUsual || kFamily >= kToken) store_shared(scratch.known() + 12, usual(p));
   }
   ARF_DEVICE static void know(Shared scratch, Place& at, Given& given) {
     if constexpr (kStraight) {
       const uint4 known = load_shared_vector(scratch.known());
       at.part.count = known.x, at.tiles = known.y, at.flags = known.z;
-      if constexpr (kFamily == kUsual || kFamily == kToken) given.usual = known.w;
+      if constexpr (kFamily == kUsual || kFamily == kTokenRounded) given.usual = known.w;
     }
   }
+  /* For kToken, read where it is needed: in a register until then it made four ranks spill a word. */
+  ARF_DEVICE static uint32_t known_usual(Shared scratch) { return load_shared(scratch.known() + 12); }
 
   /* Where this thread's part of row t goes: worked out before the row arrives where a thread has one vector. */
   struct Targets {
     void* scale;
     uint4 *total, *norm; /* of straight calls */
-    void* codes;         /* of straight calls, but for usual FP8, which has no registers left */
+    void* codes;         /* of straight calls, but for FP8 per token, which has no registers left */
     uint32_t flags;
     uint32_t holds; /* whether this thread has a vector */
   };
@@ -215,7 +217,7 @@ struct Epilogue {
       if constexpr (kFamily == kPlain) {
         to.norm = static_cast<uint4*>(p.norm_out) + i;
         asm volatile("" : "+l"(to.norm)); /* as above */
-      } else if constexpr (kFamily != kUsual && kFamily != kToken) {
+      } else if constexpr (kFamily < kToken) {
         to.codes = codes_at(p, t, at.vector(0));
         asm volatile("" : "+l"(to.codes)); /* as above */
       }
@@ -488,7 +490,7 @@ struct Epilogue {
     asm volatile("" : "+r"(weight.x), "+r"(weight.y), "+r"(weight.z), "+r"(weight.w));
 #pragma unroll
     for (int i = 0; i < N; ++i) x[i] = __fmul_rn(x[i], rstd);
-    if (kFamily != kToken && to.flags & kRoundBeforeWeight) return multiply<kDtype>(pack<kDtype>(x), weight);
+    if (kFamily == kTokenRounded || (kFamily != kToken && to.flags & kRoundBeforeWeight)) return multiply<kDtype>(pack<kDtype>(x), weight);
     float w[N];
     unpack<kDtype>(weight, w);
 #pragma unroll
@@ -513,15 +515,17 @@ struct Epilogue {
       if (to.holds) Q::mx_vector(amax, to.scale, to.codes, x);
     } else {
       const uint32_t own = max(largest_magnitude<kDtype>(norm), bits_of(p.amax_bound));
-      const float amax = given.usual & kByToken ? row_amax(p, scratch, at, [&](int) { return own; }) : Q::usual_amax(own);
+      constexpr bool kByRow = kFamily == kTokenRounded;
+      const float amax = kByRow ? row_amax(p, scratch, at, [&](int) { return own; }) : Q::usual_amax(own);
       if (to.holds) {
         Q::usual_vector(given.usual & kProduct, given.usual & kByReciprocal, amax, p.scale_bound, to.scale,
-                        codes_at(p, t, at.vector(0)), x);
+                        kByRow ? codes_at(p, t, at.vector(0)) : to.codes, x);
       }
     }
   }
 
-  /* A straight call's row with a scale a token, which one exchange among its threads settles but for a few rows. */
+  /* A straight call's row with a scale a token, which one exchange among its threads settles but for a few rows; where the
+   * norm is rounded before the weight too, two elements may change places, and a second one finds the amax. */
   ARF_DEVICE static void finish_token(const Params& p, Shared scratch, const Place& at, const Given& given, uint32_t t, Row& row,
                                       const Targets& to) {
     float largest, amax;
@@ -529,14 +533,15 @@ struct Epilogue {
     if (at.row == 0) stamp(kReduced);
     const float rstd = rstd_of(p, __fadd_rn(mean, p.epsilon));
     const bool certain = find_amax(largest, rstd, amax);
+    const uint32_t usual = known_usual(scratch);
     uint4 norm = {};
     if (to.holds) norm = normalise_straight(given, rstd, row[0], to);
     if (!certain) amax = row_amax(p, scratch, at, [&](int) { return largest_magnitude<kDtype>(norm); });
     if (!to.holds) return;
     float x[N];
     unpack<kDtype>(norm, x);
-    Q::usual_vector(given.usual & kProduct, given.usual & kByReciprocal, float_of(max(bits_of(amax), bits_of(p.amax_bound))),
-                    p.scale_bound, to.scale, codes_at(p, t, at.vector(0)), x);
+    Q::usual_vector(usual & kProduct, usual & kByReciprocal, float_of(max(bits_of(amax), bits_of(p.amax_bound))), p.scale_bound,
+                    to.scale, codes_at(p, t, at.vector(0)), x);
   }
 
   /* Norm and quantiser of row t; all threads call. Lanes without a vector hold zeros. */

@@ -416,7 +416,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) simulated_kernel(const __grid_
 constexpr int general(int calls) { return calls == kStraightCalls ? kCommonCalls : calls; }
 constexpr int mx_of(int calls) { return calls == kStraightCalls ? kMx : kDynamic; }
 constexpr int usual_of(int calls) { return calls == kAnyCalls ? kDynamic : kUsual; }
-constexpr int token_of(int calls) { return calls == kStraightCalls ? kToken : usual_of(calls); }
+constexpr int token_of(int calls, int family) { return calls == kStraightCalls ? family : usual_of(calls); }
 constexpr int straight_of(int dtype) { return dtype == ARF_FP32 ? kCommonCalls : kStraightCalls; }
 
 /* A kernel for every family. */
@@ -439,7 +439,8 @@ struct KernelRow {
    reinterpret_cast<const void*>(&arf::fused_kernel<DTYPE, WORLD, arf::kFp4, HELD, TWO, CALLS>),                        \
    reinterpret_cast<const void*>(&arf::fused_kernel<DTYPE, WORLD, arf::usual_of(CALLS), HELD, TWO, CALLS>),             \
    reinterpret_cast<const void*>(&arf::fused_kernel<DTYPE, WORLD, arf::mx_of(CALLS), HELD, TWO, CALLS>),                 \
-   reinterpret_cast<const void*>(&arf::fused_kernel<DTYPE, WORLD, arf::token_of(CALLS), HELD, TWO, CALLS>)}
+   reinterpret_cast<const void*>(&arf::fused_kernel<DTYPE, WORLD, arf::token_of(CALLS, arf::kToken), HELD, TWO, CALLS>), \
+   reinterpret_cast<const void*>(&arf::fused_kernel<DTYPE, WORLD, arf::token_of(CALLS, arf::kTokenRounded), HELD, TWO, CALLS>)}
 #define ARF_SIMULATED_ROW(DTYPE, TWO, CALLS)                                                                            \
   {reinterpret_cast<const void*>(&arf::simulated_kernel<DTYPE, arf::kPlain, TWO, CALLS>),                               \
    reinterpret_cast<const void*>(&arf::simulated_kernel<DTYPE, arf::kStatic, TWO, CALLS>),                              \
@@ -447,7 +448,8 @@ struct KernelRow {
    reinterpret_cast<const void*>(&arf::simulated_kernel<DTYPE, arf::kFp4, TWO, CALLS>),                                 \
    reinterpret_cast<const void*>(&arf::simulated_kernel<DTYPE, arf::usual_of(CALLS), TWO, CALLS>),                      \
    reinterpret_cast<const void*>(&arf::simulated_kernel<DTYPE, arf::mx_of(CALLS), TWO, CALLS>),                          \
-   reinterpret_cast<const void*>(&arf::simulated_kernel<DTYPE, arf::token_of(CALLS), TWO, CALLS>)}
+   reinterpret_cast<const void*>(&arf::simulated_kernel<DTYPE, arf::token_of(CALLS, arf::kToken), TWO, CALLS>),          \
+   reinterpret_cast<const void*>(&arf::simulated_kernel<DTYPE, arf::token_of(CALLS, arf::kTokenRounded), TWO, CALLS>)}
 #define ARF_LOCAL_TABLE(DTYPE)                                                                                          \
   static const arf::KernelRow table[3] = {                                                                              \
       ARF_FUSED_ROW(DTYPE, 1, arf::kMaxVectors<DTYPE>, false, arf::kAnyCalls),                                          \

@@ -137,8 +137,9 @@ static_assert(sizeof(SimulatedShardedParams) + sizeof(int) <= 4096, "a kernel's 
 
 /* Quantiser families: one template parameter, so that a norm alone carries no quantiser's registers. kUsual: of
  * kDynamic the specs that most models use (plan.cu: is_usual), in kernels for common calls only. kMx: MXFP8 of 16 bits, in
- * those for straight calls. kToken: of kUsual per token, a norm that is rounded once, in those for straight calls. */
-enum Family { kPlain = 0, kStatic = 1, kDynamic = 2, kFp4 = 3, kUsual = 4, kMx = 5, kToken = 6, kFamilies = 7 };
+ * those for straight calls; there kUsual is of groups alone, kToken per token of a norm that is rounded once, kTokenRounded
+ * of one that is rounded before the weight too. */
+enum Family { kPlain = 0, kStatic = 1, kDynamic = 2, kFp4 = 3, kUsual = 4, kMx = 5, kToken = 6, kTokenRounded = 7, kFamilies = 8 };
 
 /* What a kernel takes for granted of its calls (plan.cu). Straight calls, of the common: what a decode step asks for between
  * two GEMMs: residual in and out, the norm or its codes and nothing else, no bias to the weight. One-shot only. */

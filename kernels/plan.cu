@@ -274,7 +274,8 @@ int family_of(const arf_call& c) {
 }
 
 int usual_family(const arf_call& c) {
-  return (c.quant >> 32) - 1 == -1 && !(c.flags & kRoundBeforeWeight) && c.dtype != ARF_FP32 ? kToken : kUsual;
+  if ((c.quant >> 32) - 1 != -1 || c.dtype == ARF_FP32) return kUsual;
+  return c.flags & kRoundBeforeWeight ? kTokenRounded : kToken;
 }
 
 /* Among the kernels for common calls there is one static FP8, the usual; the usual dynamic ones have a family of their own. */

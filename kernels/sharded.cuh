@@ -414,7 +414,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1) simulated_sharded_kernel(const
    reinterpret_cast<const void*>(&arf::sharded_kernel<D, W, arf::kFp4, K, C>),                      \
    reinterpret_cast<const void*>(&arf::sharded_kernel<D, W, arf::usual_of(C), K, C>),               \
    reinterpret_cast<const void*>(&arf::sharded_kernel<D, W, arf::mx_of(C), K, C>),                  \
-   reinterpret_cast<const void*>(&arf::sharded_kernel<D, W, arf::token_of(C), K, C>)}
+   reinterpret_cast<const void*>(&arf::sharded_kernel<D, W, arf::usual_of(C), K, C>),               \
+   reinterpret_cast<const void*>(&arf::sharded_kernel<D, W, arf::usual_of(C), K, C>)}
 #define ARF_SIMULATED_SHARDED_ROW(D, C)                                                             \
   {reinterpret_cast<const void*>(&arf::simulated_sharded_kernel<D, arf::kPlain, C>),                \
    reinterpret_cast<const void*>(&arf::simulated_sharded_kernel<D, arf::kStatic, C>),               \
@@ -422,7 +423,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1) simulated_sharded_kernel(const
    reinterpret_cast<const void*>(&arf::simulated_sharded_kernel<D, arf::kFp4, C>),                  \
    reinterpret_cast<const void*>(&arf::simulated_sharded_kernel<D, arf::usual_of(C), C>),           \
    reinterpret_cast<const void*>(&arf::simulated_sharded_kernel<D, arf::mx_of(C), C>),              \
-   reinterpret_cast<const void*>(&arf::simulated_sharded_kernel<D, arf::token_of(C), C>)}
+   reinterpret_cast<const void*>(&arf::simulated_sharded_kernel<D, arf::usual_of(C), C>),           \
+   reinterpret_cast<const void*>(&arf::simulated_sharded_kernel<D, arf::usual_of(C), C>)}
 #define ARF_SHARDED_TABLE(D)                                                                        \
   static const arf::KernelRow table[arf::kShardedRows] = {                                          \
       ARF_SHARDED_ROW(D, 2, 1, arf::kCommonCalls), ARF_SHARDED_ROW(D, 2, 1, arf::kAnyCalls),        \
