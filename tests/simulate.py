@@ -218,7 +218,7 @@ def random_inputs(module: fx.GraphModule, seed: int = 0, **symbols: int) -> list
                 real = torch.empty_strided(shape, value.stride(), dtype=value.dtype).copy_(data)
             inputs.append(real)
         else:
-            inputs.append(size(value))
+            inputs.append(size(value) if isinstance(value, (int, torch.SymInt)) else value)
     return inputs
 
 
