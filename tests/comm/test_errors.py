@@ -158,11 +158,21 @@ def test_group_sizes_that_no_kernel_takes(workspace: comm.AllReduceFusionWorkspa
         comm.allreduce_fusion(x, workspace, 8, residual_in=x, rms_gamma=gamma, block_quant_group_size=group)
 
 
-def test_nvfp4_hidden_size(workspace: comm.AllReduceFusionWorkspace) -> None:
-    """NVFP4 needs whole groups of 16."""
+@pytest.mark.parametrize(("pattern", "what", "group"), [(3, "NVFP4", 16), (13, "MXFP8", 32)])
+def test_hidden_sizes_of_whole_groups(
+    workspace: comm.AllReduceFusionWorkspace, pattern: int, what: str, group: int
+) -> None:
     x, gamma = rows(72), torch.ones(72, dtype=BF16)
-    with pytest.raises(ValueError, match="NVFP4 needs a hidden_dim that is a multiple of 16, got 72"):
-        comm.allreduce_fusion(x, workspace, 3, residual_in=x, rms_gamma=gamma, scale_factor=1.0)
+    with pytest.raises(ValueError, match=f"{what} needs a hidden_dim that is a multiple of {group}, got 72"):
+        comm.allreduce_fusion(x, workspace, pattern, residual_in=x, rms_gamma=gamma, scale_factor=1.0)
+
+
+@pytest.mark.parametrize("device", ["nowhere", 1.5])
+def test_a_device_that_is_none(device: Any) -> None:
+    with pytest.raises(ValueError, match=f"^create_allreduce_fusion_workspace: device={device!r}: "):
+        comm.create_allreduce_fusion_workspace(
+            world_size=1, rank=0, max_token_num=8, hidden_dim=H, dtype=BF16, device=device
+        )
 
 
 def test_mnnvl_errors(workspace: comm.AllReduceFusionWorkspace) -> None:
