@@ -116,10 +116,16 @@ def _of_all_tokens(step: fx.Node) -> bool:
     return is_call(step, *_EXTREMES) and tensor is not None and statically_equal(tensor.numel(), 1)
 
 
+_PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.linear.default)
+
+
 def _stuck(node: fx.Node, states: States) -> bool:
-    """Whether ``node``, which no rule knows, computes or reads a value that only a quantiser computes."""
+    """Whether ``node``, which no rule knows, computes or reads a value that only a quantiser computes. What a product
+    reads scaled is a factor of the model's own, as Falcon-H1 has one behind its norms."""
     if _of_all_tokens(node):
         return True
+    if is_call(node, *_PRODUCTS):
+        return False
     inputs = [states.get(inner) for inner in node.all_input_nodes]
     tell = [
         each

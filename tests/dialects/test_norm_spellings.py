@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from tests.models import Tensor, reduce
+from tests.models import Tensor, llama, reduce
 from tests.simulate import calls, check_fused, check_unchanged, fused_copy, tensors, trace
 
 HIDDEN = 48  # no power of two: a sum over H is no mean by a mere shift
@@ -359,3 +359,14 @@ def test_an_fp32_all_reduce_that_is_rounded() -> None:
     inputs = [*tensors((4, HIDDEN), dtype=torch.float32), *tensors((4, HIDDEN), (HIDDEN,))]
     reason = str(check_unchanged(trace(model, *inputs)).missed[0].reason)
     assert "rounds the reduced float32 to torch.bfloat16 in front of the norm" in reason
+
+
+def test_a_factor_behind_a_norm_is_no_quantiser() -> None:
+    """Falcon-H1 scales what its projections read by a number: nothing is quantised there, and no note says so."""
+
+    def model(x: torch.Tensor, r: torch.Tensor, w: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
+        return (llama(reduce(x) + r, w, 1e-6) * 1.25) @ projection
+
+    _, report = fused_copy(trace(model, *tensors((4, 32), (4, 32), (32,), (32, 32))))
+    (site,) = report.fused
+    assert site.note is None
