@@ -45,6 +45,7 @@ from arfusion_pass.dialects.reading.quant_rules import States, evaluate
 from arfusion_pass.dialects.reading.quant_states import LOW, Codes, Given, Kind, PerUnit, Rows, Scaled, Spread
 from arfusion_pass.dialects.reading.scale_copies import column_copy
 from arfusion_pass.graph import (
+    PRODUCTS,
     VIEWS,
     describe,
     dtype_of,
@@ -116,15 +117,12 @@ def _of_all_tokens(step: fx.Node) -> bool:
     return is_call(step, *_EXTREMES) and tensor is not None and statically_equal(tensor.numel(), 1)
 
 
-_PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.linear.default)
-
-
 def _stuck(node: fx.Node, states: States) -> bool:
     """Whether ``node``, which no rule knows, computes or reads a value that only a quantiser computes. What a product
     reads scaled is a factor of the model's own, as Falcon-H1 has one behind its norms."""
     if _of_all_tokens(node):
         return True
-    if is_call(node, *_PRODUCTS):
+    if is_call(node, *PRODUCTS):
         return False
     inputs = [states.get(inner) for inner in node.all_input_nodes]
     tell = [

@@ -2,6 +2,7 @@
 
 from arfusion_pass.graph.calls import (
     CASTS,
+    PRODUCTS,
     argument,
     aten,
     by_position,

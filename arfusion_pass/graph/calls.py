@@ -143,6 +143,11 @@ def other_operand(node: fx.Node, operand: fx.Node) -> Any:
     return node.args[1] if node.args[0] is operand else node.args[0]
 
 
+PRODUCTS: frozenset[Any] = frozenset(
+    {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.linear.default}
+)
+"""Of matrices."""
+
 CASTS: frozenset[Any] = frozenset(
     {prims.convert_element_type.default, aten._to_copy.default, aten.to.dtype, aten.type_as.default}
 )

@@ -8,20 +8,14 @@ multiplies the unquantised norm as well.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx
 from torch._inductor.pattern_matcher import Match
 
-from arfusion_pass.graph import VIEWS, is_call, is_cast
+from arfusion_pass.graph import PRODUCTS, VIEWS, is_call, is_cast
 from arfusion_pass.patterns.chains import AllReduceRMSNormChain, auto_functionalized
 
 aten = torch.ops.aten
-
-GEMMS: frozenset[Any] = frozenset(
-    {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.linear.default}
-)
 
 
 class AllReduceRMSNormIndexerChain(AllReduceRMSNormChain):
@@ -54,4 +48,4 @@ def is_gemm(node: fx.Node) -> bool:
     if node.op != "call_function":
         return False
     target = node.args[0] if node.target is auto_functionalized and node.args else node.target
-    return node.target in GEMMS or (isinstance(target, torch._ops.OpOverload) and "gemm" in target._schema.name)
+    return node.target in PRODUCTS or (isinstance(target, torch._ops.OpOverload) and "gemm" in target._schema.name)

@@ -11,6 +11,7 @@ from torch import fx
 from arfusion_pass.compilation import GraphBreak, inference_leaf, runs_as_part
 from arfusion_pass.dialects import NO_NORM
 from arfusion_pass.graph import (
+    PRODUCTS,
     aten,
     describe,
     is_call,
@@ -109,16 +110,13 @@ def takes_rows(node: fx.Node, all_reduce: fx.Node) -> bool:
 _TAKES = (aten.slice.Tensor, aten.select.int, aten.index.Tensor, aten.index_select.default)
 
 
-_PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.linear.default)
-
-
 def _is_projected(all_reduce: fx.Node) -> bool:
     """Whether what an all-reduce gives is multiplied as it is: the model has no norm there, in this graph or another,
     as behind the embedding of one that normalises behind its layers (OLMo 2, EXAONE 4)."""
     stack = [all_reduce]
     while stack:
         node = stack.pop()
-        if any(is_call(user, *_PRODUCTS) for user in node.users):
+        if any(is_call(user, *PRODUCTS) for user in node.users):
             return True
         stack += [user for user in node.users if is_cast(user) or node in viewed(user)]
     return False
