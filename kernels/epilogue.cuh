@@ -82,6 +82,8 @@ struct Epilogue {
   static constexpr bool kWide = N == 8 && !kCommon; /* an fp32 row beside T takes two 16-byte loads a vector */
   using Q = Quantiser<kDtype>;
   using Row = float[kHeld][N];
+  static constexpr bool kOneExchange = kFamily == kToken; /* straight calls per token: find_amax, or a second exchange */
+  static constexpr bool kTwoExchanges = kFamily == kTokenRounded;
 
   struct Residual {
     uint4 a, b;
@@ -165,7 +167,7 @@ struct Epilogue {
     Given g = {fetch_weight(p, at), kCommon ? p.epsilon : epsilon(p), {}, 0};
     if constexpr (kFamily == kStatic) g.factor = Q::static_factor(p, Q::given_scale(p));
     if constexpr (kFamily == kFp4) g.factor = Q::encode_factor(Q::given_scale(p));
-    if constexpr (kFamily == kUsual || kFamily == kTokenRounded) g.usual = usual(p);
+    if constexpr (kFamily == kUsual || kTwoExchanges) g.usual = usual(p);
     return g;
   }
 
@@ -183,16 +185,16 @@ struct Epilogue {
     store_shared(scratch.known(), p.cluster);
     store_shared(scratch.known() + 4, p.tiles);
     store_shared(scratch.known() + 8, p.flags);
-    if constexpr (kFamily == kUsual || kFamily >= kToken) store_shared(scratch.known() + 12, usual(p));
+    if constexpr (kFamily == kUsual || kOneExchange || kTwoExchanges) store_shared(scratch.known() + 12, usual(p));
   }
   ARF_DEVICE static void know(Shared scratch, Place& at, Given& given) {
     if constexpr (kStraight) {
       const uint4 known = load_shared_vector(scratch.known());
       at.part.count = known.x, at.tiles = known.y, at.flags = known.z;
-      if constexpr (kFamily == kUsual || kFamily == kTokenRounded) given.usual = known.w;
+      if constexpr (kFamily == kUsual || kTwoExchanges) given.usual = known.w;
     }
   }
-  /* For kToken, read where it is needed: in a register until then it made four ranks spill a word. */
+  /* With one exchange, read where it is needed: in a register until then it made four ranks spill a word. */
   ARF_DEVICE static uint32_t known_usual(Shared scratch) { return load_shared(scratch.known() + 12); }
 
   /* Where this thread's part of row t goes: worked out before the row arrives where a thread has one vector. */
@@ -217,7 +219,7 @@ struct Epilogue {
       if constexpr (kFamily == kPlain) {
         to.norm = static_cast<uint4*>(p.norm_out) + i;
         asm volatile("" : "+l"(to.norm)); /* as above */
-      } else if constexpr (kFamily < kToken) {
+      } else if constexpr (!kOneExchange && !kTwoExchanges) {
         to.codes = codes_at(p, t, at.vector(0));
         asm volatile("" : "+l"(to.codes)); /* as above */
       }
@@ -366,11 +368,7 @@ struct Epilogue {
     const bool second = lane & 8;
     const uint32_t word = second ? of_tile : s;
     const uint32_t slot = second ? scratch.amax(!parity) + 4 * tile : scratch.squares(parity) + 4 * word_of(tile);
-    if (at.part.count > 1) {
-      publish<2>(slot, scratch.barriers(parity), word, tile < at.tiles, 2 * at.tiles, at.part);
-    } else if ((lane & ~8u) == 0) {
-      store_shared(slot, word);
-    }
+    deliver<2>(at, slot, scratch.barriers(parity), tile, word);
     meet(scratch.barriers(parity), at);
     largest = float_of(__reduce_max_sync(~0u, lane < at.tiles ? load_shared(scratch.amax(!parity) + 4 * lane) : 0u));
     return few_tiles(scratch.squares(parity));
@@ -430,11 +428,13 @@ struct Epilogue {
     return float_of(__reduce_max_sync(~0u, amax));
   }
 
-  /* A tile's word to `slot` wherever the row is worked on, and the wait for all of them. In a cluster per_thread is 1. */
+  /* A tile's word, or two (publish), to `slot` wherever the row is worked on, and the wait for all of them. In a cluster
+   * per_thread is 1. */
+  template <uint32_t kWords = 1>
   ARF_DEVICE static void deliver(const Place& at, uint32_t slot, uint32_t barrier, uint32_t tile, uint32_t word) {
     if (at.part.count > 1) {
-      publish(slot, barrier, word, tile < at.tiles, at.tiles, at.part);
-    } else if (threadIdx.x % kWarp == 0) {
+      publish<kWords>(slot, barrier, word, tile < at.tiles, kWords * at.tiles, at.part);
+    } else if ((threadIdx.x % kWarp & ~(8 * (kWords - 1))) == 0) {
       store_shared(slot, word);
     }
   }
@@ -490,7 +490,8 @@ struct Epilogue {
     asm volatile("" : "+r"(weight.x), "+r"(weight.y), "+r"(weight.z), "+r"(weight.w));
 #pragma unroll
     for (int i = 0; i < N; ++i) x[i] = __fmul_rn(x[i], rstd);
-    if (kFamily == kTokenRounded || (kFamily != kToken && to.flags & kRoundBeforeWeight)) return multiply<kDtype>(pack<kDtype>(x), weight);
+    const bool round_first = kTwoExchanges || (!kOneExchange && to.flags & kRoundBeforeWeight);
+    if (round_first) return multiply<kDtype>(pack<kDtype>(x), weight);
     float w[N];
     unpack<kDtype>(weight, w);
 #pragma unroll
@@ -515,23 +516,19 @@ struct Epilogue {
       if (to.holds) Q::mx_vector(amax, to.scale, to.codes, x);
     } else {
       const uint32_t own = max(largest_magnitude<kDtype>(norm), bits_of(p.amax_bound));
-      constexpr bool kByRow = kFamily == kTokenRounded;
-      const float amax = kByRow ? row_amax(p, scratch, at, [&](int) { return own; }) : Q::usual_amax(own);
+      const float amax = kTwoExchanges ? row_amax(p, scratch, at, [&](int) { return own; }) : Q::usual_amax(own);
       if (to.holds) {
         Q::usual_vector(given.usual & kProduct, given.usual & kByReciprocal, amax, p.scale_bound, to.scale,
-                        kByRow ? codes_at(p, t, at.vector(0)) : to.codes, x);
+                        kTwoExchanges ? codes_at(p, t, at.vector(0)) : to.codes, x);
       }
     }
   }
 
-  /* A straight call's row with a scale a token, which one exchange among its threads settles but for a few rows; where the
-   * norm is rounded before the weight too, two elements may change places, and a second one finds the amax. */
-  ARF_DEVICE static void finish_token(const Params& p, Shared scratch, const Place& at, const Given& given, uint32_t t, Row& row,
-                                      const Targets& to) {
-    float largest, amax;
-    const float mean = __fmul_rn(sum_and_largest(scratch, at, given.weight, row[0], largest), p.inverse_hidden);
-    if (at.row == 0) stamp(kReduced);
-    const float rstd = rstd_of(p, __fadd_rn(mean, p.epsilon));
+  /* The end of a straight call's row with a scale a token, where one exchange among its threads settles all but a few rows. Where
+   * the norm is rounded before the weight too, two elements may change places: kTwoExchanges. */
+  ARF_DEVICE static void finish_token(const Params& p, Shared scratch, const Place& at, const Given& given, uint32_t t, float largest,
+                                      float rstd, Row& row, const Targets& to) {
+    float amax;
     const bool certain = find_amax(largest, rstd, amax);
     const uint32_t usual = known_usual(scratch);
     uint4 norm = {};
@@ -548,11 +545,18 @@ struct Epilogue {
   ARF_DEVICE static void norm_and_quantise(const Params& p, Shared scratch, const Place& at, const Given& given, uint32_t t,
                                            Row& row, const Targets& to) {
     if (!needs_norm(p)) return;
-    if constexpr (kFamily == kToken) return finish_token(p, scratch, at, given, t, row, to);
-    const float mean = __fmul_rn(sum_of_squares(p, scratch, at, row), p.inverse_hidden);
+    float sum, largest;
+    if constexpr (kOneExchange) {
+      sum = sum_and_largest(scratch, at, given.weight, row[0], largest);
+    } else {
+      sum = sum_of_squares(p, scratch, at, row);
+    }
+    const float mean = __fmul_rn(sum, p.inverse_hidden);
     if (at.row == 0) stamp(kReduced);
     const float rstd = rstd_of(p, __fadd_rn(mean, kCommon ? p.epsilon : given.epsilon));
-    if constexpr (kStraight) {
+    if constexpr (kOneExchange) {
+      finish_token(p, scratch, at, given, t, largest, rstd, row, to);
+    } else if constexpr (kStraight) {
       uint4 norm = {};
       if (to.holds) norm = normalise_straight(given, rstd, row[0], to);
       write_straight(p, scratch, at, given, t, norm, to);

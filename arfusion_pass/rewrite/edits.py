@@ -53,7 +53,7 @@ class Edits:
     def insert_before(self, place: fx.Node, target: Any, args: tuple[Any, ...], meta: dict[str, Any]) -> fx.Node:
         """A new call in front of a node."""
         with self.graph.inserting_before(place):
-            return self._insert(target, args, meta, None)
+            return self._insert(target, args, meta)
 
     def insert_after(
         self, place: fx.Node, target: Any, args: tuple[Any, ...], meta: dict[str, Any], kwargs: Any = None
@@ -62,7 +62,7 @@ class Edits:
         with self.graph.inserting_after(place):
             return self._insert(target, args, meta, kwargs)
 
-    def _insert(self, target: Any, args: tuple[Any, ...], meta: dict[str, Any], kwargs: Any) -> fx.Node:
+    def _insert(self, target: Any, args: tuple[Any, ...], meta: dict[str, Any], kwargs: Any = None) -> fx.Node:
         node = self.graph.call_function(target, args, kwargs)
         self._undo.append((self.graph.erase_node, node))
         node.meta.update(meta)
