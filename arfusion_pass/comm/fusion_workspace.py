@@ -176,6 +176,14 @@ class AllReduceFusionWorkspace:
             self._destroyed = True
             self._release()
 
+    def checkpoint_prepare(self) -> None:
+        """``NotImplementedError``, as FlashInfer's on torch's symmetric memory: the memory stays where it is."""
+        raise NotImplementedError("the workspace lies in torch's symmetric memory, which stays resident: destroy() it")
+
+    def checkpoint_restore(self, comm_backend: Any) -> None:
+        """As :meth:`checkpoint_prepare`."""
+        self.checkpoint_prepare()
+
     def _release(self) -> None:
         name = self.group_name
         if not name:

@@ -21,6 +21,9 @@ Off: ``ARFUSION_VLLM=0``, or a ``VLLM_PLUGINS`` that does not name ``arfusion``;
 all-reduce fusion finds nothing left to fuse, but allocates its workspace; ``--compilation-config '{"pass_config":
 {"fuse_allreduce_rms": false}}'`` saves that.
 
+Models that vLLM 0.33 does not compile call FlashInfer's fused kernel from their layers. ``ARFUSION_VLLM_COMM=1``, or
+:func:`arfusion_pass.engines.vllm_comm.replace_flashinfer`, makes those calls run on our kernels.
+
 Nothing here depends on vLLM's version from 0.26 to 0.33; what differs between its ops is in
 :mod:`arfusion_pass.dialects.vllm`. Tested: 0.26.0 on two H100s, 0.33.0 on CPU
 (``benchmarks/results/engines.md``, ``tests/engines``).
@@ -45,6 +48,7 @@ from arfusion_pass.config import FusionConfig, switch
 from arfusion_pass.engines import vllm_reports
 from arfusion_pass.engines.groups import coordinators
 from arfusion_pass.engines.starting import harmless
+from arfusion_pass.engines.vllm_comm import replace_flashinfer
 from arfusion_pass.fusion_pass import AllReduceFusionPass
 from arfusion_pass.publishing import speak_through
 
@@ -67,8 +71,11 @@ def register() -> None:
     """Let every pass manager that vLLM makes from now on run our pass. Calling it again changes nothing."""
     speak_through("vllm")
     known(_let_ray_carry_our_variables)
-    if switch("ARFUSION_VLLM", True):
-        harmless("vLLM", _wrap)
+    if not switch("ARFUSION_VLLM", True):
+        return
+    harmless("vLLM", _wrap)
+    if switch("ARFUSION_VLLM_COMM", False):
+        harmless("vLLM's calls of FlashInfer", replace_flashinfer)
 
 
 def _let_ray_carry_our_variables() -> None:
@@ -189,7 +196,11 @@ def _why_none(config: Any) -> str:
     if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
         return "TORCH_COMPILE_DISABLE=1"
     if os.environ.get("VLLM_USE_BREAKABLE_CUDAGRAPH", "0") not in ("", "0"):
-        return "VLLM_USE_BREAKABLE_CUDAGRAPH=1, which vLLM sets by itself for models that it does not compile"
+        own = "run here" if switch("ARFUSION_VLLM_COMM", False) else "can run here, with ARFUSION_VLLM_COMM=1"
+        return (
+            "VLLM_USE_BREAKABLE_CUDAGRAPH=1, which vLLM sets by itself for models that it does not compile; where they "
+            f"call FlashInfer's fused kernel those calls {own}"
+        )
     return "asked for, as by -O0"
 
 

@@ -270,6 +270,15 @@ def test_destroyed_workspace() -> None:
         comm.trtllm_mnnvl_fused_allreduce_add_rmsnorm(x, x, gamma, workspace)
 
 
+def test_checkpoints_of_a_workspace(workspace: comm.AllReduceFusionWorkspace) -> None:
+    """What FlashInfer's workspaces raise where their memory cannot leave: vLLM sleeps all the same. It stays usable."""
+    with pytest.raises(NotImplementedError, match="stays resident"):
+        workspace.checkpoint_prepare()
+    with pytest.raises(NotImplementedError, match="stays resident"):
+        workspace.checkpoint_restore(None)
+    assert workspace.is_buffer_size_sufficient(1, 8, H, BF16)
+
+
 def test_forgotten_workspace_warns() -> None:
     """A workspace that is dropped without destroy() is freed, with a ResourceWarning."""
     with pytest.warns(ResourceWarning, match="was never destroyed"):

@@ -57,6 +57,8 @@ FROZEN: dict[str, str] = {
     "MNNVLAllReduceFusionWorkspace.is_buffer_size_sufficient": (
         "self, tp_size, num_tokens, hidden_dim, dtype, strategy=99"
     ),
+    "MNNVLAllReduceFusionWorkspace.checkpoint_prepare": "self",
+    "MNNVLAllReduceFusionWorkspace.checkpoint_restore": "self, comm_backend",
     "MNNVLAllReduceFusionWorkspace.get_required_buffer_size_bytes": (
         "tp_size, num_tokens, hidden_dim, dtype, strategy=99"
     ),

@@ -232,6 +232,87 @@ def test_sglang_calls_that_run_here_are_told(monkeypatch: pytest.MonkeyPatch, ca
     assert "8 x 64 float32" in line
 
 
+def vllm_that_calls_flashinfer(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The modules of a vLLM that :func:`vllm.replace_flashinfer` replaces and reads, of stand-ins."""
+    workspaces, calls, parallel = modules = [
+        types.ModuleType(f"vllm.{name}")
+        for name in (
+            "distributed.device_communicators.flashinfer_all_reduce",
+            "compilation.passes.fusion.allreduce_rms_fusion",
+            "distributed.parallel_state",
+        )
+    ]
+    workspaces.flashinfer_comm = calls.flashinfer_comm = "theirs"  # type: ignore[attr-defined]
+    workspaces._fi_ar_workspace = workspaces._fi_ar_quant_workspace = None  # type: ignore[attr-defined]
+    workspaces.destroy_fi_ar_workspace = calls.flashinfer_trtllm_fused_allreduce_norm = None  # type: ignore[attr-defined]
+    parallel._groups = {}  # type: ignore[attr-defined]
+    parallel.GroupCoordinator = type("GroupCoordinator", (), {"destroy": lambda self: None})  # type: ignore[attr-defined]
+    for module in modules:
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    return modules
+
+
+def test_vllm_calls_that_run_here_are_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Each workspace that vLLM makes for its eager calls is a line, with what runs them; vLLM 0.33 keeps it although it
+    has no multicast."""
+    log = logging.getLogger("arfusion_pass")
+    monkeypatch.setattr(log, "parent", logging.getLogger())
+    monkeypatch.setattr(log, "propagate", True)
+    workspaces, calls, _ = vllm_that_calls_flashinfer(monkeypatch)
+    vllm.replace_flashinfer()
+    vllm.replace_flashinfer()
+    assert workspaces.flashinfer_comm is calls.flashinfer_comm
+    create = calls.flashinfer_comm.create_allreduce_fusion_workspace
+    sizes = {"world_size": 1, "rank": 0, "max_token_num": 8, "hidden_dim": 64, "dtype": torch.bfloat16}
+    with caplog.at_level(logging.INFO, "arfusion_pass"), create(backend="mnnvl", group=None, **sizes) as made:
+        assert made.mc_ptr
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("arfusion: vLLM's fused all-reduces run here")
+    assert "8 x 64 bfloat16" in line
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "part"),
+    [
+        (0, "_fi_ar_workspace", "this vLLM has no _fi_ar_workspace: its calls are left to FlashInfer"),
+        (1, "flashinfer_comm", "this vLLM has no flashinfer_comm: its calls are left to FlashInfer"),
+        (1, "FlashInfer", "FlashInfer cannot be imported"),
+        (2, "GroupCoordinator", "this vLLM has no GroupCoordinator"),
+    ],
+)
+def test_a_vllm_whose_calls_are_left_alone(
+    module: int, name: str, part: str, said: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is replaced or read there is missing: one line says so, and nothing is replaced."""
+    modules = vllm_that_calls_flashinfer(monkeypatch)
+    if name == "FlashInfer":
+        modules[1].flashinfer_comm = None
+    else:
+        delattr(modules[module], name)
+    monkeypatch.setattr(vllm, "_wrap", lambda: None)
+    monkeypatch.setenv("ARFUSION_VLLM_COMM", "1")
+    vllm.register()
+    (line,) = said()
+    assert line.startswith("arfusion: nothing will fuse in vLLM's calls of FlashInfer: ")
+    assert part in line
+    assert "theirs" in {getattr(each, "flashinfer_comm", "theirs") for each in modules}
+    assert all(isinstance(getattr(each, "flashinfer_comm", ""), str | None) for each in modules)
+
+
+@pytest.mark.parametrize(("plugin", "calls", "replaced"), [("0", "1", False), ("1", "0", False), ("1", "1", True)])
+def test_vllm_calls_are_asked_for(
+    plugin: str, calls: str, replaced: bool, said: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only where the plug-in is on and the calls are asked for too."""
+    modules = vllm_that_calls_flashinfer(monkeypatch)
+    monkeypatch.setattr(vllm, "_wrap", lambda: None)
+    monkeypatch.setenv("ARFUSION_VLLM", plugin)
+    monkeypatch.setenv("ARFUSION_VLLM_COMM", calls)
+    vllm.register()
+    assert (modules[0].flashinfer_comm != "theirs") == replaced
+    assert said() == []
+
+
 def test_ray_carries_our_variables(said: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the plug-in is off: an engine on another host would not know that."""
     ray_env = types.ModuleType("vllm.ray.ray_env")
@@ -250,7 +331,7 @@ def test_ray_carries_our_variables(said: Any, monkeypatch: pytest.MonkeyPatch) -
         ("VLLM_COMPILE", "inductor", False, {"VLLM_USE_BREAKABLE_CUDAGRAPH": "1"}, None),
         ("VLLM_COMPILE", "eager", False, {}, "with the backend inductor, this is eager"),
         ("NONE", "inductor", True, {"VLLM_USE_BREAKABLE_CUDAGRAPH": "0"}, "this is NONE (--enforce-eager)"),
-        ("NONE", "inductor", False, {"VLLM_USE_BREAKABLE_CUDAGRAPH": "1"}, "for models that it does not compile)"),
+        ("NONE", "inductor", False, {"VLLM_USE_BREAKABLE_CUDAGRAPH": "1"}, "run here, with ARFUSION_VLLM_COMM=1)"),
         ("NONE", "inductor", False, {"TORCH_COMPILE_DISABLE": "1"}, "(TORCH_COMPILE_DISABLE=1)"),
         ("NONE", "inductor", False, {"VLLM_USE_BREAKABLE_CUDAGRAPH": "0"}, "(asked for, as by -O0)"),
         ("DYNAMO_TRACE_ONCE", "inductor", False, {}, "this is DYNAMO_TRACE_ONCE"),
@@ -266,7 +347,7 @@ def test_a_start_that_compiles_nothing_is_told(
 ) -> None:
     """One line that names what has kept vLLM's passes from running, by a user or by vLLM itself; none for one rank, nor
     where they run."""
-    for variable in ("TORCH_COMPILE_DISABLE", "VLLM_USE_BREAKABLE_CUDAGRAPH"):
+    for variable in ("TORCH_COMPILE_DISABLE", "VLLM_USE_BREAKABLE_CUDAGRAPH", "ARFUSION_VLLM_COMM"):
         monkeypatch.delenv(variable, raising=False)
     for variable, value in environment.items():
         monkeypatch.setenv(variable, value)

@@ -46,6 +46,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("llama", "LlamaForCausalLM", {**HEADS, "intermediate_size": 512}),
     "qwen3_moe": ("qwen3_moe", "Qwen3MoeForCausalLM", HEADS),
     "deepseek_v3": ("deepseek_v3", "DeepseekV3ForCausalLM", LATENT),
+    "deepseek_v32": ("deepseek_v32", "DeepseekV32ForCausalLM", {**LATENT, "first_k_dense_replace": 2}),
     "gemma": ("gemma", "GemmaForCausalLM", HEADS),
     "gemma2": ("gemma2", "Gemma2ForCausalLM", HEADS),
     "glm4": ("glm4", "Glm4ForCausalLM", HEADS),
@@ -69,15 +70,16 @@ QUANTISED: dict[str, dict[str, Any]] = {
 def main(capability: int, names: list[str]) -> dict[str, Any]:
     """What became of each model: the patterns of the fused sites, the reasons of the others, and what differs between
     its graphs as they came and as they left."""
-    _pretend(capability)
+    pretend(capability)
+    _catch_graphs()
     return {name: _survey(name) for name in names}
 
 
 # The machine ---------------------------------------------------------------------------------------------------------
 
 
-def _pretend(capability: int) -> None:
-    """CUDA's platform, driver and process groups, as far as vLLM asks them before it launches anything."""
+def pretend(capability: int) -> None:
+    """CUDA's platform and driver, as far as vLLM asks them before it launches anything."""
     os.environ |= {"VLLM_DISABLE_COMPILE_CACHE": "1", "VLLM_USE_AOT_COMPILE": "0", "CUDA_VISIBLE_DEVICES": ""}
     os.environ |= {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_USE_BREAKABLE_CUDAGRAPH": "0", "HF_HUB_OFFLINE": "1"}
     _load_an_empty_driver()
@@ -121,9 +123,13 @@ def _pretend(capability: int) -> None:
     }
     methods = {name: classmethod(lambda *args, answer=answer, **kwargs: answer) for name, answer in answers.items()}
     platforms._current_platform = type("Cuda", (cuda.NonNvmlCudaPlatform,), {**methods, "device_type": "cpu"})()
-    torch.distributed.new_group = _fake_group  # type: ignore[assignment]
     registry = importlib.import_module("vllm.model_executor.models.registry")
     registry._run_in_subprocess = lambda inspect: inspect()  # type: ignore[attr-defined]
+
+
+def _catch_graphs() -> None:
+    """Fake process groups, and a compilation that ends behind our pass."""
+    torch.distributed.new_group = _fake_group  # type: ignore[assignment]
     importlib.import_module("arfusion_pass.engines.vllm").register()
     manager = importlib.import_module("vllm.compilation.passes.pass_manager").PostGradPassManager
     manager.__call__ = _passes
@@ -223,7 +229,7 @@ def _compiler(compile_graph: Any) -> Any:
 
 def _survey(name: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        config = _engine_config(name, Path(folder))
+        config = engine_config(name, Path(folder))
     _graphs.clear()
     _call(config)
     config.compilation_config.static_forward_context.clear()
@@ -237,7 +243,7 @@ def _survey(name: str) -> dict[str, Any]:
     }
 
 
-def _engine_config(name: str, folder: Path) -> Any:
+def engine_config(name: str, folder: Path) -> Any:
     """vLLM's whole configuration of a model that only exists as its ``config.json``."""
     from vllm.engine.arg_utils import EngineArgs
 
