@@ -4,6 +4,8 @@ without vLLM; written for 0.33."""
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import importlib
 import importlib.util
 import pathlib
@@ -60,7 +62,7 @@ def _rank(rank: int, world: int) -> dict[str, Any]:
     with set_current_vllm_config(config), torch.no_grad():
         parallel_state.init_distributed_environment(world, rank, local_rank=rank, backend="gloo")
         parallel_state.initialize_model_parallel(world, backend="gloo")
-        parts = (norms, latent, static_fp8, sizes, standalone, suspended, model, engines, refused)
+        parts = (norms, latent, static_fp8, sizes, standalone, suspended, deepseek, minimax, engines, refused)
         return {part.__name__: part(rank) for part in parts}
 
 
@@ -73,8 +75,11 @@ def calls() -> Any:
 
 def unfused() -> Any:
     """vLLM's own way around the call."""
-    patch = mock.patch.multiple
-    return patch(importlib.import_module(COMMON), _can_use_flashinfer=lambda *args: (False, 0))
+    helpers = importlib.import_module(HELPER), importlib.import_module(COMMON)
+    stack = contextlib.ExitStack()
+    for each in helpers:
+        stack.enter_context(mock.patch.object(each, "_can_use_flashinfer", return_value=(False, 0)))
+    return stack
 
 
 def rows(rank: int, tokens: int, hidden: int = HIDDEN, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
@@ -228,14 +233,53 @@ def suspended(rank: int) -> int:
     return count
 
 
-def model(rank: int) -> dict[str, Any]:
-    """DeepSeek V3.2's class and GLM-5's, with dense layers; of the attention only its ``o_proj`` is run."""
+def deepseek(rank: int) -> dict[str, Any]:
+    """DeepSeek V3.2's class and GLM-5's, with dense layers."""
     from vllm.config import get_current_vllm_config
-    from vllm.utils.torch_utils import set_default_torch_dtype
 
     config = get_current_vllm_config()
+    made = importlib.import_module("vllm.models.deepseek_v32.nvidia.model").DeepseekV32Model
+    return _compared(rank, made, config, config.model_config.hf_config.hidden_size)
+
+
+def minimax(rank: int) -> dict[str, Any]:
+    """MiniMax M3's class, with dense layers; FlashInfer's norms, which it calls itself, in torch."""
+    from vllm.config import get_current_vllm_config
+    from vllm.transformers_utils.configs.minimax_m3 import MiniMaxM3TextConfig
+
+    flashinfer = importlib.import_module("flashinfer.norm")
+
+    def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return normed(x, types.SimpleNamespace(weight=weight, variance_epsilon=eps), 1.0)
+
+    def add_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
+        residual += x
+        x.copy_(norm(residual, weight, eps))
+
+    small = MiniMaxM3TextConfig(
+        vocab_size=256,
+        hidden_size=HIDDEN,
+        dense_intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        moe_layer_freq=[0, 0, 0],
+    )
+    config = copy.copy(get_current_vllm_config())
+    config.model_config = copy.copy(config.model_config)
+    config.model_config.hf_text_config = small
+    made = importlib.import_module("vllm.models.minimax_m3.nvidia.model").MiniMaxM3Model
+    with mock.patch.multiple(flashinfer, gemma_rmsnorm=norm, gemma_fused_add_rmsnorm=add_norm):
+        return _compared(rank, made, config, HIDDEN)
+
+
+def _compared(rank: int, kind: Any, config: Any, hidden: int) -> dict[str, Any]:
+    """A model with our calls and without; of its attention only the ``o_proj`` is run."""
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
     with set_default_torch_dtype(torch.bfloat16):
-        made = importlib.import_module("vllm.models.deepseek_v32.nvidia.model").DeepseekV32Model(vllm_config=config)
+        made = kind(vllm_config=config)
+    config.compilation_config.static_forward_context.clear()
     for name, parameter in made.named_parameters():
         seed = sum(map(ord, name)) + (0 if "norm" in name else rank)
         noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
@@ -247,11 +291,11 @@ def model(rank: int) -> dict[str, Any]:
 
     for layer in made.layers:
         layer.self_attn.forward = attention(layer.self_attn)
-    embeddings, positions = rows(rank, TOKENS, config.model_config.hf_config.hidden_size)[1], torch.arange(TOKENS)
+    embeddings, positions = rows(rank, TOKENS, hidden)[1], torch.arange(TOKENS)
     with calls() as fused:
-        out = made(None, positions, inputs_embeds=embeddings.clone())
+        out = made(None, positions, None, inputs_embeds=embeddings.clone())
     with unfused(), calls() as none:
-        wanted = made(None, positions, inputs_embeds=embeddings.clone())
+        wanted = made(None, positions, None, inputs_embeds=embeddings.clone())
     return {
         "layers": len(made.layers),
         "calls": (fused.call_count, none.call_count),
@@ -274,7 +318,7 @@ def engines(rank: int) -> list[dict[str, Any]]:
         workspace = fused.call_args.kwargs["workspace"]
         own = workspace.group is parallel_state.get_tp_group().device_group
         parallel_state.destroy_model_parallel()
-        left = communicator._fi_ar_workspace
+        left = communicator._fi_ar_workspace is not None
         ended = not workspace.is_buffer_size_sufficient(2, 1, 1, torch.bfloat16)
         found.append({"right": torch.equal(total, wanted), "own group": own, "left": left, "ended": ended})
         parallel_state.initialize_model_parallel(2, backend="gloo")
@@ -340,11 +384,12 @@ def test_sleep_leaves_the_workspace(outcomes: list[dict[str, Any]]) -> None:
     assert [outcome["suspended"] for outcome in outcomes] == [1, 1]
 
 
-def test_a_model_that_vllm_does_not_compile(outcomes: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("name", ["deepseek", "minimax"])
+def test_a_model_that_vllm_does_not_compile(name: str, outcomes: list[dict[str, Any]]) -> None:
     """Every norm behind an all-reduce is one call, 2n for n layers (not the embedding's), and the model's outputs are
     those of vLLM's unfused path but for roundings."""
     for outcome in outcomes:
-        found = outcome["model"]
+        found = outcome[name]
         assert found["calls"] == (2 * found["layers"], 0)
         assert found["error"] < 0.02 * found["size"], found
 
@@ -352,7 +397,7 @@ def test_a_model_that_vllm_does_not_compile(outcomes: list[dict[str, Any]]) -> N
 def test_engines_one_after_the_other(outcomes: list[dict[str, Any]]) -> None:
     """A workspace ends with its group, and the next engine's is on its own."""
     for outcome in outcomes:
-        assert outcome["engines"] == [{"right": True, "own group": True, "left": None, "ended": True}] * 2
+        assert outcome["engines"] == [{"right": True, "own group": True, "left": False, "ended": True}] * 2
 
 
 def test_a_workspace_that_cannot_be_made(outcomes: list[dict[str, Any]]) -> None:
