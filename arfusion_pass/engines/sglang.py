@@ -18,6 +18,8 @@ Without torch.compile SGLang calls FlashInfer's fused kernel from its norms, wit
 ``--flashinfer-allreduce-fusion-backend auto`` and in models of its choice. :func:`replace_flashinfer`, or
 ``ARFUSION_SGLANG_COMM=1``, makes those calls run on our kernels.
 
+What is wrapped or replaced is so when SGLang imports it: its processes without a GPU import nothing of it.
+
 Tested with SGLang 0.5.17 and 0.5.23 on CPU: the plug-in, the pass manager, its norms, its all-reduces and its call
 of FlashInfer's API on gloo. On two GPUs 0.5.17 has served with :func:`replace_flashinfer`, and compiled with nothing to
 fuse (``benchmarks/results/engines.md``).
@@ -25,6 +27,7 @@ fuse (``benchmarks/results/engines.md``).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import logging
@@ -37,11 +40,14 @@ from torch._inductor import config as inductor_config
 from arfusion_pass import groups
 from arfusion_pass.config import FusionConfig, switch
 from arfusion_pass.engines.groups import coordinators
-from arfusion_pass.engines.starting import harmless
+from arfusion_pass.engines.starting import after_import, harmless
 from arfusion_pass.fusion_pass import AllReduceFusionPass
 from arfusion_pass.install import HOOK, chained
 
 log = logging.getLogger("arfusion_pass")
+
+MANAGERS = "sglang.srt.compilation.pass_manager"
+CALLS = "sglang.srt.layers.flashinfer_comm_fusion"
 
 
 def register() -> None:
@@ -50,7 +56,8 @@ def register() -> None:
         return
     harmless("SGLang's compiled graphs", enable)
     if switch("ARFUSION_SGLANG_COMM", False):
-        harmless("SGLang's calls of FlashInfer", replace_flashinfer)
+        engine = "SGLang's calls of FlashInfer"
+        harmless(engine, lambda: after_import(CALLS, engine, replace_flashinfer))
 
 
 def enable(config: FusionConfig | None = None) -> AllReduceFusionPass:
@@ -58,17 +65,13 @@ def enable(config: FusionConfig | None = None) -> AllReduceFusionPass:
     groups.add_source(sglang_groups)
     fusion = AllReduceFusionPass(config)
     setattr(inductor_config, HOOK, chained(getattr(inductor_config, HOOK), fusion))
-    harmless("SGLang's piecewise graphs", lambda: _wrap_pass_managers(fusion))
+    with contextlib.suppress(ModuleNotFoundError):  # an SGLang without piecewise graphs, or none
+        after_import(MANAGERS, "SGLang's piecewise graphs", lambda: _wrap_pass_managers(fusion))
     return fusion
 
 
 def _wrap_pass_managers(fusion: AllReduceFusionPass) -> None:
-    try:
-        manager = importlib.import_module("sglang.srt.compilation.pass_manager").PostGradPassManager
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("sglang"):
-            return  # an SGLang without piecewise graphs
-        raise
+    manager = importlib.import_module(MANAGERS).PostGradPassManager
     init = getattr(manager.__init__, "arfusion", manager.__init__)
 
     @functools.wraps(init)
@@ -107,7 +110,7 @@ def replace_flashinfer() -> None:
         log.log(level, "arfusion: SGLang's fused all-reduces run here, not in FlashInfer: %r", workspace)
         return workspace
 
-    theirs = importlib.import_module("sglang.srt.layers.flashinfer_comm_fusion")
+    theirs = importlib.import_module(CALLS)
     replaced = {
         "_flashinfer_comm": comm,
         "_create_allreduce_fusion_workspace": create_workspace,

@@ -12,7 +12,8 @@ Entry point ``arfusion`` of the group ``vllm.general_plugins``, called in every 
 * what compiles, writes and loads graphs, so that a start from these caches reports what was fused in them
   (:mod:`arfusion_pass.engines.vllm_reports`);
 
-and tells :mod:`arfusion_pass.groups` where vLLM keeps its groups: a graph from a cache may be the first to need one.
+each when vLLM imports it, as :func:`arfusion_pass.engines.starting.after_import` has it; and tells
+:mod:`arfusion_pass.groups` where vLLM keeps its groups: a graph from a cache may be the first to need one.
 
 Nothing of this may stop the engine: a vLLM that lacks what is wrapped, or settings that cannot be read, are one line in
 its log, and nothing fuses. So is a configuration that compiles nothing.
@@ -33,6 +34,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import inspect
 import logging
 import os
@@ -47,8 +49,8 @@ from arfusion_pass.compilation import known
 from arfusion_pass.config import FusionConfig, switch
 from arfusion_pass.engines import vllm_reports
 from arfusion_pass.engines.groups import coordinators
-from arfusion_pass.engines.starting import harmless
-from arfusion_pass.engines.vllm_comm import replace_flashinfer
+from arfusion_pass.engines.starting import after_import, harmless
+from arfusion_pass.engines.vllm_comm import replace_when_imported
 from arfusion_pass.fusion_pass import AllReduceFusionPass
 from arfusion_pass.publishing import speak_through
 
@@ -70,58 +72,131 @@ def settings() -> FusionConfig:
 def register() -> None:
     """Let every pass manager that vLLM makes from now on run our pass. Calling it again changes nothing."""
     speak_through("vllm")
-    known(_let_ray_carry_our_variables)
+    known(lambda: after_import("vllm.ray.ray_env", "vLLM", _let_ray_carry_our_variables))
     if not switch("ARFUSION_VLLM", True):
         return
-    harmless("vLLM", _wrap)
+    _guard()(_wrap)
     if switch("ARFUSION_VLLM_COMM", False):
-        harmless("vLLM's calls of FlashInfer", replace_flashinfer)
+        harmless("vLLM's calls of FlashInfer", replace_when_imported)
 
 
 def _let_ray_carry_our_variables() -> None:
     """An engine or a worker that vLLM starts as an actor of Ray's, on another host too, gets the variables of vLLM's
     prefixes: without ours among them it would fuse with ``ARFUSION_VLLM=0``, or with the defaults. The set is changed,
     not the variable that adds to it, which is a part of vLLM's key."""
-    from vllm.ray.ray_env import DEFAULT_ENV_VAR_PREFIXES
 
-    DEFAULT_ENV_VAR_PREFIXES.add("ARFUSION_")
+    def change() -> None:
+        from vllm.ray.ray_env import DEFAULT_ENV_VAR_PREFIXES
+
+        DEFAULT_ENV_VAR_PREFIXES.add("ARFUSION_")
+
+    known(change)
+
+
+class _Guard:
+    """Calls what wraps and what the wraps do while vLLM runs, until one of it fails: from then on nothing fuses,
+    because a graph that was fused without our key, or outside of our folder, could be loaded by a start that must not
+    have it; and a run that keyed vLLM's caches as ours and then fused nothing would leave plain graphs for the next."""
+
+    def __init__(self) -> None:
+        self.whole = True
+
+    def __call__(self, do: Callable[[], T]) -> T | None:
+        out: list[T] = []
+        if self.whole and not harmless("vLLM", lambda: out.append(do())):
+            self.whole = False
+        return out[0] if out and self.whole else None
+
+
+@functools.cache
+def _guard() -> _Guard:
+    """The process's."""
+    return _Guard()
 
 
 def _wrap() -> None:
-    """Wrap what the module's first lines name; where one of it is missing, nothing that counts.
+    """Wrap what the module's first lines name, each when vLLM imports it: vLLM's front-end, where plug-ins are loaded
+    too, imports nothing of its compiler. Where one of it is missing, nothing that counts is wrapped.
 
-    What the wraps need later is tried here: a run that keyed vLLM's caches as ours and then fused nothing would leave
-    plain graphs for the next one.
+    Whatever keys a graph has imported all of it before (:func:`_wrap_artefacts`): by then the guard knows whether the
+    graph will have our pass.
     """
     settings()
-    from vllm.compilation.backends import CompilerManager, VllmBackend
-    from vllm.compilation.caching import VllmSerializableFunction
-    from vllm.compilation.passes.pass_manager import PostGradPassManager
-    from vllm.config import CompilationConfig, VllmConfig
-
     groups.add_source(vllm_groups)
-    configure, compute_hash = PostGradPassManager.configure, VllmConfig.compute_hash
-    backend, made = VllmBackend.__init__, VllmConfig.__post_init__
-    if getattr(configure, "arfusion", False):
+    for module, wrap in (
+        ("vllm.compilation.passes.pass_manager", _wrap_pass_manager),
+        ("vllm.compilation.backends", _wrap_backend),
+        ("vllm.compilation.caching", _wrap_artefacts),
+        ("vllm.config", _wrap_config),
+    ):
+        after_import(module, "vLLM", wrap)
+
+
+def _guarded(wrap: Callable[[], None]) -> Callable[[], None]:
+    @functools.wraps(wrap)
+    def guarded() -> None:
+        _guard()(wrap)
+
+    return guarded
+
+
+@_guarded
+def _wrap_pass_manager() -> None:
+    """What the wrap needs later is tried here, on a manager of our own."""
+    from vllm.compilation.passes.pass_manager import PostGradPassManager
+
+    configure, guard = PostGradPassManager.configure, _guard()
+    if hasattr(configure, "arfusion"):
         return
     install(PostGradPassManager())
-    read = {"vllm_config": VllmBackend, "compilation_config": VllmConfig, "cache_dir": CompilationConfig}
-    for name, owner in read.items():
-        if name not in inspect.signature(owner).parameters:
-            raise AttributeError(f"this vLLM's {owner.__name__} takes no {name}")
-    signature, guard = inspect.signature(backend), _Guard()
-    vllm_reports.keep_beside_graphs(CompilerManager)  # without our pass these keep nothing
-    vllm_reports.keep_in_artefact(VllmSerializableFunction)
 
     @functools.wraps(configure)
     def configure_with_arfusion(self: Any, *args: Any, **kwargs: Any) -> None:
         configure(self, *args, **kwargs)
         guard(lambda: install(self))
 
+    configure_with_arfusion.arfusion = True  # type: ignore[attr-defined]
+    PostGradPassManager.configure = configure_with_arfusion
+
+
+@_guarded
+def _wrap_backend() -> None:
+    from vllm.compilation.backends import CompilerManager, VllmBackend
+
+    backend, guard = VllmBackend.__init__, _guard()
+    if hasattr(backend, "arfusion"):
+        return
+    _must_take(VllmBackend, "vllm_config")
+    vllm_reports.keep_beside_graphs(CompilerManager)  # without our pass it keeps nothing
+    signature = inspect.signature(backend)
+
     @functools.wraps(backend)
     def backend_with_arfusion(self: Any, *args: Any, **kwargs: Any) -> None:
         guard(lambda: _own_folder(signature.bind(self, *args, **kwargs).arguments["vllm_config"].compilation_config))
         backend(self, *args, **kwargs)
+
+    backend_with_arfusion.arfusion = True  # type: ignore[attr-defined]
+    VllmBackend.__init__ = backend_with_arfusion
+
+
+@_guarded
+def _wrap_artefacts() -> None:
+    """AOT artefacts are keyed from their module, before vLLM imports the backend."""
+    importlib.import_module("vllm.compilation.backends")
+    from vllm.compilation.caching import VllmSerializableFunction
+
+    vllm_reports.keep_in_artefact(VllmSerializableFunction)  # without our pass it keeps nothing
+
+
+@_guarded
+def _wrap_config() -> None:
+    from vllm.config import CompilationConfig, VllmConfig
+
+    compute_hash, made, guard = VllmConfig.compute_hash, VllmConfig.__post_init__, _guard()
+    if hasattr(compute_hash, "arfusion"):
+        return
+    _must_take(VllmConfig, "compilation_config")
+    _must_take(CompilationConfig, "cache_dir")
 
     @functools.wraps(compute_hash)
     def compute_hash_with_arfusion(self: Any, *args: Any, **kwargs: Any) -> str:
@@ -133,24 +208,14 @@ def _wrap() -> None:
         made(self, *args, **kwargs)
         known(lambda: _tell_of_no_graph(self))
 
-    configure_with_arfusion.arfusion = True  # type: ignore[attr-defined]
-    PostGradPassManager.configure = configure_with_arfusion
+    compute_hash_with_arfusion.arfusion = True  # type: ignore[attr-defined]
     VllmConfig.compute_hash = compute_hash_with_arfusion
-    VllmBackend.__init__ = backend_with_arfusion
     VllmConfig.__post_init__ = made_with_arfusion
 
 
-class _Guard:
-    """Calls what the wraps do while vLLM runs, until one of it fails: from then on nothing fuses, because a graph that
-    was fused without our key, or outside of our folder, could be loaded by a start that must not have it."""
-
-    def __init__(self) -> None:
-        self.whole = True
-
-    def __call__(self, do: Callable[[], T]) -> T | None:
-        out: list[T] = []
-        self.whole = self.whole and harmless("vLLM", lambda: out.append(do()))
-        return out[0] if out else None
+def _must_take(owner: type, name: str) -> None:
+    if name not in inspect.signature(owner).parameters:
+        raise AttributeError(f"this vLLM's {owner.__name__} takes no {name}")
 
 
 def install(manager: Any, config: FusionConfig | None = None) -> AllReduceFusionPass:

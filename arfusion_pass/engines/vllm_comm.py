@@ -19,8 +19,27 @@ from typing import Any
 import torch.distributed as dist
 
 from arfusion_pass.compilation import known
+from arfusion_pass.engines.starting import after_import
 
 log = logging.getLogger("arfusion_pass")
+
+WORKSPACES = "vllm.distributed.device_communicators.flashinfer_all_reduce"
+CALLS = "vllm.compilation.passes.fusion.allreduce_rms_fusion"
+
+
+def replace_when_imported() -> None:
+    """:func:`replace_flashinfer` when vLLM imports either module; the one brings the other, so that no workspace of
+    FlashInfer's is made that our calls would get.
+
+    Raises:
+        ModuleNotFoundError: this vLLM has no such module.
+    """
+    for module, do in ((CALLS, replace_flashinfer), (WORKSPACES, _import_calls)):
+        after_import(module, "vLLM's calls of FlashInfer", do)
+
+
+def _import_calls() -> None:
+    importlib.import_module(CALLS)
 
 
 def replace_flashinfer() -> None:
@@ -35,8 +54,8 @@ def replace_flashinfer() -> None:
     """
     from arfusion_pass import comm
 
-    workspaces: Any = importlib.import_module("vllm.distributed.device_communicators.flashinfer_all_reduce")
-    calls: Any = importlib.import_module("vllm.compilation.passes.fusion.allreduce_rms_fusion")
+    workspaces: Any = importlib.import_module(WORKSPACES)
+    calls: Any = importlib.import_module(CALLS)
     parallel = importlib.import_module("vllm.distributed.parallel_state")
     if getattr(calls, "flashinfer_comm", 0) is None:
         raise RuntimeError("replace_flashinfer: FlashInfer cannot be imported, and without it vLLM makes no such call")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import logging
+import pathlib
 import sys
 import types
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch._inductor import config as inductor_config
 
 from arfusion_pass.config import FusionConfig
-from arfusion_pass.engines import sglang, vllm
+from arfusion_pass.engines import sglang, starting, vllm, vllm_comm
 from arfusion_pass.install import HOOK
 
 
@@ -25,9 +26,13 @@ def said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> A
     monkeypatch.setattr(log, "parent", logging.getLogger())
     monkeypatch.setattr(log, "propagate", True)
     monkeypatch.setattr(vllm, "speak_through", lambda name: None)
-    vllm.settings.cache_clear()
+    monkeypatch.setattr(sys, "meta_path", [each for each in sys.meta_path if each is not starting._finder])
+    monkeypatch.setattr(starting, "_finder", starting._Finder())
+    for of_the_process in (vllm.settings, vllm._guard):
+        of_the_process.cache_clear()
     yield lambda: [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
-    vllm.settings.cache_clear()
+    for of_the_process in (vllm.settings, vllm._guard):
+        of_the_process.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -159,7 +164,7 @@ def test_a_vllm_that_lacks_a_part(part: str, said: Any, monkeypatch: pytest.Monk
     assert all(line.startswith("arfusion: nothing will fuse in vLLM: ") for line in lines)
 
 
-@pytest.mark.parametrize("part", ["", "no module", "PostGradPassManager", "a module of theirs", "InductorPass", "add"])
+@pytest.mark.parametrize("part", ["", "no module", "PostGradPassManager", "InductorPass", "add"])
 def test_an_sglang_that_lacks_a_part(part: str, said: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its piecewise graphs' pass manager, taken away or changed: one line, none where this SGLang has no such graphs;
     what ``--enable-torch-compile`` compiles has the pass all the same."""
@@ -186,9 +191,7 @@ def test_an_sglang_that_lacks_a_part(part: str, said: Any, monkeypatch: pytest.M
         package.__path__ = []
         monkeypatch.setitem(sys.modules, name, package)
     monkeypatch.setitem(sys.modules, passes.__name__, passes)
-    if part == "a module of theirs":
-        monkeypatch.setattr(importlib, "import_module", lambda name: importlib.__import__("a_library_of_sglangs"))
-    elif part != "no module":
+    if part != "no module":
         monkeypatch.setitem(sys.modules, managers.__name__, managers)
     with inductor_config.patch({HOOK: None}):
         sglang.register()
@@ -198,6 +201,177 @@ def test_an_sglang_that_lacks_a_part(part: str, said: Any, monkeypatch: pytest.M
     lines = said()
     assert len(lines) == (part not in ("", "no module")), lines
     assert all(line.startswith("arfusion: nothing will fuse in SGLang's piecewise graphs: ") for line in lines)
+
+
+FLASHINFER = "import flashinfer.comm as flashinfer_comm\n"
+VLLM = {
+    "vllm.config": """
+class CompilationConfig:
+    def __init__(self, cache_dir=""): self.cache_dir = cache_dir
+class VllmConfig:
+    def __init__(self, compilation_config=None): self.compilation_config = compilation_config or CompilationConfig()
+    def __post_init__(self): ...
+    def compute_hash(self): return "theirs"
+""",
+    "vllm.compilation.passes.inductor_pass": "class InductorPass: ...",
+    "vllm.compilation.passes.pass_manager": """
+import vllm.compilation.passes.fusion.allreduce_rms_fusion
+class PostGradPassManager:
+    def __init__(self): self.passes = []
+    def configure(self, config): self.passes += ["theirs"]
+""",
+    "vllm.compilation.passes.fusion.allreduce_rms_fusion": FLASHINFER
+    + "import vllm.distributed.device_communicators.flashinfer_all_reduce\n"
+    + "flashinfer_trtllm_fused_allreduce_norm = None",
+    "vllm.compilation.backends": """
+from vllm.compilation.passes.pass_manager import PostGradPassManager
+class CompilerManager:
+    def compile(self, graph): ...
+class VllmBackend:
+    def __init__(self, vllm_config):
+        self.manager = PostGradPassManager()
+        self.manager.configure(vllm_config)
+""",
+    "vllm.compilation.caching": """
+class VllmSerializableFunction:
+    @classmethod
+    def serialize_compile_artifacts(cls, compiled): ...
+    @classmethod
+    def deserialize_compile_artifacts(cls, data): ...
+""",
+    "vllm.distributed.device_communicators.flashinfer_all_reduce": FLASHINFER
+    + "_fi_ar_workspace = _fi_ar_quant_workspace = destroy_fi_ar_workspace = None",
+    "vllm.distributed.parallel_state": """
+_groups = {}
+class GroupCoordinator:
+    def destroy(self): ...
+""",
+    "vllm.ray.ray_env": "DEFAULT_ENV_VAR_PREFIXES = set()",
+    "flashinfer.comm": "theirs = True",
+    "sglang.srt.compilation.inductor_pass": "class InductorPass: ...",
+    "sglang.srt.compilation.pass_manager": """
+import sglang.srt.layers.flashinfer_comm_fusion
+class PostGradPassManager:
+    def __init__(self): self.passes = []
+    def add(self, each): self.passes.append(each)
+""",
+    "sglang.srt.layers.flashinfer_comm_fusion": "import flashinfer.comm as _flashinfer_comm\n"
+    + "_create_allreduce_fusion_workspace = _flashinfer_allreduce_unavailable = None\n"
+    + "_flashinfer_create_workspace_supports_group = _flashinfer_create_workspace_supports_comm_backend = None\n"
+    + "_flashinfer_allreduce_supports_trigger_completion = _preflight_check_workspace_memory = None",
+}
+"""An engine on disk, by module: its compiler and its calls import FlashInfer, as the real ones do."""
+
+
+@pytest.fixture
+def on_disk(tmp_path: pathlib.Path, said: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Writes the engines, without what is named; nothing of them is imported but vLLM's configuration."""
+    tops = {name.split(".")[0] for name in VLLM}
+
+    def ours() -> list[str]:
+        return [name for name in sys.modules if name.split(".")[0] in tops]
+
+    def write(without: str = "") -> None:
+        for name, text in VLLM.items():
+            path = tmp_path.joinpath(*name.split("."))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for parent in path.relative_to(tmp_path).parents[:-1]:
+                (tmp_path / parent / "__init__.py").touch()
+            if name != without:
+                path.with_suffix(".py").write_text(text.replace(f"class {without}:", "class Other:"))
+        importlib.import_module("vllm.config")
+
+    before = {name: sys.modules[name] for name in ours()}
+    for name in before:
+        del sys.modules[name]
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in ("ARFUSION_CONFIG", "ARFUSION_VLLM", "ARFUSION_SGLANG"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("ARFUSION_VLLM_COMM", "ARFUSION_SGLANG_COMM"):
+        monkeypatch.setenv(name, "1")
+    with inductor_config.patch({HOOK: None}):
+        yield write
+    for name in ours():
+        del sys.modules[name]
+    sys.modules.update(before)
+
+
+def imported() -> list[str]:
+    """What is imported of FlashInfer, and of the engines beyond packages."""
+    tops = ("flashinfer", "vllm", "sglang")
+    return [name for name, module in sys.modules.items() if name.startswith(tops) and not hasattr(module, "__path__")]
+
+
+def test_registering_imports_nothing(on_disk: Any, said: Any) -> None:
+    """An engine's front-end loads plug-ins too: FlashInfer's import would initialise CUDA there, and an engine that
+    forks would have to spawn. Its key is ours there all the same; what it imports later is wrapped once, whatever
+    comes first and however often we were called, and is loaded by its own loader."""
+    on_disk()
+    for plugin in (vllm, sglang, vllm, sglang):
+        plugin.register()
+    assert imported() == ["vllm.config"]
+    config = sys.modules["vllm.config"].VllmConfig()  # type: ignore[attr-defined]
+    assert config.compute_hash() == vllm.keyed("theirs")
+    assert imported() == ["vllm.config"]
+
+    importlib.import_module("vllm.compilation.caching")
+    backends = sys.modules["vllm.compilation.backends"]  # what an AOT artefact is keyed for is known before it is keyed
+    made = backends.VllmBackend(config)  # type: ignore[attr-defined]
+    assert [type(each).__name__ for each in made.manager.passes] == ["ArFusionPass", "str"]
+    assert type(backends.__loader__).__name__ == type(backends.__spec__.loader).__name__ == "SourceFileLoader"  # type: ignore[union-attr]
+    managers = importlib.import_module("sglang.srt.compilation.pass_manager")
+    assert [type(each).__name__ for each in managers.PostGradPassManager().passes] == ["ArFusionPass"]
+    carried = importlib.import_module("vllm.ray.ray_env").DEFAULT_ENV_VAR_PREFIXES
+    assert carried == {"ARFUSION_"}
+    assert config.compute_hash() == vllm.keyed("theirs")
+    assert starting._finder.waiting == {}
+    assert said() == []
+
+
+@pytest.mark.parametrize("first", [vllm_comm.CALLS, vllm_comm.WORKSPACES])
+def test_calls_are_replaced_together(first: str, on_disk: Any, said: Any) -> None:
+    """Whichever of the two modules vLLM imports first: a workspace of FlashInfer's never meets a call of ours. SGLang's
+    one is replaced likewise."""
+    on_disk()
+    vllm.register()
+    sglang.register()
+    importlib.import_module(first)
+    calls, workspaces = (sys.modules[name].flashinfer_comm for name in (vllm_comm.CALLS, vllm_comm.WORKSPACES))  # type: ignore[attr-defined]
+    assert calls is workspaces
+    assert not hasattr(calls, "theirs")
+    assert not hasattr(importlib.import_module(sglang.CALLS)._flashinfer_comm, "theirs")
+    assert said() == []
+
+
+@pytest.mark.parametrize("part", ["vllm.compilation.backends", "CompilerManager", "VllmSerializableFunction"])
+def test_a_part_that_is_missed_later(part: str, on_disk: Any, said: Any) -> None:
+    """One line when it is known, at the start for a module and where its module is imported for a class; from then on
+    an engine with its own passes and key, before it keys a graph."""
+    on_disk(part)
+    vllm.register()
+    vllm.register()
+    assert len(said()) == (part in VLLM)
+    importlib.import_module("vllm.compilation.caching")
+    (line,) = said()
+    assert line.startswith("arfusion: nothing will fuse in vLLM: ")
+    assert part in line
+    config = sys.modules["vllm.config"].VllmConfig()  # type: ignore[attr-defined]
+    assert config.compute_hash() == "theirs"
+    manager = importlib.import_module("vllm.compilation.passes.pass_manager").PostGradPassManager()
+    manager.configure(config)
+    assert manager.passes == ["theirs"]
+    assert len(said()) == 1
+
+
+def test_switched_off_imports_nothing(on_disk: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor waits for anything but the variables that Ray carries."""
+    monkeypatch.setenv("ARFUSION_VLLM", "0")
+    monkeypatch.setenv("ARFUSION_SGLANG", "0")
+    on_disk()
+    vllm.register()
+    sglang.register()
+    assert imported() == ["vllm.config"]
+    assert list(starting._finder.waiting) == ["vllm.ray.ray_env"]
 
 
 def test_importing_a_plugin_reads_no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,7 +407,7 @@ def test_sglang_calls_that_run_here_are_told(monkeypatch: pytest.MonkeyPatch, ca
 
 
 def vllm_that_calls_flashinfer(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The modules of a vLLM that :func:`vllm.replace_flashinfer` replaces and reads, of stand-ins."""
+    """The modules of a vLLM that :func:`vllm_comm.replace_flashinfer` replaces and reads, of stand-ins."""
     workspaces, calls, parallel = modules = [
         types.ModuleType(f"vllm.{name}")
         for name in (
@@ -259,8 +433,8 @@ def test_vllm_calls_that_run_here_are_told(monkeypatch: pytest.MonkeyPatch, capl
     monkeypatch.setattr(log, "parent", logging.getLogger())
     monkeypatch.setattr(log, "propagate", True)
     workspaces, calls, _ = vllm_that_calls_flashinfer(monkeypatch)
-    vllm.replace_flashinfer()
-    vllm.replace_flashinfer()
+    vllm_comm.replace_flashinfer()
+    vllm_comm.replace_flashinfer()
     assert workspaces.flashinfer_comm is calls.flashinfer_comm
     create = calls.flashinfer_comm.create_allreduce_fusion_workspace
     sizes = {"world_size": 1, "rank": 0, "max_token_num": 8, "hidden_dim": 64, "dtype": torch.bfloat16}

@@ -6,9 +6,13 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import inspect
+import json
 import logging
 import pathlib
 import re
+import shutil
+import subprocess
+import sys
 import types
 from typing import Any
 
@@ -80,6 +84,46 @@ def test_plugin_is_idempotent_and_first() -> None:
     assert set(names[: names.index("ArFusionPass")]) <= set(plugin.BEFORE_OURS)
     plugin.install(manager)
     assert [type(each).__name__ for each in manager.passes] == names
+
+
+FRONT_END = """
+import importlib, json, sys
+import torch
+from tests.engines import vllm_models
+
+vllm_models.pretend(9)
+import vllm.engine.arg_utils
+asked = []
+for name in ("_lazy_init", "get_device_capability"):
+    original = getattr(torch.cuda, name)
+    setattr(torch.cuda, name, lambda *args, original=original: asked.append(1) or original(*args))
+from arfusion_pass.engines import vllm as plugin
+
+before = set(sys.modules)
+plugin.register()
+new, cuda = {name for name in set(sys.modules) - before if name.startswith(("vllm", "flashinfer"))}, len(asked)
+owners = {
+    "vllm.config": "VllmConfig.compute_hash",
+    "vllm.compilation.caching": "VllmSerializableFunction.serialize_compile_artifacts",
+    "vllm.compilation.backends": "VllmBackend.__init__",
+    "vllm.compilation.passes.pass_manager": "PostGradPassManager.configure",
+}
+wrapped = {}
+for module, name in owners.items():
+    owner, attribute = name.split(".")
+    wrapped[name] = hasattr(getattr(getattr(importlib.import_module(module), owner), attribute), "arfusion")
+print(json.dumps({"new": sorted(new), "cuda": cuda, "wrapped": wrapped}))
+"""
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no gcc to make an empty libcuda with")
+def test_registering_imports_nothing() -> None:
+    """As on a GPU, in a process that has loaded what vLLM's front-end has: no module of vLLM's compiler, none of
+    FlashInfer's, and CUDA is not asked for; what vLLM then imports is wrapped."""
+    ended = subprocess.run([sys.executable, "-c", FRONT_END], stdout=subprocess.PIPE, text=True, check=True)
+    found = json.loads(ended.stdout.splitlines()[-1])
+    assert (found["new"], found["cuda"]) == ([], 0)
+    assert all(found["wrapped"].values()), found["wrapped"]
 
 
 def test_sequence_parallelism_comes_first() -> None:
