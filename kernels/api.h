@@ -17,7 +17,7 @@ extern "C" {
 #endif
 
 #define ARF_API __attribute__((visibility("default")))
-#define ARF_ABI_VERSION 5
+#define ARF_ABI_VERSION 6
 
 #define ARF_MAX_WORLD 8
 #define ARF_MAX_HIDDEN 16384 /* elements of a token; hidden * itemsize is a multiple of 16 bytes */
@@ -70,6 +70,7 @@ typedef struct arf_error_record {
 
 enum { ARF_FINE = 0, ARF_WAITED = 1, ARF_OVERLAPPED = 2 };
 enum { ARF_OP_ALLREDUCE = 0, ARF_OP_MOE_REDUCE = 1, ARF_OP_MOE_FINALIZE = 2 };
+enum { ARF_FACTOR_NONE = 0, ARF_FACTOR_VALUE = 1, ARF_FACTOR_ELEMENT = 2, ARF_FACTOR_ROWS = 3 };
 enum { ARF_AUTO = 0, ARF_ONESHOT = 1, ARF_TWOSHOT = 2, ARF_TWOSHOT_GATHER = 3, ARF_SHARDED = 4 };
 
 /* A rank's workspace is
@@ -197,8 +198,13 @@ typedef struct arf_call {
   int32_t addend_rows;
   int32_t epsilon_dtype;      /* arf_dtype of epsilon_tensor */
   const void* epsilon_tensor; /* one element that stands for epsilon, or NULL */
-  /* With OWNER_BLOCKS: token t is rank t / block mod world's (0: tokens / world); residual, residual_out and an addend of rows
-   * hold this rank's tokens alone, one block behind the other. */
+  /* What a graph multiplies the sum over ranks by, before or (ADDEND_SCALED) behind the addend; T or fp32 */
+  const void* factor;
+  int32_t factor_kind;        /* ARF_FACTOR_* */
+  int32_t factor_fp32;        /* factor is fp32 though T is not */
+  float factor_value;
+  /* With OWNER_BLOCKS: token t is rank t / block mod world's (0: tokens / world); residual, residual_out, an addend and a
+   * factor of rows hold this rank's tokens alone, one block behind the other. */
   int64_t block;
   int64_t own_rows; /* how many those are, for the check; 0: none, or the caller knows */
 } arf_call;

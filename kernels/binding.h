@@ -17,18 +17,18 @@ namespace {
 
 /* The part of the arguments that all ops share, at stack[0] on: EPILOGUE_INPUTS and OUTPUTS in schema.py. */
 /* residual weight scale group_name epsilon weight_bias flags quant quant_bound scale_value; behind what an op has in
- * between, addend epsilon_tensor, then the five outputs */
+ * between, addend epsilon_tensor factor factor_value, then the five outputs */
 enum { kResidual, kWeight, kScale, kGroup, kEpsilon, kBias, kFlags, kQuant, kQuantBound, kScaleValue, kAddend,
-       kEpsilonTensor, kAllreduceOut, kResidualOut, kNormOut, kQuantOut, kScaleOut };
+       kEpsilonTensor, kFactor, kFactorValue, kAllreduceOut, kResidualOut, kNormOut, kQuantOut, kScaleOut };
 #define ARF_GIVEN_KINDS "tttsddiidd"
-#define ARF_RARE_KINDS "ttttttt"
+#define ARF_RARE_KINDS "tttdttttt"
 #define ARF_EPILOGUE_KINDS ARF_GIVEN_KINDS ARF_RARE_KINDS
-constexpr int kMaxArguments = 22;
+constexpr int kMaxArguments = 24;
 
 struct Call {
   const char* op;
   Tensor x, residual, weight, scale, allreduce_out, residual_out, norm_out, quant_out, scale_out;
-  Tensor addend, epsilon_tensor;
+  Tensor addend, epsilon_tensor, factor;
   Tensor expert_scale, index, shared; /* MoE */
   const char* group = "";
   int64_t flags = 0;
@@ -36,7 +36,7 @@ struct Call {
   arf_call raw = {};
 
   [[noreturn]] void fail(const std::string& what) const { invalid(op, what); }
-  float factor(StableIValue word) {
+  float number(StableIValue word) {
     const double value = word_to<double>(word);
     if (!(std::fabs(value) <= FLT_MAX)) finite = false; /* so for NaN too */
     return finite ? static_cast<float>(value) : 0.0f;
@@ -66,18 +66,20 @@ void read_arguments(Call& c, const StableIValue* stack, int between) {
   read_optional(c.scale, "scale", stack[kScale]);
   read_optional(c.addend, "addend", rare[kAddend]);
   read_optional(c.epsilon_tensor, "epsilon_tensor", rare[kEpsilonTensor]);
+  read_optional(c.factor, "factor", rare[kFactor]);
   read_optional(c.allreduce_out, "allreduce_out", rare[kAllreduceOut]);
   read_optional(c.residual_out, "residual_out", rare[kResidualOut]);
   read_optional(c.norm_out, "norm_out", rare[kNormOut]);
   read_optional(c.quant_out, "quant_out", rare[kQuantOut]);
   read_optional(c.scale_out, "scale_out", rare[kScaleOut]);
   c.flags = word_to<int64_t>(stack[kFlags]);
-  c.raw.epsilon = c.factor(stack[kEpsilon]);
-  c.raw.weight_bias = c.factor(stack[kBias]);
+  c.raw.epsilon = c.number(stack[kEpsilon]);
+  c.raw.weight_bias = c.number(stack[kBias]);
   c.raw.flags = static_cast<int32_t>(c.flags);
   c.raw.quant = word_to<int64_t>(stack[kQuant]);
-  c.raw.quant_bound = c.raw.quant ? c.factor(stack[kQuantBound]) : 0.0f;
-  c.raw.scale_value = c.factor(stack[kScaleValue]);
+  c.raw.quant_bound = c.raw.quant ? c.number(stack[kQuantBound]) : 0.0f;
+  c.raw.scale_value = c.number(stack[kScaleValue]);
+  c.raw.factor_value = c.number(rare[kFactorValue]);
 }
 
 int arf_dtype_of(const Call& c, const Tensor& t) {
@@ -123,7 +125,7 @@ void need_rows(const Call& c, const Tensor& t, int64_t width, int64_t rows) {
 /* With the call's tokens. */
 void need_rows(const Call& c, const Tensor& t, int64_t width) { need_rows(c, t, width, c.raw.tokens); }
 
-/* Rows of what a rank may have of its own tokens alone: residual, addend, allreduce_out, residual_out. */
+/* Rows of what a rank may have of its own tokens alone: residual, addend, factor, allreduce_out, residual_out. */
 int64_t own_rows(const Call& c) { return c.raw.own_rows ? c.raw.own_rows : c.raw.tokens; }
 
 void read_scale_out(Call& c) {
@@ -204,6 +206,17 @@ void read_epilogue(Call& c) {
     need_contiguous(c, c.addend);
     is_fp32(c, c.addend, false);
     raw.addend = c.addend.data;
+  }
+  raw.factor_kind = c.factor ? ARF_FACTOR_ELEMENT : raw.factor_value != 1.0f ? ARF_FACTOR_VALUE : ARF_FACTOR_NONE;
+  if (c.factor) {
+    need_device(c, c.factor);
+    if (c.factor.numel != 1) {
+      need_rows(c, c.factor, 1, own_rows(c));
+      raw.factor_kind = ARF_FACTOR_ROWS;
+    }
+    need_contiguous(c, c.factor);
+    raw.factor_fp32 = is_fp32(c, c.factor);
+    raw.factor = c.factor.data;
   }
   if (c.epsilon_tensor) {
     need_device(c, c.epsilon_tensor);
@@ -297,6 +310,7 @@ void check_overlaps(const Call& c) {
   } inputs[] = {
       {c.x, x_in_place, c.raw.x_stride}, {c.residual, true, c.raw.residual_stride}, {c.shared, true, c.raw.hidden},
       {c.weight, false, 0}, {c.scale, false, 0}, {c.addend, false, 0}, {c.epsilon_tensor, false, 0},
+      {c.factor, false, 0},
       {c.expert_scale, false, 0}, {c.index, false, 0},
   };
   const Tensor* outputs[] = {&c.allreduce_out, &c.residual_out, &c.norm_out, &c.quant_out, &c.scale_out};
@@ -381,7 +395,7 @@ struct MoeFinalize {
     read_tensor(c.index, "index", stack[1]);
     read_optional(c.expert_scale, "expert_scale", stack[2]);
     read_optional(c.shared, "shared", stack[3]);
-    c.raw.routed_scaling_factor = c.factor(stack[4]);
+    c.raw.routed_scaling_factor = c.number(stack[4]);
   }
   static void read(Call& c) {
     read_x(c);
@@ -421,10 +435,11 @@ struct Scatter {
     for (const Tensor* t : {&c.residual, &c.residual_out, &c.allreduce_out, &c.addend}) {
       if (*t && (t != &c.addend || t->dim != 1) && !c.raw.own_rows) c.raw.own_rows = t->numel / c.raw.hidden;
     }
+    if (c.factor && c.factor.numel != 1 && !c.raw.own_rows) c.raw.own_rows = c.factor.numel;
   }
   /* Whether the kernels have the call, by what all ranks know of it: one sum of a row is read. */
   static bool fits(const Call& c) {
-    const bool summed = c.allreduce_out && (c.residual || c.addend || c.residual_out);
+    const bool summed = c.allreduce_out && (c.residual || c.addend || c.factor || c.raw.factor_value != 1.0f || c.residual_out);
     return *c.group && c.raw.tokens && !summed && (c.norm_out || c.quant_out);
   }
   static void make_blocks(Call& c) {
@@ -470,7 +485,7 @@ uint64_t kind_of(const Call& c, double bound) {
   mix(static_cast<uint64_t>(c.flags));
   mix(static_cast<uint64_t>(c.raw.quant));
   mix(to_word(bound));
-  for (const Tensor* t : {&c.x, &c.residual, &c.weight, &c.scale, &c.addend, &c.epsilon_tensor, &c.expert_scale, &c.index,
+  for (const Tensor* t : {&c.x, &c.residual, &c.weight, &c.scale, &c.addend, &c.epsilon_tensor, &c.factor, &c.expert_scale, &c.index,
                           &c.shared, &c.allreduce_out, &c.residual_out, &c.norm_out, &c.quant_out, &c.scale_out}) {
     mix(*t ? static_cast<uint64_t>(t->dtype) + 1 : 0);
   }

@@ -6,8 +6,8 @@
  *   total   = float(reduced) + float(residual)                    -> residual_out, rounded once to its dtype
  *   norm    = value * rsqrt(mean(value^2) + epsilon) * weight     value: total, rounded to T unless UNROUNDED_SUM
  *
- * and, in few calls: an addend before the residual or behind it, with a rounding to T between the two; epsilon in memory; a
- * division by the root, or a product with its reciprocal.
+ * and, in few calls: a factor of the sum over ranks; an addend before the residual or behind it; each rounded to T before the
+ * next; epsilon in memory; a division by the root, or a product with its reciprocal.
  *
  * The mean's summation tree is a function of (hidden, T) alone: squares of a vector by fours, a butterfly over the 32
  * vectors of a tile, tiles i, i + 32, ... in order, a butterfly over those. Thread count, strategy, batch and grid do
@@ -92,16 +92,24 @@ struct Epilogue {
   ARF_DEVICE static bool has_weight(const Params& p) { return kCommon || p.weight; }
   ARF_DEVICE static bool needs_norm(const Params& p) { return kCommon || p.need_norm; }
 
-  /* Vector v of what is added to token t beside the residual. Fetched into L2 with the residual and loaded where it is added,
-   * so that calls without one hold no register for it. */
+  /* Vector v of what is added to token t beside the residual. It and a factor are fetched into L2 with the residual and loaded
+   * where they are used, so that calls without them hold no register for them. */
   ARF_DEVICE static const uint4* addend_at(const Params& p, uint32_t t, uint32_t v) {
     return static_cast<const uint4*>(p.addend) + (p.addend_rows ? static_cast<uint64_t>(t) * p.vectors : 0) + v;
+  }
+
+  ARF_DEVICE static uint32_t factor_index(const Params& p, uint32_t t) { return p.factor_kind == ARF_FACTOR_ROWS ? t : 0; }
+
+  ARF_DEVICE static void prefetch_rare(const Params& p, uint32_t t, uint32_t v) {
+    if (kCommon) return;
+    if (p.addend) prefetch(addend_at(p, t, v));
+    if (p.factor) prefetch(static_cast<const char*>(p.factor) + factor_index(p, t) * (p.factor_fp32 ? 4 : 16 / N));
   }
 
   /* The residual of token t at vector v. Plain loads: residual_out may alias it. */
   ARF_DEVICE static Residual load_residual(const Params& p, uint32_t t, uint32_t v, bool holds) {
     Residual r = {};
-    if (!kCommon && p.addend && holds) prefetch(addend_at(p, t, v));
+    if (holds) prefetch_rare(p, t, v);
     if ((kStraight || p.residual) && holds) {
       const uint4* row = static_cast<const uint4*>(p.residual) + t * p.residual_stride;
       if (kWide && p.residual_fp32) {
@@ -116,7 +124,7 @@ struct Epilogue {
 
   /* Ahead of load_residual by the time of an exchange: from L2 it hides behind the row in front, from memory it does not. */
   ARF_DEVICE static void prefetch_residual(const Params& p, uint32_t t, uint32_t v) {
-    if (!kCommon && p.addend) prefetch(addend_at(p, t, v));
+    prefetch_rare(p, t, v);
     if (p.residual) prefetch(static_cast<const uint4*>(p.residual) + t * p.residual_stride + (kWide && p.residual_fp32 ? 2 * v : v));
   }
 
@@ -276,6 +284,30 @@ struct Epilogue {
     for (int i = 0; i < N; ++i) value[i] = __fadd_rn(value[i], addend[i]);
   }
 
+  /* What is added and multiplied in front of the residual, but for an addend behind it. */
+  ARF_DEVICE static void scale_and_add(const Params& p, uint32_t t, uint32_t v, float (&value)[N]) {
+    const bool scaled_last = p.flags & kAddendScaled;
+    if (scaled_last) {
+      add_addend(p, t, v, value);
+      unpack<kDtype>(pack<kDtype>(value), value);
+    }
+    if (p.factor_kind) {
+      const float factor = factor_of(p, t);
+#pragma unroll
+      for (int i = 0; i < N; ++i) value[i] = __fmul_rn(value[i], factor);
+      unpack<kDtype>(pack<kDtype>(value), value);
+    }
+    if (p.addend && !scaled_last && !(p.flags & kAddendLast)) {
+      add_addend(p, t, v, value);
+      if (p.residual) unpack<kDtype>(pack<kDtype>(value), value);
+    }
+  }
+
+  ARF_DEVICE static float factor_of(const Params& p, uint32_t t) {
+    if (p.factor_kind == ARF_FACTOR_VALUE) return p.factor_value;
+    return load_number(p.factor, factor_index(p, t), p.factor_fp32 ? ARF_FP32 : kDtype);
+  }
+
   /* From the sum over ranks to the value that the norm reads; writes allreduce_out and residual_out. */
   ARF_DEVICE static void add_residual(const Params& p, uint32_t t, uint32_t v, const uint4& reduced, const Residual& r,
                                       float (&value)[N], const Targets& to) {
@@ -283,10 +315,7 @@ struct Epilogue {
     if (p.allreduce_out) store_packed(p, p.allreduce_out, t, v, reduced);
     unpack<kDtype>(reduced, value);
     const bool addend_last = !kCommon && (p.flags & kAddendLast);
-    if (!kCommon && p.addend && !addend_last) {
-      add_addend(p, t, v, value);
-      if (p.residual) unpack<kDtype>(pack<kDtype>(value), value);
-    }
+    if constexpr (!kCommon) scale_and_add(p, t, v, value);
     if (p.residual) {
       float residual[N];
       if (kWide && p.residual_fp32) {

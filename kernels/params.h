@@ -51,6 +51,8 @@ struct Params {
   uint32_t pushers;      /* CTAs that only push; 0: every CTA pushes the rows that it finishes */
   uint32_t rows_each;    /* neighbours, that a CTA (a cluster) finishes; the first finish one more, if some are left */
   bool quiet;            /* one lane of a warp polls, not all */
+  uint8_t factor_kind;   /* ARF_FACTOR_* */
+  bool factor_fp32;
   uint32_t tiles;        /* of 32 vectors in a row: the leaves of the variance's tree */
   float inverse_hidden;
 
@@ -82,6 +84,7 @@ struct Params {
   float scale_value;
   const void* scale;
   int32_t scale_dtype;
+  float factor_value; /* the epilogue's, as factor_kind: here they take no room */
   void* quant_out; /* at the piece's first token */
   void* scale_out; /* at the tensor's first token */
   uint32_t first_token;
@@ -100,10 +103,11 @@ struct Params {
   const int32_t* index;
   const void* shared;
   float routed_scaling_factor;
-  uint64_t permuted_rows;
+  uint32_t permuted_rows; /* as many as an index can name, at most */
 
   /* Of few calls, and of no common one. */
-  const void* addend;         /* at the piece's first token where it has rows, else one row for all */
+  const void* factor;         /* at the piece's first token where it has rows */
+  const void* addend;         /* likewise; else one row for all */
   const void* epsilon_tensor; /* stands for epsilon */
 };
 /* The kernels touch each 64 bytes of it before they begin (kernels.cuh: begin). */

@@ -49,7 +49,9 @@ std::string check_marks(const arf_call& c) {
     return "flag OWNER_BLOCKS needs SHARDED and both RESIDUAL_*_SHARDED";
   }
   const bool marked = c.flags & (kResidualInSharded | kResidualOutSharded);
-  if (marked && c.addend && !(c.flags & kOwnerBlocks)) return "a residual may be sharded without an addend only";
+  if (marked && (c.addend || c.factor_kind > ARF_FACTOR_VALUE) && !(c.flags & kOwnerBlocks)) {
+    return "a residual may be sharded without an addend, or a factor in memory, only";
+  }
   if (!marked || (!c.allreduce_out && (c.norm_out || c.quant_out))) return "";
   return "a residual may be sharded beside norm_out or quant_out, and without allreduce_out";
 }

@@ -173,6 +173,11 @@ std::string check_call(const arf_call& c) {
   if ((c.flags & kAddendLast) && (!c.addend || !c.residual || (c.residual_fp32 && c.dtype != ARF_FP32))) {
     return "flag ADDEND_LAST needs an addend, and a residual of x's dtype";
   }
+  if (c.factor_kind < ARF_FACTOR_NONE || c.factor_kind > ARF_FACTOR_ROWS) return "factor_kind must be ARF_FACTOR_*";
+  if (c.factor_kind >= ARF_FACTOR_ELEMENT && !c.factor) return "factor is missing";
+  if ((c.flags & kAddendScaled) && (!c.addend || !c.factor_kind || c.flags & kAddendLast)) {
+    return "flag ADDEND_SCALED needs an addend and a factor, and excludes ADDEND_LAST";
+  }
   if ((c.flags & kOneshot) && (c.flags & kTwoshot)) return "flags ONESHOT and TWOSHOT exclude each other";
   if (const std::string problem = check_marks(c); !problem.empty()) return problem;
   if (c.quant) {
@@ -234,7 +239,7 @@ constexpr uint32_t kUncommon = kAddendLast | kDivideByRoot | kReciprocalRoot;
 bool is_common(const arf_call& c) {
   const bool fp32_beside = c.residual_fp32 || c.residual_out_fp32 || c.weight_fp32 || c.norm_out_fp32;
   return c.op == ARF_OP_ALLREDUCE && c.weight && (c.norm_out || c.quant_out) && !(c.flags & kUncommon) && !c.addend &&
-         !c.epsilon_tensor && (c.dtype == ARF_FP32 || !fp32_beside);
+         !c.epsilon_tensor && !c.factor_kind && (c.dtype == ARF_FP32 || !fp32_beside);
 }
 
 /* Of a common call with the quantiser's family set: a straight one (params.h: Calls). */
@@ -353,7 +358,7 @@ std::string make_plan(int world, int64_t workspace_bytes, const arf_call& c, boo
            number(world) + " ranks, in a sharded call";
   }
   if (blocks && c.own_rows && c.own_rows != c.tokens / world) {
-    return "a residual, its sum or an addend has " + number(c.own_rows) + " rows, and " + number(c.tokens) + " tokens are " +
+    return "a residual, its sum, an addend or a factor has " + number(c.own_rows) + " rows, and " + number(c.tokens) + " tokens are " +
            number(c.tokens / world) + " for each of " + number(world) + " ranks";
   }
   const int64_t capacity = strategy == ARF_SHARDED ? sharded_capacity(c, world, workspace_bytes)
@@ -533,11 +538,14 @@ void fill_params(const arf_call& c, const Plan& plan, int rank, int world, void*
   const int64_t residual_stride = (c.residual_stride ? c.residual_stride : c.hidden) * residual_item;
   p->residual = advance(c.residual, first * residual_stride);
   p->addend = advance(c.addend, c.addend_rows ? first * row : 0);
+  const int64_t factor_stride = c.factor_kind == ARF_FACTOR_ROWS ? (c.factor_fp32 ? 4 : item) : 0;
+  p->factor = advance(c.factor, first * factor_stride);
   if (blocks) { /* of these we have, read and write our own tokens alone */
     const int64_t from = own - rank * block_of(c, world);
     p->residual = advance(c.residual, from * residual_stride);
     p->residual_out = advance(c.residual_out, from * c.hidden * (c.residual_out_fp32 ? 4 : item));
     p->addend = advance(c.addend, c.addend_rows ? from * row : 0);
+    p->factor = advance(c.factor, from * factor_stride);
   }
   p->residual_stride = residual_stride / kVectorBytes;
   const int64_t x_stride = (c.x_stride ? c.x_stride : c.hidden) * item;
@@ -548,10 +556,13 @@ void fill_params(const arf_call& c, const Plan& plan, int rank, int world, void*
   p->expert_scale_fp32 = c.expert_scale_fp32;
   p->index = c.index;
   p->routed_scaling_factor = c.routed_scaling_factor;
-  p->permuted_rows = c.permuted_rows;
+  p->permuted_rows = static_cast<uint32_t>(std::min<int64_t>(c.permuted_rows, int64_t{INT32_MAX} + 1));
   p->expert_stride = static_cast<uint32_t>(c.tokens);
   p->shared = advance(c.shared, first * row);
   p->addend_rows = c.addend_rows;
+  p->factor_kind = static_cast<uint8_t>(c.factor_kind);
+  p->factor_fp32 = c.factor_fp32 || c.dtype == ARF_FP32;
+  p->factor_value = c.factor_value;
   p->epsilon_tensor = c.epsilon_tensor;
   p->epsilon_dtype = static_cast<uint8_t>(c.epsilon_dtype);
   if (c.op == ARF_OP_ALLREDUCE) p->x = advance(c.x, first * x_stride);

@@ -38,7 +38,7 @@ __device__ __noinline__ uint4 moe_contribution(const Params& p, uint32_t t, uint
     for (int k = 0; k < p.experts; ++k) {
       const uint64_t at = static_cast<uint64_t>(t) * p.experts + k;
       const int32_t row = p.index[at];
-      if (row < 0 || static_cast<uint64_t>(row) >= p.permuted_rows) continue;
+      if (static_cast<uint32_t>(row) >= p.permuted_rows) continue;
       const bool weighted = p.expert_scale != nullptr;
       const float weight = weighted ? load_number(p.expert_scale, at, p.expert_scale_fp32 ? ARF_FP32 : kDtype) : 1.0f;
       accumulate<kDtype>(p, sum, x[static_cast<uint64_t>(row) * p.vectors + v], weighted, weight);

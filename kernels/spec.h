@@ -11,6 +11,7 @@ enum Flags : uint32_t {
   kAddendLast = 1u << 2,
   kDivideByRoot = 1u << 3,
   kReciprocalRoot = 1u << 4,
+  kAddendScaled = 1u << 5,
   kOneshot = 1u << 8,
   kTwoshot = 1u << 9,
   kNoPdl = 1u << 10,
@@ -26,8 +27,8 @@ enum Flags : uint32_t {
   kResidualInSharded = 1u << 20,
   kResidualOutSharded = 1u << 21,
   kOwnerBlocks = 1u << 22,
-  kAllFlags = 0x007fbf1fu,
-  kRoundingFlags = kUnroundedSum | kRoundBeforeWeight | kAddendLast | kDivideByRoot | kReciprocalRoot,
+  kAllFlags = 0x007fbf3fu,
+  kRoundingFlags = kUnroundedSum | kRoundBeforeWeight | kAddendLast | kDivideByRoot | kReciprocalRoot | kAddendScaled,
 };
 
 enum class Format : uint32_t { kNone = 0, kFp8 = 1, kInt8 = 2, kNvfp4 = 3, kMxfp8 = 4 };

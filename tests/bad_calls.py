@@ -107,6 +107,8 @@ def good_call(random: random.Random) -> BadCall:
         "scale_value": 1.0,
         "addend": random.choice((None, None, rows(), torch.ones(HIDDEN, dtype=dtype))),
         "epsilon_tensor": random.choice((None, None, torch.ones(1), torch.ones((), dtype=torch.float64))),
+        "factor": random.choice((None, None, torch.ones(1), torch.ones(tokens, 1, dtype=dtype))),
+        "factor_value": random.choice((1.0, 1.0, 0.5)),
         **dict.fromkeys(OUTPUT_NAMES),
         **written,
     }

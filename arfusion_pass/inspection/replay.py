@@ -36,7 +36,7 @@ from arfusion_pass.rewrite.output_views import codes_layout, scale_layout
 from arfusion_pass.rewrite.planning import Plan
 from arfusion_pass.rewrite.recording import watching
 
-GIVEN = ("residual", "addend", "weight", "epsilon_tensor", "scale")
+GIVEN = ("residual", "addend", "factor", "weight", "epsilon_tensor", "scale")
 """The epilogue's tensor inputs."""
 NORM_SHARE = 0.001
 """A 16-bit norm may differ from the subgraph's in this share of its elements (or in one), each by one value."""

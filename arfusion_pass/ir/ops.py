@@ -39,8 +39,8 @@ SCHEMAS: dict[str, str] = {
     "all_gather": "(Tensor x, str group, SymInt block) -> Tensor",
     "rms_norm": f"(Tensor x, {_NORM}, Tensor? epsilon_tensor) -> Tensor",
     "fused_add_rms_norm": (
-        f"(Tensor x, Tensor? residual, {_NORM}, ScalarType residual_dtype, Tensor? addend, Tensor? epsilon_tensor) "
-        "-> (Tensor, Tensor)"
+        f"(Tensor x, Tensor? residual, {_NORM}, ScalarType residual_dtype, Tensor? addend, Tensor? epsilon_tensor, "
+        "Tensor? factor, float factor_value) -> (Tensor, Tensor)"
     ),
     "quant_fp8_static": "(Tensor x, Tensor? scale, float scale_value, int quant) -> Tensor",
     "quant_fp8_token": _DYNAMIC,
@@ -112,8 +112,12 @@ def _fused_add_rms_norm(
     residual_dtype: torch.dtype,
     addend: torch.Tensor | None,
     epsilon_tensor: torch.Tensor | None,
+    factor: torch.Tensor | None,
+    factor_value: float,
 ) -> Pair:
-    total = reference.fused_add(x, residual, addend, flags)
+    if factor is not None and factor.numel() != 1:
+        factor = factor.view(*x.shape[:-1], 1)
+    total = reference.fused_add(x, residual, addend, flags, factor, factor_value)
     value = total if flags & Flags.UNROUNDED_SUM else total.to(x.dtype).float()
     norm = reference.rms_norm(value, weight, epsilon, weight_bias, flags, x.dtype, epsilon_tensor)
     return norm.to(dtype), total.to(residual_dtype)

@@ -40,10 +40,11 @@ EXCLUSIVE = (
     (Flags.TWOSHOT, Flags.SHARDED),
     (Flags.REFERENCE, Flags.FLASHINFER),
     (Flags.DIVIDE_BY_ROOT, Flags.RECIPROCAL_ROOT),
+    (Flags.ADDEND_LAST, Flags.ADDEND_SCALED),
 )
 FP32_MAX = torch.finfo(torch.float32).max
 EPSILON_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-SHARED_ROWS = ("residual", "addend", "allreduce_out", "residual_out")
+SHARED_ROWS = ("residual", "addend", "factor", "allreduce_out", "residual_out")
 """What sequence parallelism's op takes and gives of this rank's rows alone."""
 ROW_OUTPUTS = ("allreduce_out", "residual_out", "norm_out")
 IN_PLACE_INPUTS = ("x", "token_input", "shared", "residual")
@@ -58,8 +59,8 @@ class FusedCall:
     Args:
         op: the op's name, for messages.
         inputs: the tensors in front of the epilogue, by argument name; the first is the one that is reduced.
-        residual, weight, scale, group_name, epsilon, weight_bias, flags, scale_value, addend, epsilon_tensor: as in the
-            schema.
+        residual, weight, scale, group_name, epsilon, weight_bias, flags, scale_value, addend, epsilon_tensor, factor,
+            factor_value: as in the schema.
         spec: unpacked from ``quant`` and ``quant_bound``.
         outputs: given output tensors by name; absent where None.
         routed_scaling_factor: MoE finalize only.
@@ -82,6 +83,8 @@ class FusedCall:
     block: Size = 0
     addend: torch.Tensor | None = None
     epsilon_tensor: torch.Tensor | None = None
+    factor: torch.Tensor | None = None
+    factor_value: float = 1.0
 
     @classmethod
     def bind(cls, op: str, arguments: dict[str, Any]) -> FusedCall:
@@ -320,7 +323,7 @@ class _Checker:
         if isinstance(call.epsilon, float):
             valid = finite_fp32(call.epsilon) and call.epsilon >= 0
             self.need(valid, f"epsilon must be finite in fp32 and not negative, got {call.epsilon}")
-        for name in ("weight_bias", "scale_value", "routed_scaling_factor"):
+        for name in ("weight_bias", "scale_value", "routed_scaling_factor", "factor_value"):
             value = getattr(call, name)
             if isinstance(value, float):
                 self.need(finite_fp32(value), f"{name} must be finite in fp32, got {value}")
@@ -348,6 +351,12 @@ class _Checker:
             both = call.addend is not None and call.residual is not None
             self.need(both, "flag ADDEND_LAST needs an addend and a residual")
             self.dtypes("a residual in front of the addend", call.residual, self.dtype)  # type: ignore[arg-type]
+        if call.factor is not None:
+            self.dtypes("factor", call.factor, self.dtype, torch.float32)
+            self.factor_rows(call.factor)
+        if call.flags & Flags.ADDEND_SCALED:
+            scaled = call.factor is not None or call.factor_value != 1.0
+            self.need(call.addend is not None and scaled, "flag ADDEND_SCALED needs an addend and a factor")
         if (epsilon := call.epsilon_tensor) is not None:
             self.dtypes("epsilon_tensor", epsilon, *EPSILON_DTYPES)
             one = math.prod(epsilon.shape)
@@ -366,6 +375,11 @@ class _Checker:
         else:
             self.rows("addend", addend, self.hidden, "[hidden], or [..., hidden]")
 
+    def factor_rows(self, factor: torch.Tensor) -> None:
+        """One element, or one for each of the call's tokens, ``[..., 1]``."""
+        if self.differ(math.prod(factor.shape), 1):
+            self.rows("factor", factor, 1, "[1], or [..., 1]")
+
     def outputs(self) -> None:
         call, outputs = self.call, self.call.outputs
         self.need(bool(outputs), "at least one output must be given: " + ", ".join(OUTPUT_NAMES))
@@ -373,7 +387,8 @@ class _Checker:
             alone = "allreduce_out" not in outputs and ("norm_out" in outputs or "quant_out" in outputs)
             self.need(not self.scatters, "the residual of this op always holds this rank's rows: no flags for that")
             self.need(alone, "a residual may be sharded beside norm_out or quant_out, and without allreduce_out")
-            self.need(call.addend is None, "a residual may be sharded without an addend only")
+            beside = call.addend is None and call.factor is None
+            self.need(beside, "a residual may be sharded without an addend, or a factor in memory, only")
         for name in ROW_OUTPUTS:
             if (tensor := outputs.get(name)) is not None:
                 allowed = (self.dtype,) if name == "allreduce_out" else (self.dtype, torch.float32)
@@ -432,8 +447,8 @@ class _Checker:
     def tensors(self) -> dict[str, torch.Tensor]:
         """The inputs given, by name."""
         call = self.call
-        named = {name: getattr(call, name) for name in ("residual", "weight", "scale", "addend", "epsilon_tensor")}
-        named = {**call.inputs, **named}
+        rest = ("residual", "weight", "scale", "addend", "epsilon_tensor", "factor")
+        named = {**call.inputs, **{name: getattr(call, name) for name in rest}}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def strides(self) -> None:

@@ -85,6 +85,8 @@ def _run(call: FusedCall) -> None:
         scale_value=call.scale_value,
         with_norm="norm_out" in outputs or "quant_out" in outputs,
         addend=_addend(call, reduced),
+        factor=_factor(call),
+        factor_value=call.factor_value,
     )
     fields = {"allreduce_out": result.reduced, "residual_out": result.total, "norm_out": result.norm}
     for name, value in fields.items():
@@ -120,6 +122,8 @@ def _run_scattering(call: FusedCall, group: dist.ProcessGroup | None) -> None:
         scale_value=call.scale_value,
         epsilon_tensor=call.epsilon_tensor,
         addend=_addend(call, mine),
+        factor=_factor(call),
+        factor_value=call.factor_value,
         **rows,
     )
     for name in gathered:
@@ -134,6 +138,12 @@ def _addend(call: FusedCall, reduced: torch.Tensor) -> torch.Tensor | None:
     """``[H]``, or as many rows as ``reduced`` has."""
     addend = call.addend
     return addend if addend is None or addend.dim() == 1 else addend.view(reduced.shape)
+
+
+def _factor(call: FusedCall) -> torch.Tensor | None:
+    """One element, or one for each row, ``[T, 1]``."""
+    factor = call.factor
+    return factor if factor is None or factor.numel() == 1 else factor.view(-1, 1)
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

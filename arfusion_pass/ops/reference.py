@@ -110,16 +110,40 @@ def gather_rows(mine: torch.Tensor, group: dist.ProcessGroup | None, block: int)
 
 
 def fused_add(
-    reduced: torch.Tensor, residual: torch.Tensor | None, addend: torch.Tensor | None = None, flags: int = 0
+    reduced: torch.Tensor,
+    residual: torch.Tensor | None,
+    addend: torch.Tensor | None = None,
+    flags: int = 0,
+    factor: torch.Tensor | None = None,
+    factor_value: float = 1.0,
 ) -> torch.Tensor:
     """The fp32 sum of ``reduced`` and what is given of ``addend`` and ``residual``, in this order, with ``ADDEND_LAST``
-    in the other: rounded to ``reduced.dtype`` between the two adds, unrounded behind the last."""
+    in the other: rounded to ``reduced.dtype`` between the two adds, unrounded behind the last.
+
+    A factor other than the number 1 multiplies ``reduced``, or with ``ADDEND_SCALED`` the rounded sum of that and
+    ``addend``; the product is rounded.
+
+    Args:
+        reduced: ``T`` ``[T, H]``.
+        residual, addend: that, or one row ``[H]``; ``residual`` may be fp32.
+        factor: one element, or ``[T, 1]``, in ``T`` or fp32; None: ``factor_value``, read as fp32.
+    """
+
+    def rounded(value: torch.Tensor) -> torch.Tensor:
+        return value.to(reduced.dtype).float()
+
     total = reduced.float()
+    if flags & Flags.ADDEND_SCALED and addend is not None:
+        total, addend = rounded(total + addend.float()), None
+    if factor is not None:
+        total = rounded(total * factor.float())
+    elif factor_value != 1.0:
+        total = rounded(total * factor_value)
     first, last = (residual, addend) if flags & Flags.ADDEND_LAST else (addend, residual)
     if first is not None:
         total = total + first.float()
     if last is not None:
-        total = (total if first is None else total.to(reduced.dtype).float()) + last.float()
+        total = (total if first is None else rounded(total)) + last.float()
     return total
 
 
@@ -205,17 +229,20 @@ def epilogue(
     scale_value: float = 1.0,
     with_norm: bool = True,
     addend: torch.Tensor | None = None,
+    factor: torch.Tensor | None = None,
+    factor_value: float = 1.0,
 ) -> EpilogueResult:
     """Everything after the all-reduce, shared by the fused ops::
 
-        total = fused_add(reduced, residual, addend)
+        total = fused_add(reduced, residual, addend, flags, factor, factor_value)
         norm = rms_norm(total if UNROUNDED_SUM else total.to(T).float())
         codes, scales = quantise(norm)
 
-    ``reduced`` and ``residual`` are ``[T, H]``, ``addend`` is that or ``[H]``; ``T`` is ``reduced.dtype``.
+    ``reduced`` and ``residual`` are ``[T, H]``, ``addend`` is that or ``[H]``, ``factor`` one element or ``[T, 1]``;
+    ``T`` is ``reduced.dtype``.
     """
     dtype = reduced.dtype
-    total = fused_add(reduced, residual, addend, flags)
+    total = fused_add(reduced, residual, addend, flags, factor, factor_value)
     if not with_norm:
         return EpilogueResult(reduced, total)
     value = total if flags & Flags.UNROUNDED_SUM else total.to(dtype).float()

@@ -3,17 +3,19 @@
 Every op reduces over a process group and then runs one epilogue on the sum::
 
     reduced  = T(sum over ranks, in rank order, in fp32)                      # allreduce_out
-    total    = T(reduced + addend) + residual                                 # residual_out; without either, less
+    scaled   = T(reduced * factor)                                            # reduced, without a factor
+    total    = T(scaled + addend) + residual                                  # residual_out; without either, less
     norm     = total * rsqrt(mean(total ** 2) + epsilon) * (weight_bias + weight)   # norm_out
     quant_out, scale_out = quantiser(norm)
 
 Shapes: ``x``, ``residual`` and the outputs are ``[..., H]`` with the same number of tokens ``T``; leading
 dimensions may differ between them (the op flattens). ``weight`` is ``[H]``. ``scale`` has one element: the static
 FP8 scale or NVFP4's global scale; without it ``scale_value`` is used. ``addend``, what a graph adds beside the
-residual, is ``[H]`` (a bias) or ``[..., H]``. ``epsilon_tensor`` has one element, which is read when the op runs,
-rounded to fp32 and taken whatever it is; ``epsilon`` is not read beside it. Dtypes: ``x`` bf16, fp16 or fp32;
-``addend`` as ``x``; ``residual``, ``residual_out``, ``weight`` and ``norm_out`` as ``x`` or fp32; ``epsilon_tensor``
-fp32, fp64, bf16 or fp16.
+residual, is ``[H]`` (a bias) or ``[..., H]``. ``factor``, what a graph multiplies by in front of that, has one
+element, or one for each token, ``[..., 1]``; without it ``factor_value`` is used, of which 1 multiplies nothing.
+``epsilon_tensor`` has one element, which is read when the op runs, rounded to fp32 and taken whatever it is;
+``epsilon`` is not read beside it. Dtypes: ``x`` bf16, fp16 or fp32; ``addend`` as ``x``; ``factor``, ``residual``,
+``residual_out``, ``weight`` and ``norm_out`` as ``x`` or fp32; ``epsilon_tensor`` fp32, fp64, bf16 or fp16.
 An output that is ``None`` is not computed; at least one must be given. Outputs share no memory with each other; one
 of ``[..., H]`` may lie on ``x``, ``residual``, ``token_input`` or ``shared``, exactly row on row. ``flags``, ``quant``
 and ``quant_bound`` are described in :mod:`arfusion_pass.ops.spec`.
@@ -31,7 +33,7 @@ EPILOGUE_INPUTS = (
     "int flags=0, int quant=0, float quant_bound=0.0, float scale_value=1.0"
 )
 
-RARE_INPUTS = "Tensor? addend=None, Tensor? epsilon_tensor=None"
+RARE_INPUTS = "Tensor? addend=None, Tensor? epsilon_tensor=None, Tensor? factor=None, float factor_value=1.0"
 """Behind the others, and by name: most calls have none."""
 
 OUTPUTS = (
@@ -61,8 +63,8 @@ SCHEMAS: dict[str, str] = {
         f"{EPILOGUE_INPUTS}, *, {RARE_INPUTS}, {OUTPUTS}) -> ()"
     ),
     # x [..., H], T rows of which row t is rank t // block % world's, a block of 0 standing for T / world. residual,
-    # an addend of rows, allreduce_out (this rank's rows of the sum) and residual_out hold the rank's own T / world
-    # rows; norm_out, quant_out and scale_out all T
+    # an addend or a factor of rows, allreduce_out (this rank's rows of the sum) and residual_out hold the rank's own
+    # T / world rows; norm_out, quant_out and scale_out all T
     SCATTERING_OP: f"(Tensor x, {EPILOGUE_INPUTS}, SymInt block=0, *, {RARE_INPUTS}, {OUTPUTS}) -> ()",
 }
 """Op name to schema. ``tests/ops/test_schema.py`` freezes it and compares it with the op library's own list."""

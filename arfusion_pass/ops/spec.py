@@ -24,6 +24,8 @@ class Flags(enum.IntFlag):
       (Hugging Face Llama: two roundings).
     * ``ADDEND_LAST``: the addend is added to the rounded sum of all-reduce and residual, ``T(all_reduce + residual) +
       addend``; without it the residual to that of all-reduce and addend. Of the two, what is added first is in ``T``.
+    * ``ADDEND_SCALED``: the factor multiplies ``T(all_reduce + addend)``; without it the all-reduce alone. Either
+      product is rounded to ``T``.
     * ``DIVIDE_BY_ROOT``: the norm is ``value / sqrt(mean + epsilon)``, each correctly rounded in fp32 on a GPU.
     * ``RECIPROCAL_ROOT``: it is ``value * (1 / sqrt(mean + epsilon))``, likewise.
 
@@ -60,6 +62,7 @@ class Flags(enum.IntFlag):
     ADDEND_LAST = 1 << 2
     DIVIDE_BY_ROOT = 1 << 3
     RECIPROCAL_ROOT = 1 << 4
+    ADDEND_SCALED = 1 << 5
     ONESHOT = 1 << 8
     TWOSHOT = 1 << 9
     NO_PDL = 1 << 10

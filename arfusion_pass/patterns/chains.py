@@ -48,7 +48,7 @@ class AllReduceRMSNormChain:
     Args:
         epsilon: of the norm, compared exactly (canonical, see ``config.canonical_epsilon``); 0 where a tensor holds it.
         dtype: of the norm's result, compared exactly.
-        add: whether a residual, an addend or both are added in front of the norm.
+        add: whether anything is added, or multiplied by, in front of the norm.
         quantiser: the quantiser behind the norm, or None.
         prologue: the canonical MoE op in front of the all-reduce (a key of ``PROLOGUES``), or None.
         launch_flags: the flags that the config adds to the fused call (strategy, backend, PDL).
@@ -70,12 +70,13 @@ class AllReduceRMSNormChain:
         self.prologue = prologue
         self.launch_flags = launch_flags
 
-    def name(self, weight_bias: float, adds: int) -> str:
+    def name(self, weight_bias: float, adds: int, scaled: bool) -> str:
         """The pattern's name in reports, such as ``AllReduceFusedAddGemmaRMSNormStaticQuantFP8``."""
         return "".join(
             (
                 {None: "", "moe_reduce": "MoEReduce", "moe_finalize": "MoEFinalize"}[self.prologue],
                 "AllReduce",
+                "Scaled" if scaled else "",
                 {0: "", 1: "FusedAdd", 2: "FusedTwoAdds"}[adds],
                 "Gemma" if weight_bias == 1.0 else "",
                 "RMSNorm",
@@ -94,7 +95,7 @@ class AllReduceRMSNormChain:
                 ir.op.fused_add_rms_norm.default,
                 *(reduced, KeywordArg("residual"), KeywordArg("weight"), self.epsilon, self.dtype),
                 *(KeywordArg("weight_bias"), KeywordArg("flags"), KeywordArg("residual_dtype")),
-                *(KeywordArg("addend"), KeywordArg("epsilon_tensor")),
+                *(KeywordArg("addend"), KeywordArg("epsilon_tensor"), KeywordArg("factor"), KeywordArg("factor_value")),
             )
             norm = call(operator.getitem, both, 0)
             values = [both, norm, call(operator.getitem, both, 1), reduced]
@@ -149,6 +150,8 @@ class AllReduceRMSNormChain:
         moe_flags: int = 0,
         addend: fx.Node | None = None,
         epsilon_tensor: fx.Node | None = None,
+        factor: fx.Node | None = None,
+        factor_value: float = 1.0,
         **reduced_inputs: Any,
     ) -> None:
         """Replace the match by one fused call, with a buffer for each value that is read outside of it."""
@@ -162,8 +165,11 @@ class AllReduceRMSNormChain:
         outputs = ("quant_out", "scale_out") if self.quantiser and self.quantiser.has_scales else ("quant_out",)
         for role in [*read, *(outputs if self.quantiser else ())]:  # a quantiser writes all that it has, read or not
             buffers[role] = graph.call_function(torch.empty, ((0,),))  # its shape is known at commit
-        rare = {"addend": addend, "epsilon_tensor": epsilon_tensor}
+        scaled = factor is not None or factor_value != 1.0
+        rare: dict[str, Any] = {"addend": addend, "epsilon_tensor": epsilon_tensor, "factor": factor}
         rare = {name: node for name, node in rare.items() if node is not None}
+        if scaled and factor is None:
+            rare["factor_value"] = factor_value
         fused = graph.call_function(
             auto_functionalized,
             (getattr(torch.ops.arfusion, self.op_name).default,),
@@ -184,7 +190,7 @@ class AllReduceRMSNormChain:
             },
         )
         adds = (residual is not None) + (addend is not None)
-        fused.meta.update(site=next(iter(matched)).meta["site"], pattern=self.name(weight_bias, adds))
+        fused.meta.update(site=next(iter(matched)).meta["site"], pattern=self.name(weight_bias, adds, scaled))
         for role, node in read.items():
             value = graph.call_function(operator.getitem, (fused, 1 + OUTPUT_NAMES.index(role)))
             value.meta["role"] = role

@@ -21,9 +21,9 @@ aten = torch.ops.aten
 class AllReduceRMSNormIndexerChain(AllReduceRMSNormChain):
     """The chain with a group quantiser whose norm a GEMM reads as well."""
 
-    def name(self, weight_bias: float, adds: int) -> str:
+    def name(self, weight_bias: float, adds: int, scaled: bool) -> str:
         """As the plain chain's, with ``WithIndexer`` behind it."""
-        return super().name(weight_bias, adds) + "WithIndexer"
+        return super().name(weight_bias, adds, scaled) + "WithIndexer"
 
     def check(self, match: Match) -> bool:
         """Whether a GEMM outside the match reads the norm."""

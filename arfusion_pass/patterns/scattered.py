@@ -22,9 +22,9 @@ class ReduceScatterRMSNormAllGatherChain(AllReduceRMSNormChain):
 
     op_name = SCATTERING_OP
 
-    def name(self, weight_bias: float, adds: int) -> str:
+    def name(self, weight_bias: float, adds: int, scaled: bool) -> str:
         """The pattern's name in reports, such as ``ReduceScatterFusedAddRMSNormStaticQuantFP8AllGather``."""
-        return super().name(weight_bias, adds).replace("AllReduce", "ReduceScatter", 1) + "AllGather"
+        return super().name(weight_bias, adds, scaled).replace("AllReduce", "ReduceScatter", 1) + "AllGather"
 
     def reduction(self, x: PatternExpr) -> CallFunction:
         """The reduce-scatter."""

@@ -77,8 +77,8 @@ def _may_shard(call: fx.Node) -> bool:
     """Whether a call's rows can be finished by their owner alone: it gives the norm or its codes, and a residual. In
     sequence parallelism the model has sharded it already."""
     kwargs = call.kwargs
-    if kwargs.get("addend") is not None:
-        return False  # each rank adds its own to every row, and an owner's would stand for all
+    if kwargs.get("addend") is not None or kwargs.get("factor") is not None:
+        return False  # each rank adds, or takes, its own for every row, and an owner's would stand for all
     if call.args[0] is getattr(torch.ops.arfusion, SCATTERING_OP).default:
         return False
     return kwargs["allreduce_out"] is None and (kwargs["norm_out"] is not None or kwargs["quant_out"] is not None)

@@ -40,8 +40,8 @@ class RaisedSite:
         dialects: the names of the dialects that spelled the stages.
         values: role (``allreduce_out``, ``residual_out``, ``norm_out``, ``quant_out``, ``scale_out``) to the node of
             the user's graph that holds it.
-        inputs: role (``x`` or the prologue's argument names, ``residual``, ``addend``, ``weight``, ``epsilon_tensor``,
-            ``scale``) to the node of the user's graph.
+        inputs: role (``x`` or the prologue's argument names, ``residual``, ``addend``, ``factor``, ``weight``,
+            ``epsilon_tensor``, ``scale``) to the node of the user's graph.
     """
 
     node: fx.Node
@@ -105,6 +105,8 @@ class RaisedSite:
         if self.norm is not None:
             inputs["residual"] = self.norm.residual
             inputs["addend"] = self.norm.addend
+            if isinstance(self.norm.factor, fx.Node):
+                inputs["factor"] = self.norm.factor
             inputs["weight"] = self.norm.weight
             if isinstance(self.norm.epsilon, fx.Node):
                 inputs["epsilon_tensor"] = self.norm.epsilon

@@ -16,7 +16,7 @@ from torch import fx
 
 from arfusion_pass.config import FusionConfig, canonical_epsilon
 from arfusion_pass.dialects import DIALECTS, Norm, Reduced, Refused, Scattered, norms_of
-from arfusion_pass.dialects.reading.operands import is_row, sums, widens_beside
+from arfusion_pass.dialects.reading.operands import Product, is_row, products, sums, widens_beside
 from arfusion_pass.graph import (
     as_many_rows,
     describe,
@@ -39,6 +39,7 @@ from arfusion_pass.rewrite.edits import is_erased
 from arfusion_pass.rewrite.gathering import gathering, uneven
 from arfusion_pass.rewrite.hindrances import (
     Hindrance,
+    Kind,
     Reductions,
     following,
     merges,
@@ -80,7 +81,7 @@ def find_sites(graph: fx.Graph, config: FusionConfig) -> list[RaisedSite]:
             site.hindrance, site.reason, site.culprit = why_no_norm(site.reduced, reductions, moved)
             site.hindrance = None if site.scatters else site.hindrance
         elif not site.scatters:
-            site.hindrance = _sum_behind(site.reduced, candidates[site.node], reductions)
+            site.hindrance = _in_front(site.reduced, candidates[site.node], reductions)
     _assign(sites, candidates, reductions, config)
     for site in sites:
         if site.reason is None and site.scatters:
@@ -102,10 +103,17 @@ def find_sites(graph: fx.Graph, config: FusionConfig) -> list[RaisedSite]:
 def find_hindrance(reduced: Reduced, reductions: Reductions, config: FusionConfig) -> Hindrance | None:
     """What hinders one all-reduce: the :attr:`RaisedSite.hindrance` of :func:`find_sites`, for it alone."""
     site = RaisedSite(reduced.node, reduced.group, reduced)
-    candidates = _norms(site, config)
+    candidates = _norms(site, config, factors=False)  # a factor that can go before the all-reduce does
     if candidates:
         return _sum_behind(reduced, candidates, reductions)
     return hindrances.find_hindrance(reduced, reductions)[0] if site.reason is None else None
+
+
+def _in_front(reduced: Reduced, candidates: list[tuple[Norm, str]], reductions: Reductions) -> Hindrance | None:
+    """What could move out of the way though norms are found: a factor of each, or a sum of two all-reduces."""
+    if all(is_scaled(norm) for norm, _ in candidates):
+        return hindrances.find_hindrance(reduced, reductions)[0]
+    return _sum_behind(reduced, candidates, reductions)
 
 
 def _sum_behind(reduced: Reduced, candidates: list[tuple[Norm, str]], reductions: Reductions) -> Hindrance | None:
@@ -199,9 +207,9 @@ def _check_gathered(site: RaisedSite, config: FusionConfig) -> None:
         site.reason = why_unfit(site.quant, site) or fuse_quantisers(site, [site.quant])
 
 
-def _norms(site: RaisedSite, config: FusionConfig) -> list[tuple[Norm, str]]:
-    """The norms that could be fused behind a site, best first. With none, the site gets the reason against one that it
-    has; a site that has none at all keeps None."""
+def _norms(site: RaisedSite, config: FusionConfig, factors: bool = True) -> list[tuple[Norm, str]]:
+    """The norms that could be fused behind a site, best first, ``factors`` in front of them or not. With none, the site
+    gets the reason against one that it has; a site that has none at all keeps None."""
     assert site.reduced is not None
     usable: list[tuple[Norm, str]] = []
     reasons: list[tuple[str, fx.Node | None]] = []
@@ -210,7 +218,8 @@ def _norms(site: RaisedSite, config: FusionConfig) -> list[tuple[Norm, str]]:
     for held, value in views_of_all(site.reduced.values):
         if not _is_computed_with(value):
             continue
-        for found, dialect in (*norms_of(value), *_norms_behind_addend(value)):
+        behind = _norms_behind_factor(value) if factors else ()
+        for found, dialect in (*norms_of(value), *_norms_behind_addend(value), *behind):
             norm = in_whole_rows(found, value, lengths)
             norm = norm if isinstance(norm, Refused) else _with_bias(norm)
             reason = norm.reason if isinstance(norm, Refused) else _check_norm(site.reduced, norm, config)
@@ -253,6 +262,39 @@ def _norms_behind_addend(value: fx.Node) -> Iterator[tuple[Norm, str]]:
                 yield norm, dialect
 
 
+def _norms_behind_factor(value: fx.Node) -> Iterator[tuple[Norm, str]]:
+    """The norms of a product, ``value * f``, of sums with it, and of ``(value + t) * f``: each step in the tensor's
+    dtype."""
+    for product in products(value):
+        for view in filter(_is_computed_with, views_of(product.node)):
+            for found, dialect in (*norms_of(view), *_norms_behind_addend(view)):
+                if isinstance(found, Norm):
+                    yield _scaled(found, value, product, (), view), dialect
+    for inner in sums(value):
+        add, addend = inner.start, inner.residual
+        if dtype_of(add) != dtype_of(value) or dtype_of(addend) != dtype_of(value) or following(add) is None:
+            continue
+        for operand in filter(_is_computed_with, views_of(add)):
+            for product in products(operand):
+                for view in filter(_is_computed_with, views_of(product.node)):
+                    for found, dialect in norms_of(view):
+                        if isinstance(found, Norm):
+                            norm = _scaled(found, value, product, (*inner.nodes, *path(add, operand)), view)
+                            flags = norm.flags | (Flags.ADDEND_SCALED if is_scaled(norm) else Flags.NONE)
+                            yield dataclasses.replace(norm, addend=addend, flags=flags), dialect
+
+
+def _scaled(norm: Norm, value: fx.Node, product: Product, before: tuple[fx.Node, ...], view: fx.Node) -> Norm:
+    """The norm of ``view``, a view of a product, as one of ``value``; ``before`` lie between that and the product."""
+    return dataclasses.replace(
+        norm,
+        operand=value,
+        nodes=(*before, *product.nodes, *path(product.node, view), *norm.nodes),
+        total=product.node if norm.total is None else norm.total,
+        factor=product.factor,
+    )
+
+
 def _with_bias(norm: Norm) -> Norm:
     """A bias that is all that is added: an addend, which may be one row, and no residual."""
     if norm.residual is None or norm.addend is not None or not is_spread(norm.residual, norm.operand):
@@ -283,6 +325,8 @@ def _check_norm(reduced: Reduced, norm: Norm, config: FusionConfig) -> str | Non
             return f"{describe(node)} is not known to have as many rows as {describe(norm.operand)}"
     if norm.addend is not None and dtype_of(norm.addend) != dtype:
         return f"the addend {describe(norm.addend)} is {dtype_of(norm.addend)}; expected {dtype}"
+    if isinstance(norm.factor, fx.Node) and dtype_of(norm.factor) not in (dtype, torch.float32):
+        return f"the factor {describe(norm.factor)} is {dtype_of(norm.factor)}; expected {dtype} or float32"
     for role, node in (("residual", norm.residual), ("weight", norm.weight)):
         if node is not None and dtype_of(node) not in (dtype, torch.float32) and not widens_beside(node, dtype):
             return f"the {role} {describe(node)} is {dtype_of(node)}; expected {dtype} or float32"
@@ -321,8 +365,8 @@ def _assign(
     with fewer choices goes first, and among a site's norms the one that is read first, without an add before with."""
     taken: dict[fx.Node, fx.Node] = {}
     waiting = [site for site in sites if site.reason is None]
-    for site in sorted(waiting, key=lambda site: len({norm.result for norm, _ in candidates[site.node]})):
-        choices = sorted(candidates[site.node], key=lambda choice: (adds(choice[0]), choice[0].result))
+    for site in sorted(waiting, key=lambda site: _choice(candidates[site.node])):
+        choices = sorted(candidates[site.node], key=lambda choice: (_steps(choice[0]), choice[0].result))
         for norm, dialect in choices:
             if not any(node in taken for node in (norm.result, *norm.nodes)):
                 site.norm = norm
@@ -332,16 +376,38 @@ def _assign(
         else:
             owner = next(taken[node] for node in choices[0][0].nodes if node in taken)
             both = [site, *(each for each in waiting if each.node is owner)]
-            one = any(merges(each.hindrance, each.reduced, reductions) for each in both)  # type: ignore[arg-type]
+            one = any(_merges(each, reductions) for each in both)
             advice = "; FusionConfig(reassociate=True) all-reduces their sum at once" if one else ""
             advice = "" if config.reassociate else advice
             site.culprit = choices[0][0].result
             site.reason = f"the norm behind it, {describe(site.culprit)}, is fused with {describe(owner)}{advice}"
 
 
+def _choice(candidates: list[tuple[Norm, str]]) -> tuple[int, bool]:
+    """By what a site goes before another: how many norms it has to choose from, then whether all are behind factors."""
+    return len({norm.result for norm, _ in candidates}), all(is_scaled(norm) for norm, _ in candidates)
+
+
+def _merges(site: RaisedSite, reductions: Reductions) -> bool:
+    """Whether moving what hinders a site ends in one all-reduce for two: a factor in front of their sum included."""
+    assert site.reduced is not None
+    factor = site.hindrance is not None and site.hindrance.kind == Kind.SCALE
+    return factor or merges(site.hindrance, site.reduced, reductions)
+
+
+def is_scaled(norm: Norm) -> bool:
+    """Whether a factor stands in front of a norm."""
+    return isinstance(norm.factor, fx.Node) or norm.factor != 1.0
+
+
 def adds(norm: Norm) -> int:
     """How many tensors are added in front of a norm."""
     return (norm.residual is not None) + (norm.addend is not None)
+
+
+def _steps(norm: Norm) -> int:
+    """How many tensors are added, or multiplied by, in front of a norm."""
+    return adds(norm) + is_scaled(norm)
 
 
 def _find_prologue(site: RaisedSite) -> None:

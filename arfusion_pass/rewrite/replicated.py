@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from arfusion_pass.dialects import Norm, Reduced
+from arfusion_pass.dialects.reading.operands import is_row_factor
 from arfusion_pass.graph import (
     CASTS,
     aten,
@@ -99,14 +100,6 @@ def is_shaped_like_one(node: Any, operand: fx.Node) -> bool:
     tensor = tensor_of(node)
     sizes = [] if tensor is None else [size for size in tensor.shape if not statically_equal(size, 1)]
     return tensor is not None and (sizes in ([], [last_dim(operand)]) or is_row_factor(node, operand))
-
-
-def is_row_factor(node: Any, operand: fx.Node) -> bool:
-    """Whether ``node`` has one element for each row of ``operand``, in the shape that rows are multiplied in."""
-    one, rows = tensor_of(node), tensor_of(operand)
-    if one is None or rows is None or one.dim() != rows.dim():
-        return False
-    return all(map(statically_equal, one.shape, (*rows.shape[:-1], 1)))
 
 
 def is_learned(node: Any, hidden: int | None) -> bool:

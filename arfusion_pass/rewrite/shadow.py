@@ -25,7 +25,7 @@ from arfusion_pass.dialects import Prologue, Quantised
 from arfusion_pass.dialects.reading.operands import widens_beside
 from arfusion_pass.graph import aten, dtype_of, last_dim, prims, tensor_of
 from arfusion_pass.rewrite.raised import RaisedSite
-from arfusion_pass.rewrite.raising import adds, is_spread
+from arfusion_pass.rewrite.raising import adds, is_scaled, is_spread
 
 
 @dataclasses.dataclass
@@ -93,7 +93,7 @@ class _Site:
         else:
             reduced = self._call(ir.op.all_reduce.default, x, self.reduced.group)
         values["allreduce_out"] = reduced
-        if adds(self.norm):
+        if adds(self.norm) or is_scaled(self.norm):
             values["norm_out"], values["residual_out"] = self._added_and_normed(reduced, x)
         else:
             values["norm_out"] = self._normed(reduced)
@@ -138,11 +138,13 @@ class _Site:
             addend = self.origins[norm.addend]
             if is_spread(norm.addend, norm.operand):
                 addend = self._row(norm.addend, addend)
+        in_memory = isinstance(norm.factor, fx.Node)
+        factor = self.origins[norm.factor] if isinstance(norm.factor, fx.Node) else None
         epsilon, epsilon_tensor = self._epsilon()
         both = self._call(
             ir.op.fused_add_rms_norm.default,
             *(reduced, residual, self._weight(), epsilon, *self._rounding()),
-            *(dtype_of(norm.total), addend, epsilon_tensor),
+            *(dtype_of(norm.total), addend, epsilon_tensor, factor, 1.0 if in_memory else norm.factor),
         )
         return self._call(operator.getitem, both, 0), self._call(operator.getitem, both, 1)
 

@@ -11,7 +11,7 @@ import enum
 from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_longlong, c_uint32, c_void_p
 from pathlib import Path
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 MAX_WORLD = 8
 CONTROL_BYTES = 20480
 
@@ -134,6 +134,10 @@ class Call(ctypes.Structure):
         ("addend_rows", c_int32),
         ("epsilon_dtype", c_int32),
         ("epsilon_tensor", c_void_p),
+        ("factor", c_void_p),
+        ("factor_kind", c_int32),
+        ("factor_fp32", c_int32),
+        ("factor_value", c_float),
         ("block", c_int64),
         ("own_rows", c_int64),
     ]

@@ -37,6 +37,9 @@ from arfusion_pass.runtime import flashinfer
 
 _LIBRARY: torch.library.Library | None = None
 
+ADDENDS = Flags.ADDEND_LAST | Flags.ADDEND_SCALED
+"""Flags of a call's addend, which the sum alone has not."""
+
 Tell = Callable[[BaseException], None]
 
 
@@ -158,7 +161,7 @@ def moe_reduce_allreduce_rms_norm(
     **keywords: Any,
 ) -> None:
     """The local sum over experts, its all-reduce, then the local epilogue."""
-    flags = _flags(scalars, keywords) & ~Flags.ADDEND_LAST  # the sum alone has no addend
+    flags = _flags(scalars, keywords) & ~ADDENDS
     total = torch.empty(expert_x.shape[1:], dtype=expert_x.dtype, device=expert_x.device)
     op = torch.ops.arfusion.moe_reduce_allreduce_rms_norm
     op(expert_x, expert_scale, token_input, None, None, None, "", flags=flags, allreduce_out=total)
@@ -180,7 +183,7 @@ def moe_finalize_allreduce_rms_norm(
     **keywords: Any,
 ) -> None:
     """The local gather and sum over the chosen experts, its all-reduce, then the local epilogue."""
-    flags = _flags(scalars, keywords) & ~Flags.ADDEND_LAST  # the sum alone has no addend
+    flags = _flags(scalars, keywords) & ~ADDENDS
     shape = (index.shape[0], permuted_x.shape[-1])
     total = torch.empty(shape, dtype=permuted_x.dtype, device=permuted_x.device)
     op = torch.ops.arfusion.moe_finalize_allreduce_rms_norm

@@ -104,6 +104,8 @@ def _epilogue_refusal(call: FusedCall) -> str | None:
         return "it does not give the all-reduce's result beside the residual"
     if call.addend is not None:
         return "it adds a residual, and nothing beside it"
+    if call.factor is not None or call.factor_value != 1.0:
+        return "it multiplies the all-reduce's result by nothing"
     if call.epsilon_tensor is not None:
         return "it takes epsilon as a number"
     if "norm_out" not in outputs and "quant_out" not in outputs:

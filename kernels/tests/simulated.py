@@ -40,6 +40,7 @@ from tests.gpu.calls import Config, Result, allocate, assert_same_codes, rank_in
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 EPSILON_DTYPES = {**DTYPES, torch.float64: 3}
+FACTORS = {"none": 0, "value": 1, "element": 2, "rows": 3}
 FP8, INT8, NVFP4, MXFP8 = QuantFormat.FP8, QuantFormat.INT8, QuantFormat.NVFP4, QuantFormat.MXFP8
 ALL = ("allreduce_out", "residual_out", "norm_out", "quant_out")
 
@@ -125,6 +126,12 @@ def make_call(config: Config, x: torch.Tensor, shared, result: Result) -> c_api.
     call.residual_out_fp32 = "residual_out" in out and out["residual_out"].dtype == torch.float32
     call.norm_out_fp32 = "norm_out" in out and out["norm_out"].dtype == torch.float32
     call.addend, call.addend_rows = pointer(shared.addend), config.addend == "rows"
+    call.factor, call.factor_value, call.factor_kind = (
+        pointer(shared.factor),
+        shared.factor_value,
+        FACTORS[config.factor],
+    )
+    call.factor_fp32 = shared.factor is not None and shared.factor.dtype == torch.float32
     call.epsilon_tensor = pointer(shared.epsilon_tensor)
     call.epsilon_dtype = EPSILON_DTYPES[config.epsilon_in or torch.float32]
     for name, tensor in out.items():
@@ -160,7 +167,7 @@ def run_local(config: Config) -> None:
     torch.ops.arfusion.allreduce_rms_norm(
         x, shared.residual, shared.weight, shared.scale, "", config.epsilon_given, config.weight_bias, int(config.flags),
         config.spec.pack(), config.spec.bound, shared.scale_value, addend=shared.addend,
-        epsilon_tensor=shared.epsilon_tensor, **out,
+        epsilon_tensor=shared.epsilon_tensor, factor=shared.factor, factor_value=shared.factor_value, **out,
     )  # fmt: skip
     verify_epilogue(config, x, shared, result)
 

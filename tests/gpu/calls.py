@@ -23,7 +23,12 @@ from tests.ops.cases import logical_view
 OUTPUTS = ("allreduce_out", "residual_out", "norm_out", "quant_out", "scale_out")
 
 ROUNDING_FLAGS = (
-    Flags.UNROUNDED_SUM | Flags.ROUND_BEFORE_WEIGHT | Flags.ADDEND_LAST | Flags.DIVIDE_BY_ROOT | Flags.RECIPROCAL_ROOT
+    Flags.UNROUNDED_SUM
+    | Flags.ROUND_BEFORE_WEIGHT
+    | Flags.ADDEND_LAST
+    | Flags.DIVIDE_BY_ROOT
+    | Flags.RECIPROCAL_ROOT
+    | Flags.ADDEND_SCALED
 )
 """The flags that say what is computed, apart from the MoE prologues; the others say how."""
 
@@ -33,8 +38,9 @@ class Config:
     """A call of ``arfusion::allreduce_rms_norm``.
 
     ``residual`` and ``weight`` are ``"none"``, ``"same"`` (the input's dtype) or ``"fp32"``; ``addend`` is ``"none"``,
-    ``"row"`` or ``"rows"``. ``epsilon_in``: epsilon comes in a tensor of that dtype. ``outputs`` without ``scale_out``:
-    it follows from the quantiser. ``payload`` names a way of filling the inputs.
+    ``"row"`` or ``"rows"``; ``factor`` is ``"none"``, ``"value"``, ``"element"`` or ``"rows"``, and ``factor_fp32`` its
+    dtype. ``epsilon_in``: epsilon comes in a tensor of that dtype. ``outputs`` without ``scale_out``: it follows from
+    the quantiser. ``payload`` names a way of filling the inputs.
     """
 
     tokens: int
@@ -56,6 +62,8 @@ class Config:
     group_name: str | None = None
     addend: str = "none"
     epsilon_in: torch.dtype | None = None
+    factor: str = "none"
+    factor_fp32: bool = False
 
     @property
     def epsilon_given(self) -> float:
@@ -73,6 +81,8 @@ class Shared:
     scale_value: float
     addend: torch.Tensor | None = None
     epsilon_tensor: torch.Tensor | None = None
+    factor: torch.Tensor | None = None
+    factor_value: float = 1.0
 
 
 @dataclasses.dataclass
@@ -124,7 +134,12 @@ def shared_inputs(config: Config, device: torch.device) -> Shared:
         addend = torch.randn(rows, generator=generator, device=device).to(config.dtype)
     if config.epsilon_in is not None:
         epsilon = torch.full((1,), config.epsilon, device=device, dtype=config.epsilon_in)
-    return Shared(residual, weight, scale, value, addend, epsilon)
+    factor = None
+    if config.factor in ("element", "rows"):
+        rows = (config.tokens, 1) if config.factor == "rows" else ()
+        factor = torch.randn(rows, generator=generator, device=device)
+        factor = factor if config.factor_fp32 else factor.to(config.dtype)
+    return Shared(residual, weight, scale, value, addend, epsilon, factor, 0.22 if config.factor == "value" else 1.0)
 
 
 def allocate(config: Config, device: torch.device) -> Result:
@@ -166,6 +181,8 @@ def launch(config: Config, env: Env, x: torch.Tensor, shared: Shared, result: Re
         shared.scale_value,
         addend=shared.addend,
         epsilon_tensor=shared.epsilon_tensor,
+        factor=shared.factor,
+        factor_value=shared.factor_value,
         **out,
     )
 
@@ -213,6 +230,8 @@ def verify_epilogue(
         weight_bias=config.weight_bias,
         flags=int(config.flags) & ROUNDING_FLAGS,
         addend=shared.addend,
+        factor=shared.factor,
+        factor_value=shared.factor_value,
     )
     assert want.norm is not None
     if "allreduce_out" in outputs:
@@ -267,7 +286,8 @@ def norm_by_division(config: Config, reduced: torch.Tensor, shared: Shared) -> t
 
 def exact_norm(config: Config, reduced: torch.Tensor, shared: Shared) -> torch.Tensor:
     """The norm of the reference's sum in fp64, rounded to fp32 once."""
-    total = reference.fused_add(reduced, shared.residual, shared.addend, config.flags)
+    steps = (shared.addend, config.flags, shared.factor, shared.factor_value)
+    total = reference.fused_add(reduced, shared.residual, *steps)
     value = (total if config.flags & Flags.UNROUNDED_SUM else total.to(config.dtype)).double()
     epsilon = config.epsilon if shared.epsilon_tensor is None else shared.epsilon_tensor.float().double()
     norm = value * torch.rsqrt(value.pow(2).mean(-1, keepdim=True) + epsilon)

@@ -1,5 +1,5 @@
-"""Calls with what no common call has: an addend before the residual or behind it, epsilon in a tensor, a norm by
-division.
+"""Calls with what no common call has: a factor of the sum over ranks, an addend before the residual or behind it,
+epsilon in a tensor, a norm by division.
 
 Each is compared as any other (:mod:`tests.gpu.calls`), on real ranks and on simulated ones.
 """
@@ -17,6 +17,8 @@ from tests.gpu.calls import Config
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ALL = ("allreduce_out", "residual_out", "norm_out")
+FACTORS = (("value", False), ("element", False), ("element", True), ("rows", False), ("rows", True))
+"""Which, and whether in fp32."""
 QUANTISERS = (
     QuantSpec(QuantFormat.FP8),
     QuantSpec(QuantFormat.FP8, -1),
@@ -40,6 +42,22 @@ def configs() -> list[Config]:
             unrounded = with_addend.flags | int(Flags.UNROUNDED_SUM)
             made.append(dataclasses.replace(with_addend, flags=unrounded, residual_out_fp32=True, weight="none"))
             made.append(dataclasses.replace(with_addend, hidden=12288, tokens=2, outputs=("residual_out", "norm_out")))
+    scaled_forms = [
+        ("none", "none", 0),
+        ("same", "none", 0),
+        ("fp32", "none", int(Flags.UNROUNDED_SUM)),
+        ("same", "row", 0),
+        ("same", "rows", int(Flags.ADDEND_LAST)),
+        ("same", "rows", int(Flags.ADDEND_SCALED)),
+        ("none", "row", int(Flags.ADDEND_SCALED)),
+    ]
+    for dtype, factor, (residual, addend, flags) in itertools.product(DTYPES, FACTORS, scaled_forms):
+        kind, wide = factor
+        scaled = dataclasses.replace(base, dtype=dtype, factor=kind, factor_fp32=wide, residual=residual, addend=addend)
+        made.append(dataclasses.replace(scaled, flags=flags))
+        if residual == "same":  # many rows, wide rows
+            made.append(dataclasses.replace(scaled, tokens=70, flags=flags | int(Flags.ROUND_BEFORE_WEIGHT)))
+            made.append(dataclasses.replace(scaled, hidden=12288, tokens=2, flags=flags))
     for dtype, epsilon_in in itertools.product(DTYPES, EPSILON_DTYPES):
         made.append(dataclasses.replace(base, dtype=dtype, epsilon=0.3, epsilon_in=epsilon_in))
     for epsilon in (-0.25, -100.0, float("nan"), float("inf"), 0.0):  # of a tensor, whatever it is
@@ -57,5 +75,8 @@ def configs() -> list[Config]:
     )
     for spec in QUANTISERS:
         made.append(dataclasses.replace(everything, spec=spec, outputs=(*ALL, "quant_out")))
+        codes = dataclasses.replace(base, hidden=4096, spec=spec, outputs=("residual_out", "quant_out"))
+        made.append(dataclasses.replace(codes, factor="rows"))
     made.append(dataclasses.replace(everything, tokens=257, hidden=4112, addend="rows"))
+    made.append(dataclasses.replace(everything, tokens=257, hidden=4112, addend="rows", factor="rows"))
     return made

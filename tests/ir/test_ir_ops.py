@@ -14,7 +14,12 @@ from tests.ops.cases import SPECS, arguments, logical_view, outputs
 
 BF16 = torch.bfloat16
 NORM = ["weight: Optional[Tensor]", "epsilon: float", "dtype: int", "weight_bias: float", "flags: int"]
-RARE = ["addend: Optional[Tensor]", "epsilon_tensor: Optional[Tensor]"]
+RARE = [
+    "addend: Optional[Tensor]",
+    "epsilon_tensor: Optional[Tensor]",
+    "factor: Optional[Tensor]",
+    "factor_value: float",
+]
 DYNAMIC = (["x: Tensor", "quant: int", "bound: float"], 2)
 FROZEN: dict[str, tuple[list[str], int]] = {
     "all_reduce": (["x: Tensor", "group: str"], 1),
@@ -82,6 +87,8 @@ SAMPLES: dict[str, tuple[Any, ...]] = {
         torch.float32,
         torch.randn(32).bfloat16(),
         None,
+        torch.randn(6, 1),
+        1.0,
     ),
     "moe_reduce": (torch.randn(3, 5, 32), torch.rand(3, 5), None, 0),
     "moe_finalize": (torch.randn(7, 32), torch.zeros(5, 2).int(), torch.rand(5, 2), torch.randn(5, 32), 2.5, 0),
@@ -121,7 +128,7 @@ def test_chain_is_the_fused_op(name: str, flags: int) -> None:
 
     reduced = ir.ir_op("all_reduce")(x, "")
     add_norm = ir.ir_op("fused_add_rms_norm")
-    norm, total = add_norm(reduced, residual, weight, 1e-6, BF16, 0.0, int(flags), BF16, None, None)
+    norm, total = add_norm(reduced, residual, weight, 1e-6, BF16, 0.0, int(flags), BF16, None, None, None, 1.0)
     assert torch.equal(norm, given["norm_out"])
     assert torch.equal(total, given["residual_out"])
     result = quantiser_op(spec)(norm, *quant_arguments(spec, scale))
@@ -142,6 +149,18 @@ def test_norm_without_residual() -> None:
     given["norm_out"] = torch.empty(4, 64)
     library.fused_op("allreduce_rms_norm")(x, **arguments(weight=weight, weight_bias=1.0), **given)
     assert torch.equal(ir.ir_op("rms_norm")(x, weight, 1e-6, torch.float32, 1.0, 0, None), given["norm_out"])
+
+
+@pytest.mark.parametrize("factor", [torch.rand(2, 3, 1), torch.rand(6, 1).bfloat16(), torch.rand(()), 0.22])
+def test_factor(factor: Any) -> None:
+    """all_reduce -> fused_add_rms_norm with a factor, in memory or not, is the fused op with it."""
+    x, residual, weight = torch.randn(2, 3, 64).bfloat16(), torch.randn(2, 3, 64).bfloat16(), torch.randn(64)
+    given = outputs((2, 3, 64), BF16)
+    named = {"factor": factor} if isinstance(factor, torch.Tensor) else {"factor_value": factor}
+    library.fused_op("allreduce_rms_norm")(x, **arguments(residual=residual, weight=weight), **named, **given)
+    both = (factor, 1.0) if isinstance(factor, torch.Tensor) else (None, factor)
+    norm, total = ir.ir_op("fused_add_rms_norm")(x, residual, weight, 1e-6, BF16, 0.0, 0, BF16, None, None, *both)
+    assert torch.equal(norm, given["norm_out"]) and torch.equal(total, given["residual_out"])
 
 
 def test_wrong_quantiser() -> None:

@@ -67,7 +67,19 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "addend in a chain": (
         {"addend": empty(64), "flags": int(Flags.RESIDUAL_IN_SHARDED)},
-        r"a residual may be sharded without an addend only",
+        r"a residual may be sharded without an addend",
+    ),
+    "factor rows": ({"factor": torch.ones(3, 1)}, r"factor must be \[1\], or .* with 4 tokens of 1, got \[3, 1\]"),
+    "factor columns": ({"factor": torch.ones(4)}, r"factor must be \[1\], or .* with 4 tokens of 1, got \[4\]"),
+    "factor dtype": ({"factor": torch.ones(1).double()}, r"factor must be bfloat16 or float32, got float64"),
+    "factor beyond fp32": ({"factor_value": 1e39}, r"factor_value must be finite in fp32, got 1e\+39"),
+    "scaled nothing": (
+        {"addend": empty(64), "flags": int(Flags.ADDEND_SCALED)},
+        r"flag ADDEND_SCALED needs an addend and a factor",
+    ),
+    "factor in a chain": (
+        {"factor": torch.ones(4, 1), "flags": int(Flags.RESIDUAL_IN_SHARDED)},
+        r"a residual may be sharded without an addend, or a factor in memory, only",
     ),
     "two epsilons": ({"epsilon_tensor": torch.ones(2)}, r"epsilon_tensor must have one element, got shape \[2\]"),
     "epsilon dtype": (

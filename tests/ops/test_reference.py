@@ -290,6 +290,41 @@ def test_an_addend_is_rounded_where_the_graph_rounds(dtype: torch.dtype, row: bo
         assert torch.equal(given["norm_out"], torch_norm(total, weight, 1e-6))
 
 
+@dtypes
+@pytest.mark.parametrize("kind", ["number", "element", "rows"])
+def test_a_factor_is_rounded_where_the_graph_rounds(dtype: torch.dtype, kind: str) -> None:
+    """Exact: ``r + x * f``, with an addend behind or before the product, and ``x * f`` alone, each step in the tensor's
+    dtype, as eager has them."""
+    x, residual, weight = sample(dtype, 2, 5, 192), sample(dtype, 10, 192), sample(dtype, 192)
+    flat, addend = x.view(10, 192), sample(dtype, 10, 192)
+    factor: Any = {"number": 0.22, "element": sample(dtype, 1), "rows": sample(dtype, 10, 1)}[kind]
+    named = (
+        {"factor_value": factor} if kind == "number" else {"factor": factor.view(2, 5, 1) if kind == "rows" else factor}
+    )
+    forms = [
+        (residual, None, 0, residual + flat * factor),
+        (residual, addend, 0, residual + (flat * factor + addend)),
+        (residual, addend, Flags.ADDEND_LAST, (residual + flat * factor) + addend),
+        (residual, addend, Flags.ADDEND_SCALED, residual + (flat + addend) * factor),
+        (None, None, 0, flat * factor),
+    ]
+    for given_residual, given_addend, flags, total in forms:
+        given = outputs((10, 192), dtype)
+        options = {"residual": given_residual, "addend": given_addend, "flags": int(flags)}
+        run(fused, (x,), given, weight=weight, **options, **named)
+        assert torch.equal(given["allreduce_out"], flat)
+        assert torch.equal(given["residual_out"], total)
+        assert torch.equal(given["norm_out"], torch_norm(total, weight, 1e-6))
+
+
+def test_a_factor_in_fp32() -> None:
+    """Beside a 16-bit tensor it is multiplied in fp32, and the product rounded."""
+    x, factor = sample(torch.bfloat16, 6, 128), torch.randn(6, 1)
+    given = {"residual_out": torch.empty(6, 128).bfloat16()}
+    run(fused, (x,), given, factor=factor)
+    assert torch.equal(given["residual_out"], (x.float() * factor).bfloat16())
+
+
 def test_an_addend_beside_an_fp32_residual() -> None:
     """The sum with the addend is rounded, the sum with the fp32 residual is not; an unrounded last sum likewise."""
     x, addend, wide = sample(torch.bfloat16, 6, 128), sample(torch.bfloat16, 128), torch.randn(6, 128)

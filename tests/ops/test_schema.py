@@ -24,6 +24,8 @@ EPILOGUE = [
     ("scale_value", "float", 1.0, False, False),
     ("addend", "Optional[Tensor]", None, True, False),
     ("epsilon_tensor", "Optional[Tensor]", None, True, False),
+    ("factor", "Optional[Tensor]", None, True, False),
+    ("factor_value", "float", 1.0, True, False),
     ("allreduce_out", "Optional[Tensor]", None, True, True),
     ("residual_out", "Optional[Tensor]", None, True, True),
     ("norm_out", "Optional[Tensor]", None, True, True),

@@ -115,7 +115,7 @@ def broadcast_all_reduce(x: Tensor, w: Tensor) -> Tensor:
 
 
 def scaled(x: Tensor, w: Tensor) -> Tensor:
-    return llama(x + reduce(x) * 0.22, w, EPS)
+    return llama(x + reduce(x) / 3, w, EPS)
 
 
 def divided(x: Tensor, w: Tensor) -> Tensor:
@@ -198,7 +198,7 @@ CASES: dict[Callable[..., Any], str] = {
     double: "torch.float64",
     integers: "torch.int32",
     broadcast_residual: "(aten.add.Tensor) stands between it and the norm",
-    scaled: "stands between it and the norm mul_2 (aten.mul.Tensor); FusionConfig(reassociate=True) takes that before",
+    scaled: "stands between it and the norm mul_1 (aten.mul.Tensor); FusionConfig(reassociate=True) takes that before",
     divided: "(aten.div.Tensor) stands between it and the norm mul_1 (aten.mul.Tensor)",
     broadcast_all_reduce: "aten.add.Tensor",
     scaled_residual: "aten.add.Tensor",

@@ -45,6 +45,8 @@ def arguments(
         "scale_value": 0.5,
         "addend": None,
         "epsilon_tensor": None,
+        "factor": None,
+        "factor_value": 1.0,
         **{name: given.get(name) if name in names else None for name in flashinfer_outputs},
         **changes,
     }
@@ -74,6 +76,8 @@ REFUSED: list[tuple[dict[str, Any], int, tuple[int, int], str]] = [
     ({"allreduce_out": torch.ones(T, H, dtype=BF16)}, 4, SM90, "all-reduce's result beside the residual"),
     ({"addend": torch.ones(H, dtype=BF16)}, 4, SM90, "adds a residual, and nothing beside it"),
     ({"epsilon_tensor": torch.ones(1)}, 4, SM90, "takes epsilon as a number"),
+    ({"factor": torch.ones(1)}, 4, SM90, "multiplies the all-reduce's result by nothing"),
+    ({"factor_value": 0.5}, 4, SM90, "multiplies the all-reduce's result by nothing"),
     ({"norm_out": None}, 4, SM90, "adds a residual only in front of a norm"),
     ({"spec": nvfp4(0, "")}, 4, SM90, "NVFP4 conversion writes zeros before sm_100, this is sm_90"),
     ({"spec": nvfp4(1, "")}, 4, SM100, "scales of layout 8x4 unwritten"),

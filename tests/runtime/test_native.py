@@ -151,9 +151,9 @@ def _fallback_ranks(rank: int, world: int, file: str) -> None:
             assert torch.equal(out["scale_out"], want.scales)
             if with_reduced:
                 assert torch.equal(out["allreduce_out"], total)
-        rare = {"addend": weight, "epsilon_tensor": torch.tensor(0.25, dtype=torch.float64)}
-        flags = int(Flags.ADDEND_LAST | Flags.DIVIDE_BY_ROOT)
-        options = {"addend": weight, "epsilon": rare["epsilon_tensor"], "flags": flags}
+        rare = {"addend": weight, "epsilon_tensor": torch.tensor(0.25, dtype=torch.float64), "factor_value": 0.3}
+        flags = int(Flags.ADDEND_SCALED | Flags.DIVIDE_BY_ROOT)
+        options = {"addend": weight, "epsilon": rare["epsilon_tensor"], "flags": flags, "factor_value": 0.3}
         other = reference.epilogue(total, residual, weight, None, **options)
         norm = torch.empty(5, 256, dtype=torch.bfloat16)
         call(*arguments, residual, weight, None, name, flags=flags, **rare, norm_out=norm)

@@ -121,6 +121,9 @@ class Norm:
         quant: the quantiser inside the same op, or None.
         addend: what is added beside a residual, in the tensor's dtype: of its shape, or one row of it; with
             ``Flags.ADDEND_LAST`` behind the residual.
+        factor: what the reduced value is multiplied by before anything is added, with ``Flags.ADDEND_SCALED`` behind
+            the addend: a number, or the node of one element or of one for each row. The product is rounded to the
+            tensor's dtype.
         epsilon_at: the node that holds epsilon: the sum with it, or the op that takes it; None where there is none.
     """
 
@@ -136,6 +139,7 @@ class Norm:
     quant: Quantised | None = None
     epsilon_at: fx.Node | None = None
     addend: fx.Node | None = None
+    factor: float | fx.Node = 1.0
 
     @property
     def result(self) -> fx.Node:

@@ -27,8 +27,10 @@ from arfusion_pass.graph import (
     last_dim,
     other_operand,
     peel,
+    prims,
     row_views,
     same_rows,
+    same_shape,
     source_of,
     statically_equal,
     tensor_of,
@@ -121,10 +123,72 @@ def sums(value: fx.Node) -> Iterator[Sum]:
                 yield Sum(add, (*casts, add), residual, add)
             elif dtype_of(add) == torch.float32:
                 yield Sum(add, (*casts, add), residual, add, Flags.UNROUNDED_SUM, dtype_of(value))
-                for rounded in users_of(add, torch.ops.prims.convert_element_type.default):
+                for rounded in users_of(add, prims.convert_element_type.default):
                     # An fp32 residual whose sum is rounded before the norm is no form that the kernels have.
                     if dtype_of(rounded) == dtype_of(value) == dtype_of(residual):
                         yield Sum(rounded, (*casts, add, rounded), residual, rounded)
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A value times a factor, in the value's dtype.
+
+    Attributes:
+        node: the node that stands for the product.
+        nodes: the nodes between the value and the product, that included.
+        factor: a number, or the node of one element or of one for each row, without lossless casts.
+    """
+
+    node: fx.Node
+    nodes: tuple[fx.Node, ...]
+    factor: float | fx.Node
+
+
+def products(value: fx.Node) -> Iterator[Product]:
+    """The products of ``value``, in its dtype or rounded to that behind fp32, with what is one for a row: a number, one
+    element, or one element for each row; and its quotients by a power of two, which are products as exactly."""
+    dtype = dtype_of(value)
+    for operand in (value, *(user for user in value.users if widens(user) and user is not value)):
+        for step in users_of(operand, aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
+            factor = _factor(step, operand)
+            if factor is None or not same_shape(step, operand):
+                continue
+            casts = () if operand is value else (operand,)
+            if dtype_of(step) == dtype:
+                if operand is value and (not isinstance(factor, fx.Node) or dtype_of(factor) == dtype):
+                    yield Product(step, (*casts, step), factor)
+            elif dtype_of(step) == torch.float32:
+                for rounded in users_of(step, prims.convert_element_type.default):
+                    if dtype_of(rounded) == dtype:
+                        yield Product(rounded, (*casts, step, rounded), factor)
+
+
+def _factor(step: fx.Node, operand: fx.Node) -> float | fx.Node | None:
+    """What ``step`` multiplies ``operand`` by; None where that is not one for a row."""
+    other = other_operand(step, operand)
+    number = constant(other, operation=step)
+    if step.target in (aten.div.Tensor, aten.div.Scalar):
+        if number is None or step.args[0] is not operand:
+            return None
+        exact = abs(math.frexp(number)[0]) == 0.5 and 2**-100 < abs(number) < 2**100
+        return 1 / number if exact else None
+    if number is not None:
+        return number
+    factor = peel(other)
+    tensor, rows = tensor_of(factor), tensor_of(operand)
+    if tensor is None or rows is None or tensor.device != rows.device or is_call(factor, aten.rsqrt.default):
+        return None  # a root is a norm's own
+    if tensor.dtype not in (rows.dtype, torch.float32):
+        return None
+    return factor if statically_equal(tensor.numel(), 1) or is_row_factor(factor, operand) else None
+
+
+def is_row_factor(node: Any, operand: fx.Node) -> bool:
+    """Whether ``node`` has one element for each row of ``operand``, in the shape that rows are multiplied in."""
+    one, rows = tensor_of(node), tensor_of(operand)
+    if one is None or rows is None or one.dim() != rows.dim():
+        return False
+    return all(map(statically_equal, one.shape, (*rows.shape[:-1], 1)))
 
 
 def is_row(node: Any, hidden: int | None) -> bool:

@@ -208,8 +208,9 @@ def run_blocks(library: ctypes.CDLL, ranks: list[Rank], seed: int) -> None:
     spec = rng.choice((NO_QUANT, *SPECS.values()))
     outputs = ("residual_out", "quant_out") if spec != NO_QUANT else ("residual_out", "norm_out")
     config = Config(
-        block * count * world, 2304, outputs=outputs, spec=spec, seed=seed, addend=rng.choice(("none", "rows"))
-    )
+        block * count * world, 2304, outputs=outputs, spec=spec, seed=seed, addend=rng.choice(("none", "rows")),
+        factor=rng.choice(("none", "value", "rows")),
+    )  # fmt: skip
     shared, xs = shared_inputs(config, DEVICE), [rank_input(config, r, DEVICE) for r in range(world)]
     owner = torch.arange(config.tokens) // block % world
     launches, keep = [], []
@@ -219,7 +220,7 @@ def run_blocks(library: ctypes.CDLL, ranks: list[Rank], seed: int) -> None:
         for r, (rank, x) in enumerate(zip(ranks, xs, strict=True)):
             given = shared
             if flags == BLOCKS:
-                mine = {name: getattr(shared, name) for name in ("residual", "addend")}
+                mine = {name: getattr(shared, name) for name in ("residual", "addend", "factor")}
                 given = dataclasses.replace(
                     shared, **{k: None if t is None else t[owner == r] for k, t in mine.items()}
                 )

@@ -32,6 +32,8 @@ class Call:
         self.residual = None if self.shared.residual is None else self.shared.residual[self.own]
         addend = self.shared.addend
         self.addend = addend if addend is None or addend.dim() == 1 else addend[self.own]
+        factor = self.shared.factor
+        self.factor = factor if factor is None or factor.dim() == 0 else factor[self.own]
         self.wanted, self.result = allocate(config, env.device), allocate(config, env.device)
         share = dataclasses.replace(config, tokens=config.tokens // env.world)
         for name in SHARED_ROWS & self.wanted.buffers.keys():
@@ -61,6 +63,8 @@ class Call:
             shared.scale_value,
             self.block,
             addend=self.addend,
+            factor=self.factor,
+            factor_value=shared.factor_value,
             **out,
         )
 
@@ -100,6 +104,7 @@ def calls(env: Env) -> list[Call]:
                     residual="same" if number % 3 else "none", weight_bias=float(number % 5 == 0),
                     flags=int(Flags.UNROUNDED_SUM) if number % 7 == 1 else 0,
                     addend=("none", "none", "row", "none", "rows")[number % 5] if number % 3 else "none",
+                    factor=("none", "rows", "none", "value")[number % 4] if first == "residual_out" else "none",
                 ),
                 count,
             )
