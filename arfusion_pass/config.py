@@ -55,7 +55,8 @@ class FusionConfig:
             leading dimensions and the sum of two all-reduces before the all-reduce, what is added in between behind
             them or into what is added next (:mod:`arfusion_pass.rewrite.reassociate`). Not bit-exact: it rounds
             elsewhere. Weights of ``[H]`` or one element, and the residual stream, are taken to be the same on all
-            ranks of a group. One tensor beside the residual fuses exactly without it.
+            ranks of a group. One tensor beside the residual, and a factor of one element or of one for each row, fuse
+            exactly without it; with it such a factor goes before the all-reduce where it can.
         sequence_parallel: also fuse ``reduce_scatter -> (add +) RMSNorm -> (quantise) -> all_gather``, as DTensor's
             ``SequenceParallel`` and engines' passes leave it, into one call of the kernels; in a group without peer
             access one kernel between the two collectives.
