@@ -77,7 +77,8 @@ ARF_DEVICE float butterfly_sum(float s) {
 /* What a kernel's calls cannot ask for (params.h: Calls) costs it neither a branch nor a register. */
 template <int kDtype, int kFamily, int kHeld, int kCalls>
 struct Epilogue {
-  static constexpr bool kCommon = kCalls != kAnyCalls, kStraight = kCalls == kStraightCalls;
+  static constexpr bool kSteps = kCalls == kSteppedCalls; /* a factor or an addend */
+  static constexpr bool kStraight = kCalls == kStraightCalls || kSteps, kCommon = kStraight || kCalls == kCommonCalls;
   static constexpr int N = kElements<kDtype>;
   static constexpr bool kWide = N == 8 && !kCommon; /* an fp32 row beside T takes two 16-byte loads a vector */
   using Q = Quantiser<kDtype>;
@@ -87,13 +88,15 @@ struct Epilogue {
 
   struct Residual {
     uint4 a, b;
+    uint4 addend; /* of stepped calls; -0.0, which changes nothing, where there is none, and a factor of 1 */
+    float factor;
   };
 
   ARF_DEVICE static bool has_weight(const Params& p) { return kCommon || p.weight; }
   ARF_DEVICE static bool needs_norm(const Params& p) { return kCommon || p.need_norm; }
 
   /* Vector v of what is added to token t beside the residual. It and a factor are fetched into L2 with the residual and loaded
-   * where they are used, so that calls without them hold no register for them. */
+   * where they are used, so that calls without them hold no register for them; those of stepped calls are loaded with it. */
   ARF_DEVICE static const uint4* addend_at(const Params& p, uint32_t t, uint32_t v) {
     return static_cast<const uint4*>(p.addend) + (p.addend_rows ? static_cast<uint64_t>(t) * p.vectors : 0) + v;
   }
@@ -110,6 +113,11 @@ struct Epilogue {
   ARF_DEVICE static Residual load_residual(const Params& p, uint32_t t, uint32_t v, bool holds) {
     Residual r = {};
     if (holds) prefetch_rare(p, t, v);
+    if constexpr (kSteps) {
+      constexpr uint32_t kNegativeZeros = 0x80008000u;
+      r.addend = p.addend && holds ? *addend_at(p, t, v) : make_uint4(kNegativeZeros, kNegativeZeros, kNegativeZeros, kNegativeZeros);
+      r.factor = p.factor_kind ? factor_of(p, t) : 1.0f;
+    }
     if ((kStraight || p.residual) && holds) {
       const uint4* row = static_cast<const uint4*>(p.residual) + t * p.residual_stride;
       if (kWide && p.residual_fp32) {
@@ -303,6 +311,16 @@ struct Epilogue {
     }
   }
 
+  ARF_DEVICE static uint4 scale_and_add_straight(uint4 reduced, const Residual& r, uint32_t flags) {
+    if (flags & kAddendScaled) reduced = add<kDtype>(reduced, r.addend);
+    float x[N];
+    unpack<kDtype>(reduced, x);
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = __fmul_rn(x[i], r.factor);
+    reduced = pack<kDtype>(x);
+    return flags & kAddendScaled ? reduced : add<kDtype>(reduced, r.addend);
+  }
+
   ARF_DEVICE static float factor_of(const Params& p, uint32_t t) {
     if (p.factor_kind == ARF_FACTOR_VALUE) return p.factor_value;
     return load_number(p.factor, factor_index(p, t), p.factor_fp32 ? ARF_FP32 : kDtype);
@@ -311,6 +329,7 @@ struct Epilogue {
   /* From the sum over ranks to the value that the norm reads; writes allreduce_out and residual_out. */
   ARF_DEVICE static void add_residual(const Params& p, uint32_t t, uint32_t v, const uint4& reduced, const Residual& r,
                                       float (&value)[N], const Targets& to) {
+    if constexpr (kSteps) return add_residual_straight(scale_and_add_straight(reduced, r, to.flags), r.a, value, to);
     if constexpr (kStraight) return add_residual_straight(reduced, r.a, value, to);
     if (p.allreduce_out) store_packed(p, p.allreduce_out, t, v, reduced);
     unpack<kDtype>(reduced, value);

@@ -83,7 +83,7 @@ struct Kernel {
     uint32_t first, end;
   };
   ARF_DEVICE static Rows rows_of(const Params& p, uint32_t c, uint32_t count, uint32_t rows) {
-    if constexpr (kCalls == kStraightCalls) return {c, c + 1};
+    if constexpr (E::kStraight) return {c, c + 1};
     const uint32_t over = rows - count * p.rows_each, first = c * p.rows_each + min(c, over);
     return {first, first + p.rows_each + (c < over)};
   }
@@ -159,8 +159,8 @@ struct Kernel {
     E::know(scratch, at, given);
     rotate(p, link, cta, ctas);
     /* A straight call's CTA has one row. */
-    for (uint32_t t = first; kCalls == kStraightCalls ? at.row == 0 : t < end; ++t, ++at.row) {
-      if (kCalls != kStraightCalls && t != first) {
+    for (uint32_t t = first; E::kStraight ? at.row == 0 : t < end; ++t, ++at.row) {
+      if (!E::kStraight && t != first) {
         keep_together(at);
         own = load_own(p, at, t);
         if (!p.pushers) push_row(p, link, at, t, own);
@@ -185,13 +185,13 @@ struct Kernel {
       }
       E::norm_and_quantise(p, scratch, at, given, t, row, to);
       if (t == first) stamp(kStored);
-      if (kCalls == kStraightCalls && !(at.flags & kTriggerEarly)) let_next_kernel_start(); /* behind the outputs' stores */
+      if (E::kStraight && !(at.flags & kTriggerEarly)) let_next_kernel_start(); /* behind the outputs' stores */
 #pragma unroll
       for (int k = 0; k < kHeld; ++k) {
         if (holds(p, at, k)) empty_all<kWorld>(p, link, p.own + offset_of(p, link, at, t, k));
       }
     }
-    if (kCalls != kStraightCalls && !(p.flags & kTriggerEarly)) let_next_kernel_start();
+    if (!E::kStraight && !(p.flags & kTriggerEarly)) let_next_kernel_start();
     end_alone(p, link, cta, beside);
     keep_stamps(p, link.generation, cta);
   }
@@ -418,6 +418,7 @@ constexpr int mx_of(int calls) { return calls == kStraightCalls ? kMx : kDynamic
 constexpr int usual_of(int calls) { return calls == kAnyCalls ? kDynamic : kUsual; }
 constexpr int token_of(int calls, int family) { return calls == kStraightCalls ? family : usual_of(calls); }
 constexpr int straight_of(int dtype) { return dtype == ARF_FP32 ? kCommonCalls : kStraightCalls; }
+constexpr int stepped_of(int dtype) { return dtype == ARF_FP32 ? kAnyCalls : kSteppedCalls; }
 
 /* A kernel for every family. */
 struct KernelRow {
@@ -441,6 +442,25 @@ struct KernelRow {
    reinterpret_cast<const void*>(&arf::fused_kernel<DTYPE, WORLD, arf::mx_of(CALLS), HELD, TWO, CALLS>),                 \
    reinterpret_cast<const void*>(&arf::fused_kernel<DTYPE, WORLD, arf::token_of(CALLS, arf::kToken), HELD, TWO, CALLS>), \
    reinterpret_cast<const void*>(&arf::fused_kernel<DTYPE, WORLD, arf::token_of(CALLS, arf::kTokenRounded), HELD, TWO, CALLS>)}
+/* Of stepped calls norms and static FP8 alone; nobody asks for the rest. */
+#define ARF_STEPPED_ROW(DTYPE, WORLD)                                                                                   \
+  {reinterpret_cast<const void*>(&arf::fused_kernel<DTYPE, WORLD, arf::kPlain, 1, false, arf::stepped_of(DTYPE)>),      \
+   reinterpret_cast<const void*>(&arf::fused_kernel<DTYPE, WORLD, arf::kStatic, 1, false, arf::stepped_of(DTYPE)>),     \
+   reinterpret_cast<const void*>(&arf::fused_kernel<DTYPE, WORLD, arf::kDynamic, 1, false, arf::kAnyCalls>),            \
+   reinterpret_cast<const void*>(&arf::fused_kernel<DTYPE, WORLD, arf::kFp4, 1, false, arf::kAnyCalls>),                \
+   reinterpret_cast<const void*>(&arf::fused_kernel<DTYPE, WORLD, arf::kDynamic, 1, false, arf::kAnyCalls>),            \
+   reinterpret_cast<const void*>(&arf::fused_kernel<DTYPE, WORLD, arf::kDynamic, 1, false, arf::kAnyCalls>),            \
+   reinterpret_cast<const void*>(&arf::fused_kernel<DTYPE, WORLD, arf::kDynamic, 1, false, arf::kAnyCalls>),            \
+   reinterpret_cast<const void*>(&arf::fused_kernel<DTYPE, WORLD, arf::kDynamic, 1, false, arf::kAnyCalls>)}
+#define ARF_SIMULATED_STEPPED_ROW(DTYPE)                                                                                \
+  {reinterpret_cast<const void*>(&arf::simulated_kernel<DTYPE, arf::kPlain, false, arf::stepped_of(DTYPE)>),            \
+   reinterpret_cast<const void*>(&arf::simulated_kernel<DTYPE, arf::kStatic, false, arf::stepped_of(DTYPE)>),           \
+   reinterpret_cast<const void*>(&arf::simulated_kernel<DTYPE, arf::kDynamic, false, arf::kAnyCalls>),                  \
+   reinterpret_cast<const void*>(&arf::simulated_kernel<DTYPE, arf::kFp4, false, arf::kAnyCalls>),                      \
+   reinterpret_cast<const void*>(&arf::simulated_kernel<DTYPE, arf::kDynamic, false, arf::kAnyCalls>),                  \
+   reinterpret_cast<const void*>(&arf::simulated_kernel<DTYPE, arf::kDynamic, false, arf::kAnyCalls>),                  \
+   reinterpret_cast<const void*>(&arf::simulated_kernel<DTYPE, arf::kDynamic, false, arf::kAnyCalls>),                  \
+   reinterpret_cast<const void*>(&arf::simulated_kernel<DTYPE, arf::kDynamic, false, arf::kAnyCalls>)}
 #define ARF_SIMULATED_ROW(DTYPE, TWO, CALLS)                                                                            \
   {reinterpret_cast<const void*>(&arf::simulated_kernel<DTYPE, arf::kPlain, TWO, CALLS>),                               \
    reinterpret_cast<const void*>(&arf::simulated_kernel<DTYPE, arf::kStatic, TWO, CALLS>),                              \
@@ -455,16 +475,16 @@ struct KernelRow {
       ARF_FUSED_ROW(DTYPE, 1, arf::kMaxVectors<DTYPE>, false, arf::kAnyCalls),                                          \
       ARF_FUSED_ROW(DTYPE, 1, 1, false, arf::kAnyCalls), ARF_FUSED_ROW(DTYPE, 1, 1, false, arf::kCommonCalls)};
 #define ARF_WORLD_TABLE(DTYPE, WORLD)                                                                                   \
-  static const arf::KernelRow table[5] = {                                                                              \
+  static const arf::KernelRow table[6] = {                                                                              \
       ARF_FUSED_ROW(DTYPE, WORLD, 1, false, arf::kAnyCalls), ARF_FUSED_ROW(DTYPE, WORLD, 1, true, arf::kAnyCalls),      \
       ARF_FUSED_ROW(DTYPE, WORLD, 1, false, arf::kCommonCalls), ARF_FUSED_ROW(DTYPE, WORLD, 1, true, arf::kCommonCalls), \
-      ARF_FUSED_ROW(DTYPE, WORLD, 1, false, arf::straight_of(DTYPE))};
+      ARF_FUSED_ROW(DTYPE, WORLD, 1, false, arf::straight_of(DTYPE)), ARF_STEPPED_ROW(DTYPE, WORLD)};
 #define ARF_ANY_TABLE(DTYPE)                                                                                            \
   static const arf::KernelRow table[2] = {                                                                              \
       ARF_FUSED_ROW(DTYPE, 0, arf::kMaxVectors<DTYPE>, false, arf::kAnyCalls),                                          \
       ARF_FUSED_ROW(DTYPE, 0, arf::kMaxVectors<DTYPE>, true, arf::kAnyCalls)};
 #define ARF_SIMULATED_TABLE(DTYPE)                                                                                      \
-  static const arf::KernelRow table[5] = {                                                                              \
+  static const arf::KernelRow table[6] = {                                                                              \
       ARF_SIMULATED_ROW(DTYPE, false, arf::kAnyCalls), ARF_SIMULATED_ROW(DTYPE, true, arf::kAnyCalls),                  \
       ARF_SIMULATED_ROW(DTYPE, false, arf::kCommonCalls), ARF_SIMULATED_ROW(DTYPE, true, arf::kCommonCalls),            \
-      ARF_SIMULATED_ROW(DTYPE, false, arf::straight_of(DTYPE))};
+      ARF_SIMULATED_ROW(DTYPE, false, arf::straight_of(DTYPE)), ARF_SIMULATED_STEPPED_ROW(DTYPE)};

@@ -27,8 +27,7 @@ ARF_DECLARE(fp32)
 static const KernelGetter kGetters[3][kWorlds] = {ARF_GETTERS(bf16), ARF_GETTERS(fp16), ARF_GETTERS(fp32)};
 
 const void* find_kernel(int dtype, const Plan& plan, uint32_t most_rows) {
-  constexpr int kStraightRow = 4;
-  return kGetters[dtype][plan.kernels](plan.straight && most_rows == 1 ? kStraightRow : plan.kernel_row, plan.family);
+  return kGetters[dtype][plan.kernels](plan.one_row && most_rows == 1 ? plan.one_row : plan.kernel_row, plan.family);
 }
 
 namespace {
@@ -233,16 +232,21 @@ void split_rows(int64_t tokens, int major, Plan* plan) {
 }
 
 constexpr uint32_t kUncommon = kAddendLast | kDivideByRoot | kReciprocalRoot;
+constexpr int kStraightRow = 4, kSteppedRow = 5; /* of a kernel table */
 
-/* What most models' graphs ask for: tensors of one dtype and a weight. Kernels of their own (template parameter kCalls) do
- * without the branches and registers of everything else. */
-bool is_common(const arf_call& c) {
+bool has_steps(const arf_call& c) { return c.addend || c.factor_kind; }
+
+/* What most models' graphs ask for, but for steps in front of the residual: tensors of one dtype and a weight. */
+bool is_usual_norm(const arf_call& c) {
   const bool fp32_beside = c.residual_fp32 || c.residual_out_fp32 || c.weight_fp32 || c.norm_out_fp32;
-  return c.op == ARF_OP_ALLREDUCE && c.weight && (c.norm_out || c.quant_out) && !(c.flags & kUncommon) && !c.addend &&
-         !c.epsilon_tensor && !c.factor_kind && (c.dtype == ARF_FP32 || !fp32_beside);
+  return c.op == ARF_OP_ALLREDUCE && c.weight && (c.norm_out || c.quant_out) && !(c.flags & kUncommon) &&
+         !c.epsilon_tensor && (c.dtype == ARF_FP32 || !fp32_beside);
 }
 
-/* Of a common call with the quantiser's family set: a straight one (params.h: Calls). */
+/* Kernels of their own (template parameter kCalls) do without the branches and registers of everything else. */
+bool is_common(const arf_call& c) { return is_usual_norm(c) && !has_steps(c); }
+
+/* Of a usual norm with the quantiser's family set: a straight call (params.h: Calls), but for steps. */
 bool is_straight(const arf_call& c, int family) {
   const bool writes = family == kPlain ? c.norm_out && !c.quant_out : family != kDynamic && !c.norm_out;
   return c.dtype != ARF_FP32 && c.residual && c.residual_out && !c.allreduce_out && c.weight_bias == 0.0f && writes;
@@ -281,6 +285,10 @@ int family_of(const arf_call& c) {
 int usual_family(const arf_call& c) {
   if ((c.quant >> 32) - 1 != -1 || c.dtype == ARF_FP32) return kUsual;
   return c.flags & kRoundBeforeWeight ? kTokenRounded : kToken;
+}
+
+bool is_stepped(const arf_call& c, int family) {
+  return has_steps(c) && is_usual_norm(c) && (family == kPlain || (family == kStatic && is_usual(c))) && is_straight(c, family);
 }
 
 /* Among the kernels for common calls there is one static FP8, the usual; the usual dynamic ones have a family of their own. */
@@ -328,7 +336,8 @@ std::string make_plan(int world, int64_t workspace_bytes, const arf_call& c, boo
   plan->pushers = 0;
   plan->rows_each = 1;
   plan->quiet = false;
-  plan->common = plan->straight = false;
+  plan->common = false;
+  plan->one_row = 0;
   plan->family = family_of(c);
   if (world == 1) {
     plan->strategy = ARF_AUTO;
@@ -376,7 +385,9 @@ std::string make_plan(int world, int64_t workspace_bytes, const arf_call& c, boo
   plan->kernels = simulated ? kSimulated : wide ? kAny : world == 2 ? kTwo : world == 4 ? kFour : world == 8 ? kEight : kAny;
   if (!wide && plan->kernels != kAny) set_common(c, plan);
   if (plan->common) plan->kernel_row += 2;
-  plan->straight = plan->common && strategy == ARF_ONESHOT && is_straight(c, plan->family);
+  if (strategy == ARF_ONESHOT && !wide && plan->kernels != kAny) {
+    plan->one_row = plan->common ? (is_straight(c, plan->family) ? kStraightRow : 0) : is_stepped(c, plan->family) ? kSteppedRow : 0;
+  }
   if (strategy == ARF_SHARDED) {
     if (world > 2 && !simulated) plan->common = false, plan->family = family_of(c);
     plan->kernels = kShardedAll;

@@ -18,7 +18,8 @@ struct Plan {
   int threads;
   int cluster;
   int split;
-  bool common, straight; /* what the kernels know of the call (params.h: Calls) */
+  bool common; /* what the kernels know of the call (params.h: Calls) */
+  int one_row; /* of the kernel table, for CTAs that finish one row each; 0: none of its own */
   int pushers;  /* CTAs that only push */
   int rows_each; /* rows that a CTA finishes at least */
   bool quiet;

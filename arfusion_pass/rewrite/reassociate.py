@@ -8,8 +8,8 @@
     addmm(all_reduce(x), a, b), r - c * y, ...  -> the same in mul, mm and add      and on, as above
 
 One tensor beside the residual is exact as it stands, and stays: an addend of the fused call. A factor of one element or
-of one for each row would be exact as well; it goes before the all-reduce all the same, where two may then become one and
-the kernels for calls without a factor serve, and where it cannot go it stays.
+of one for each row would be exact as well; it goes before the all-reduce all the same, where two of these may then
+become one, and stays where it cannot go.
 
 ``c`` is a number, a one-element tensor, a learned ``[H]`` vector, or one element a row, such as a shared expert's gate
 ``sigmoid(norm(h) @ w)``; a step may be taken in fp32 on a 16-bit sum. Equal in exact arithmetic, rounded elsewhere:

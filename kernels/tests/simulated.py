@@ -242,7 +242,7 @@ def cases() -> list[Config]:
         made.append(
             Config(tokens=tokens, hidden=hidden if dtype != torch.float32 else hidden // 2, dtype=dtype, outputs=plain)
         )
-    return made + straight_cases() + token_rows() + rare.configs()
+    return made + straight_cases() + stepped_cases() + token_rows() + rare.configs()
 
 
 PAYLOADS = ("specials", "negative_zero", "sentinel", "subnormal", "nan_rank")
@@ -265,6 +265,31 @@ def straight_cases() -> list[Config]:
     for payload, dtype, name in itertools.product(PAYLOADS, (torch.bfloat16, torch.float16), STRAIGHT):
         outputs = ("residual_out", "quant_out")
         made.append(Config(tokens=5, hidden=1024, dtype=dtype, spec=SPECS[name], payload=payload, outputs=outputs))
+    return made
+
+
+def stepped_cases() -> list[Config]:
+    """Straight but for a factor or an addend: kernels of their own (plan.cu: is_stepped)."""
+    made = []
+    steps = [
+        step
+        for step in itertools.product(("none", "row", "rows"), (("none", False), *rare.FACTORS))
+        if step[0] != "none" or step[1][0] != "none"
+    ]
+    for dtype, name, (addend, (factor, wide)) in itertools.product(
+        (torch.bfloat16, torch.float16), ("", "static"), steps
+    ):
+        spec, outputs = SPECS[name] if name else NO_QUANT, ("residual_out", "quant_out" if name else "norm_out")
+        both = addend != "none" and factor != "none"
+        for flag in (0, 3, *((int(Flags.ADDEND_SCALED),) if both else ())):
+            hidden = 4096 if flag & 2 else 2176
+            shape = Config(tokens=3, hidden=hidden, dtype=dtype, spec=spec, flags=flag, outputs=outputs)
+            made.append(dataclasses.replace(shape, addend=addend, factor=factor, factor_fp32=wide))
+    for payload, dtype, residual in itertools.product(
+        PAYLOADS, (torch.bfloat16, torch.float16), ("same", "negative_zero")
+    ):
+        shape = Config(tokens=5, hidden=1024, dtype=dtype, payload=payload, residual=residual)
+        made += [dataclasses.replace(shape, factor="value"), dataclasses.replace(shape, addend="row")]
     return made
 
 
@@ -525,7 +550,7 @@ def main() -> None:
             c
             for i, c in enumerate(everything)
             if (i % 23 == 0 and c.tokens < 200) or ((c.tokens, c.hidden) == (257, PUSHED) and c.addend == "none")
-        ] + straight_cases()[::7]
+        ] + (straight_cases() + stepped_cases())[::7]
         everything += [
             c for c in rare.configs() if c.dtype == torch.bfloat16 and c.tokens in (6, 40) and c.hidden <= 720
         ]

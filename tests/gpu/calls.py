@@ -37,10 +37,11 @@ ROUNDING_FLAGS = (
 class Config:
     """A call of ``arfusion::allreduce_rms_norm``.
 
-    ``residual`` and ``weight`` are ``"none"``, ``"same"`` (the input's dtype) or ``"fp32"``; ``addend`` is ``"none"``,
-    ``"row"`` or ``"rows"``; ``factor`` is ``"none"``, ``"value"``, ``"element"`` or ``"rows"``, and ``factor_fp32`` its
-    dtype. ``epsilon_in``: epsilon comes in a tensor of that dtype. ``outputs`` without ``scale_out``: it follows from
-    the quantiser. ``payload`` names a way of filling the inputs.
+    ``residual`` and ``weight`` are ``"none"``, ``"same"`` (the input's dtype) or ``"fp32"``, a residual
+    ``"negative_zero"`` as well; ``addend`` is ``"none"``, ``"row"`` or ``"rows"``; ``factor`` is ``"none"``,
+    ``"value"``, ``"element"`` or ``"rows"``, and ``factor_fp32`` its dtype. ``epsilon_in``: epsilon comes in a tensor
+    of that dtype. ``outputs`` without ``scale_out``: it follows from the quantiser. ``payload`` names a way of filling
+    the inputs.
     """
 
     tokens: int
@@ -116,7 +117,9 @@ def shared_inputs(config: Config, device: torch.device) -> Shared:
     shape = (config.tokens, config.hidden)
     residual = weight = scale = None
     kinds = {"same": config.dtype, "fp32": torch.float32}
-    if config.residual != "none":
+    if config.residual == "negative_zero":
+        residual = torch.full(shape, -0.0, device=device, dtype=config.dtype)
+    elif config.residual != "none":
         residual = torch.randn(shape, generator=generator, device=device).to(kinds[config.residual])
     if config.weight != "none":
         weight = torch.randn(config.hidden, generator=generator, device=device).to(kinds[config.weight])
