@@ -77,8 +77,9 @@ ARF_DEVICE float butterfly_sum(float s) {
 /* What a kernel's calls cannot ask for (params.h: Calls) costs it neither a branch nor a register. */
 template <int kDtype, int kFamily, int kHeld, int kCalls>
 struct Epilogue {
-  static constexpr bool kSteps = kCalls == kSteppedCalls; /* a factor or an addend */
-  static constexpr bool kStraight = kCalls == kStraightCalls || kSteps, kCommon = kStraight || kCalls == kCommonCalls;
+  static constexpr bool kNear = kCalls == kNearCalls;
+  static constexpr bool kStraight = kCalls == kStraightCalls || kNear, kCommon = kStraight || kCalls == kCommonCalls;
+  static constexpr bool kKnowsEpsilon = kCommon && !kNear;
   static constexpr int N = kElements<kDtype>;
   static constexpr bool kWide = N == 8 && !kCommon; /* an fp32 row beside T takes two 16-byte loads a vector */
   using Q = Quantiser<kDtype>;
@@ -88,7 +89,7 @@ struct Epilogue {
 
   struct Residual {
     uint4 a, b;
-    uint4 addend; /* of stepped calls; -0.0, which changes nothing, where there is none, and a factor of 1 */
+    uint4 addend; /* of near calls; -0.0, which changes nothing, where there is none, and a factor of 1 */
     float factor;
   };
 
@@ -96,7 +97,7 @@ struct Epilogue {
   ARF_DEVICE static bool needs_norm(const Params& p) { return kCommon || p.need_norm; }
 
   /* Vector v of what is added to token t beside the residual. It and a factor are fetched into L2 with the residual and loaded
-   * where they are used, so that calls without them hold no register for them; those of stepped calls are loaded with it. */
+   * where they are used, so that calls without them hold no register for them; those of near calls are loaded with it. */
   ARF_DEVICE static const uint4* addend_at(const Params& p, uint32_t t, uint32_t v) {
     return static_cast<const uint4*>(p.addend) + (p.addend_rows ? static_cast<uint64_t>(t) * p.vectors : 0) + v;
   }
@@ -113,7 +114,7 @@ struct Epilogue {
   ARF_DEVICE static Residual load_residual(const Params& p, uint32_t t, uint32_t v, bool holds) {
     Residual r = {};
     if (holds) prefetch_rare(p, t, v);
-    if constexpr (kSteps) {
+    if constexpr (kNear) {
       constexpr uint32_t kNegativeZeros = 0x80008000u;
       r.addend = p.addend && holds ? *addend_at(p, t, v) : make_uint4(kNegativeZeros, kNegativeZeros, kNegativeZeros, kNegativeZeros);
       r.factor = p.factor_kind ? factor_of(p, t) : 1.0f;
@@ -168,7 +169,8 @@ struct Epilogue {
   /* What the epilogue needs once, fetched while the first row is on its way. */
   struct Given {
     Weight weight;
-    float epsilon; /* of common calls it is a parameter */
+    float epsilon; /* of other common calls than near ones it is a parameter */
+    float bias;    /* of near calls: to the weight; -0.0 for none */
     typename Q::Factor factor; /* of static FP8 its scale and how it is applied, of NVFP4 the encode scale */
     uint32_t usual; /* of kUsual: how it quantises */
   };
@@ -180,7 +182,8 @@ struct Epilogue {
   }
 
   ARF_DEVICE static Given given(const Params& p, const Place& at) {
-    Given g = {fetch_weight(p, at), kCommon ? p.epsilon : epsilon(p), {}, 0};
+    Given g = {fetch_weight(p, at), kKnowsEpsilon ? p.epsilon : epsilon(p), 0.0f, {}, 0};
+    if constexpr (kNear) g.bias = p.weight_bias != 0.0f ? p.weight_bias : -0.0f;
     if constexpr (kFamily == kStatic) g.factor = Q::static_factor(p, Q::given_scale(p));
     if constexpr (kFamily == kFp4) g.factor = Q::encode_factor(Q::given_scale(p));
     if constexpr (kFamily == kUsual || kTwoExchanges) g.usual = usual(p);
@@ -329,7 +332,7 @@ struct Epilogue {
   /* From the sum over ranks to the value that the norm reads; writes allreduce_out and residual_out. */
   ARF_DEVICE static void add_residual(const Params& p, uint32_t t, uint32_t v, const uint4& reduced, const Residual& r,
                                       float (&value)[N], const Targets& to) {
-    if constexpr (kSteps) return add_residual_straight(scale_and_add_straight(reduced, r, to.flags), r.a, value, to);
+    if constexpr (kNear) return add_residual_straight(scale_and_add_straight(reduced, r, to.flags), r.a, value, to);
     if constexpr (kStraight) return add_residual_straight(reduced, r.a, value, to);
     if (p.allreduce_out) store_packed(p, p.allreduce_out, t, v, reduced);
     unpack<kDtype>(reduced, value);
@@ -539,11 +542,22 @@ struct Epilogue {
 #pragma unroll
     for (int i = 0; i < N; ++i) x[i] = __fmul_rn(x[i], rstd);
     const bool round_first = kTwoExchanges || (!kOneExchange && to.flags & kRoundBeforeWeight);
+    if constexpr (kNear) return multiply_near(given.bias, weight, round_first, x);
     if (round_first) return multiply<kDtype>(pack<kDtype>(x), weight);
     float w[N];
     unpack<kDtype>(weight, w);
 #pragma unroll
     for (int i = 0; i < N; ++i) x[i] = __fmul_rn(x[i], w[i]);
+    return pack<kDtype>(x);
+  }
+
+  /* With a bias the product is of fp32, whatever is rounded before; without one the product of two values of T is, as in T. */
+  ARF_DEVICE static uint4 multiply_near(float bias, const uint4& weight, bool round_first, float (&x)[N]) {
+    if (round_first) unpack<kDtype>(pack<kDtype>(x), x);
+    float w[N];
+    unpack<kDtype>(weight, w);
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = __fmul_rn(x[i], __fadd_rn(w[i], bias));
     return pack<kDtype>(x);
   }
 
@@ -601,7 +615,7 @@ struct Epilogue {
     }
     const float mean = __fmul_rn(sum, p.inverse_hidden);
     if (at.row == 0) stamp(kReduced);
-    const float rstd = rstd_of(p, __fadd_rn(mean, kCommon ? p.epsilon : given.epsilon));
+    const float rstd = rstd_of(p, __fadd_rn(mean, kKnowsEpsilon ? p.epsilon : given.epsilon));
     if constexpr (kOneExchange) {
       finish_token(p, scratch, at, given, t, largest, rstd, row, to);
     } else if constexpr (kStraight) {

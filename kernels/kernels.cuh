@@ -418,7 +418,7 @@ constexpr int mx_of(int calls) { return calls == kStraightCalls ? kMx : kDynamic
 constexpr int usual_of(int calls) { return calls == kAnyCalls ? kDynamic : kUsual; }
 constexpr int token_of(int calls, int family) { return calls == kStraightCalls ? family : usual_of(calls); }
 constexpr int straight_of(int dtype) { return dtype == ARF_FP32 ? kCommonCalls : kStraightCalls; }
-constexpr int stepped_of(int dtype) { return dtype == ARF_FP32 ? kAnyCalls : kSteppedCalls; }
+constexpr int near_of(int dtype) { return dtype == ARF_FP32 ? kAnyCalls : kNearCalls; }
 
 /* A kernel for every family. */
 struct KernelRow {
@@ -442,19 +442,19 @@ struct KernelRow {
    reinterpret_cast<const void*>(&arf::fused_kernel<DTYPE, WORLD, arf::mx_of(CALLS), HELD, TWO, CALLS>),                 \
    reinterpret_cast<const void*>(&arf::fused_kernel<DTYPE, WORLD, arf::token_of(CALLS, arf::kToken), HELD, TWO, CALLS>), \
    reinterpret_cast<const void*>(&arf::fused_kernel<DTYPE, WORLD, arf::token_of(CALLS, arf::kTokenRounded), HELD, TWO, CALLS>)}
-/* Of stepped calls norms and static FP8 alone; nobody asks for the rest. */
-#define ARF_STEPPED_ROW(DTYPE, WORLD)                                                                                   \
-  {reinterpret_cast<const void*>(&arf::fused_kernel<DTYPE, WORLD, arf::kPlain, 1, false, arf::stepped_of(DTYPE)>),      \
-   reinterpret_cast<const void*>(&arf::fused_kernel<DTYPE, WORLD, arf::kStatic, 1, false, arf::stepped_of(DTYPE)>),     \
+/* Of near calls norms and static FP8 alone; nobody asks for the rest. */
+#define ARF_NEAR_ROW(DTYPE, WORLD)                                                                                   \
+  {reinterpret_cast<const void*>(&arf::fused_kernel<DTYPE, WORLD, arf::kPlain, 1, false, arf::near_of(DTYPE)>),      \
+   reinterpret_cast<const void*>(&arf::fused_kernel<DTYPE, WORLD, arf::kStatic, 1, false, arf::near_of(DTYPE)>),     \
    reinterpret_cast<const void*>(&arf::fused_kernel<DTYPE, WORLD, arf::kDynamic, 1, false, arf::kAnyCalls>),            \
    reinterpret_cast<const void*>(&arf::fused_kernel<DTYPE, WORLD, arf::kFp4, 1, false, arf::kAnyCalls>),                \
    reinterpret_cast<const void*>(&arf::fused_kernel<DTYPE, WORLD, arf::kDynamic, 1, false, arf::kAnyCalls>),            \
    reinterpret_cast<const void*>(&arf::fused_kernel<DTYPE, WORLD, arf::kDynamic, 1, false, arf::kAnyCalls>),            \
    reinterpret_cast<const void*>(&arf::fused_kernel<DTYPE, WORLD, arf::kDynamic, 1, false, arf::kAnyCalls>),            \
    reinterpret_cast<const void*>(&arf::fused_kernel<DTYPE, WORLD, arf::kDynamic, 1, false, arf::kAnyCalls>)}
-#define ARF_SIMULATED_STEPPED_ROW(DTYPE)                                                                                \
-  {reinterpret_cast<const void*>(&arf::simulated_kernel<DTYPE, arf::kPlain, false, arf::stepped_of(DTYPE)>),            \
-   reinterpret_cast<const void*>(&arf::simulated_kernel<DTYPE, arf::kStatic, false, arf::stepped_of(DTYPE)>),           \
+#define ARF_SIMULATED_NEAR_ROW(DTYPE)                                                                                \
+  {reinterpret_cast<const void*>(&arf::simulated_kernel<DTYPE, arf::kPlain, false, arf::near_of(DTYPE)>),            \
+   reinterpret_cast<const void*>(&arf::simulated_kernel<DTYPE, arf::kStatic, false, arf::near_of(DTYPE)>),           \
    reinterpret_cast<const void*>(&arf::simulated_kernel<DTYPE, arf::kDynamic, false, arf::kAnyCalls>),                  \
    reinterpret_cast<const void*>(&arf::simulated_kernel<DTYPE, arf::kFp4, false, arf::kAnyCalls>),                      \
    reinterpret_cast<const void*>(&arf::simulated_kernel<DTYPE, arf::kDynamic, false, arf::kAnyCalls>),                  \
@@ -478,7 +478,7 @@ struct KernelRow {
   static const arf::KernelRow table[6] = {                                                                              \
       ARF_FUSED_ROW(DTYPE, WORLD, 1, false, arf::kAnyCalls), ARF_FUSED_ROW(DTYPE, WORLD, 1, true, arf::kAnyCalls),      \
       ARF_FUSED_ROW(DTYPE, WORLD, 1, false, arf::kCommonCalls), ARF_FUSED_ROW(DTYPE, WORLD, 1, true, arf::kCommonCalls), \
-      ARF_FUSED_ROW(DTYPE, WORLD, 1, false, arf::straight_of(DTYPE)), ARF_STEPPED_ROW(DTYPE, WORLD)};
+      ARF_FUSED_ROW(DTYPE, WORLD, 1, false, arf::straight_of(DTYPE)), ARF_NEAR_ROW(DTYPE, WORLD)};
 #define ARF_ANY_TABLE(DTYPE)                                                                                            \
   static const arf::KernelRow table[2] = {                                                                              \
       ARF_FUSED_ROW(DTYPE, 0, arf::kMaxVectors<DTYPE>, false, arf::kAnyCalls),                                          \
@@ -487,4 +487,4 @@ struct KernelRow {
   static const arf::KernelRow table[6] = {                                                                              \
       ARF_SIMULATED_ROW(DTYPE, false, arf::kAnyCalls), ARF_SIMULATED_ROW(DTYPE, true, arf::kAnyCalls),                  \
       ARF_SIMULATED_ROW(DTYPE, false, arf::kCommonCalls), ARF_SIMULATED_ROW(DTYPE, true, arf::kCommonCalls),            \
-      ARF_SIMULATED_ROW(DTYPE, false, arf::straight_of(DTYPE)), ARF_SIMULATED_STEPPED_ROW(DTYPE)};
+      ARF_SIMULATED_ROW(DTYPE, false, arf::straight_of(DTYPE)), ARF_SIMULATED_NEAR_ROW(DTYPE)};

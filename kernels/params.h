@@ -146,9 +146,10 @@ static_assert(sizeof(SimulatedShardedParams) + sizeof(int) <= 4096, "a kernel's 
 enum Family { kPlain = 0, kStatic = 1, kDynamic = 2, kFp4 = 3, kUsual = 4, kMx = 5, kToken = 6, kTokenRounded = 7, kFamilies = 8 };
 
 /* What a kernel takes for granted of its calls (plan.cu). Straight calls, of the common: what a decode step asks for between
- * two GEMMs: residual in and out, the norm or its codes and nothing else, no bias to the weight. One-shot only. Stepped
- * calls are straight but for a factor, or an addend in front of the residual; norms and static FP8 alone. */
-enum Calls { kAnyCalls = 0, kCommonCalls = 1, kStraightCalls = 2, kSteppedCalls = 3 };
+ * two GEMMs: residual in and out, the norm or its codes and nothing else, no bias to the weight. One-shot only. Near
+ * calls are straight but for a factor, an addend in front of the residual, a bias to the weight or epsilon in memory; norms and
+ * static FP8 alone. */
+enum Calls { kAnyCalls = 0, kCommonCalls = 1, kStraightCalls = 2, kNearCalls = 3 };
 
 /* Which set of kernels. Two, four and eight ranks have their own for rows of at most 1024 vectors; any other world, and
  * wider rows, take kAny. */
@@ -158,8 +159,8 @@ enum World { kLocal = 0, kTwo = 1, kFour = 2, kEight = 3, kAny = 4, kSimulated =
 enum ShardedRow { kShardedCommon = 0, kShardedTwo = 1, kShardedAny = 2, kShardedSimulated = 3, kShardedSimulatedCommon = 4,
                   kShardedRows = 5 };
 
-/* Row 0 one-shot, 1 two-shot, 2 and 3 the same for common calls, 4 and 5 one-shot for straight and stepped ones (not kAny); local: 0 rows of more than 1024
- * vectors, 1 narrower, 2 common calls; sharded: ShardedRow. Each .cu has one. */
+/* Row 0 one-shot, 1 two-shot, 2 and 3 the same for common calls, 4 and 5 one-shot for straight and near ones (not kAny); local:
+ * 0 rows of more than 1024 vectors, 1 narrower, 2 common calls; sharded: ShardedRow. Each .cu has one. */
 using KernelGetter = const void* (*)(int row, int family);
 
 }  // namespace arf

@@ -232,24 +232,22 @@ void split_rows(int64_t tokens, int major, Plan* plan) {
 }
 
 constexpr uint32_t kUncommon = kAddendLast | kDivideByRoot | kReciprocalRoot;
-constexpr int kStraightRow = 4, kSteppedRow = 5; /* of a kernel table */
+constexpr int kStraightRow = 4, kNearRow = 5; /* of a kernel table */
 
-bool has_steps(const arf_call& c) { return c.addend || c.factor_kind; }
-
-/* What most models' graphs ask for, but for steps in front of the residual: tensors of one dtype and a weight. */
+/* What most models' graphs ask for: tensors of one dtype and a weight; but for what near calls may have (params.h: Calls). */
 bool is_usual_norm(const arf_call& c) {
   const bool fp32_beside = c.residual_fp32 || c.residual_out_fp32 || c.weight_fp32 || c.norm_out_fp32;
   return c.op == ARF_OP_ALLREDUCE && c.weight && (c.norm_out || c.quant_out) && !(c.flags & kUncommon) &&
-         !c.epsilon_tensor && (c.dtype == ARF_FP32 || !fp32_beside);
+         (c.dtype == ARF_FP32 || !fp32_beside);
 }
 
 /* Kernels of their own (template parameter kCalls) do without the branches and registers of everything else. */
-bool is_common(const arf_call& c) { return is_usual_norm(c) && !has_steps(c); }
+bool is_common(const arf_call& c) { return is_usual_norm(c) && !c.addend && !c.factor_kind && !c.epsilon_tensor; }
 
-/* Of a usual norm with the quantiser's family set: a straight call (params.h: Calls), but for steps. */
-bool is_straight(const arf_call& c, int family) {
+/* Of a usual norm with the quantiser's family set: a straight call (params.h: Calls), but for what near ones may have. */
+bool goes_straight(const arf_call& c, int family) {
   const bool writes = family == kPlain ? c.norm_out && !c.quant_out : family != kDynamic && !c.norm_out;
-  return c.dtype != ARF_FP32 && c.residual && c.residual_out && !c.allreduce_out && c.weight_bias == 0.0f && writes;
+  return c.dtype != ARF_FP32 && c.residual && c.residual_out && !c.allreduce_out && writes;
 }
 
 bool saturates(const arf_call& c) {
@@ -287,8 +285,11 @@ int usual_family(const arf_call& c) {
   return c.flags & kRoundBeforeWeight ? kTokenRounded : kToken;
 }
 
-bool is_stepped(const arf_call& c, int family) {
-  return has_steps(c) && is_usual_norm(c) && (family == kPlain || (family == kStatic && is_usual(c))) && is_straight(c, family);
+/* A kernel for CTAs of one row each, or 0. `family` as set_common leaves it. */
+int one_row_kernel(const arf_call& c, const Plan& plan) {
+  if (!is_usual_norm(c) || !goes_straight(c, plan.family)) return 0;
+  if (plan.common && c.weight_bias == 0.0f) return kStraightRow;
+  return plan.family == kPlain || (plan.family == kStatic && is_usual(c)) ? kNearRow : 0;
 }
 
 /* Among the kernels for common calls there is one static FP8, the usual; the usual dynamic ones have a family of their own. */
@@ -386,7 +387,7 @@ std::string make_plan(int world, int64_t workspace_bytes, const arf_call& c, boo
   if (!wide && plan->kernels != kAny) set_common(c, plan);
   if (plan->common) plan->kernel_row += 2;
   if (strategy == ARF_ONESHOT && !wide && plan->kernels != kAny) {
-    plan->one_row = plan->common ? (is_straight(c, plan->family) ? kStraightRow : 0) : is_stepped(c, plan->family) ? kSteppedRow : 0;
+    plan->one_row = one_row_kernel(c, *plan);
   }
   if (strategy == ARF_SHARDED) {
     if (world > 2 && !simulated) plan->common = false, plan->family = family_of(c);

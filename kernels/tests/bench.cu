@@ -1,7 +1,8 @@
 // Times the exchange kernels on all GPUs of one machine, driven by one process through the C ABI (no torch, no Python).
 //   nvcc -O2 -std=c++17 -I.. bench.cu -o bench -L. -l:libarf.so   (or any path of the library)
 //   ./bench [hidden,...] [tokens,...] [forms] [ctas,...]
-// forms: letters of p plain, f with a factor, b with a bias, s static FP8, t token FP8, g group-128 FP8, 4 NVFP4 (128x4), l NVFP4
+// forms: letters of p plain, f with a factor, b with a bias, w with 1 added to the weight, n likewise and without a residual, e with
+// epsilon in memory, c plain and its codes, s static FP8, t token FP8, g group-128 FP8, 4 NVFP4 (128x4), l NVFP4
 // (linear), m MXFP8. us per op inside a graph of back-to-back ops, median over replays, maximum over GPUs. The plain form's norm is
 // checked against a double reference.
 #include <cuda_runtime.h>
@@ -130,8 +131,12 @@ int main(int argc, char** argv) {
               };
               switch (form) {
                 case 'f': c.norm_out = r.norm, c.factor_kind = ARF_FACTOR_VALUE, c.factor_value = 0.22f; break;
-                case 'b': c.norm_out = r.norm, c.addend = r.weight; break;
+                case 'w': c.norm_out = r.norm, c.weight_bias = 1.0f; break;
+                case 'n': c.norm_out = r.norm, c.weight_bias = 1.0f, c.residual = c.residual_out = nullptr; break;
+                case 'e': c.norm_out = r.norm, c.epsilon_tensor = r.scale, c.epsilon_dtype = ARF_FP32; break;
+                case 'c': c.norm_out = r.norm; /* and */
                 case 's': quant(1, 0, 0), c.scale = r.scale, c.scale_dtype = ARF_FP32; break;
+                case 'b': c.norm_out = r.norm, c.addend = r.weight; break;
                 case 't': quant(1, -1, 0); break;
                 case 'g': quant(1, 128, 0); break;
                 case '4':

@@ -242,7 +242,7 @@ def cases() -> list[Config]:
         made.append(
             Config(tokens=tokens, hidden=hidden if dtype != torch.float32 else hidden // 2, dtype=dtype, outputs=plain)
         )
-    return made + straight_cases() + stepped_cases() + token_rows() + rare.configs()
+    return made + straight_cases() + near_cases() + token_rows() + rare.configs()
 
 
 PAYLOADS = ("specials", "negative_zero", "sentinel", "subnormal", "nan_rank")
@@ -268,14 +268,10 @@ def straight_cases() -> list[Config]:
     return made
 
 
-def stepped_cases() -> list[Config]:
-    """Straight but for a factor or an addend: kernels of their own (plan.cu: is_stepped)."""
+def near_cases() -> list[Config]:
+    """Straight but for a factor, an addend, a bias to the weight or epsilon in memory: kernels of their own (plan.cu)."""
     made = []
-    steps = [
-        step
-        for step in itertools.product(("none", "row", "rows"), (("none", False), *rare.FACTORS))
-        if step[0] != "none" or step[1][0] != "none"
-    ]
+    steps = list(itertools.product(("none", "row", "rows"), (("none", False), *rare.FACTORS)))
     for dtype, name, (addend, (factor, wide)) in itertools.product(
         (torch.bfloat16, torch.float16), ("", "static"), steps
     ):
@@ -284,7 +280,13 @@ def stepped_cases() -> list[Config]:
         for flag in (0, 3, *((int(Flags.ADDEND_SCALED),) if both else ())):
             hidden = 4096 if flag & 2 else 2176
             shape = Config(tokens=3, hidden=hidden, dtype=dtype, spec=spec, flags=flag, outputs=outputs)
-            made.append(dataclasses.replace(shape, addend=addend, factor=factor, factor_fp32=wide))
+            shape = dataclasses.replace(shape, addend=addend, factor=factor, factor_fp32=wide)
+            made.append(dataclasses.replace(shape, weight_bias=float(len(made) % 2)))
+    for dtype, flag, bias, epsilon_in in itertools.product(
+        (torch.bfloat16, torch.float16), (0, 1, 2, 3), (0.0, 1.0), (None, torch.float64, torch.bfloat16)
+    ):
+        shape = Config(tokens=6, hidden=2880, dtype=dtype, flags=flag, weight_bias=bias)
+        made.append(dataclasses.replace(shape, epsilon=0.3 if epsilon_in else 1e-6, epsilon_in=epsilon_in))
     for payload, dtype, residual in itertools.product(
         PAYLOADS, (torch.bfloat16, torch.float16), ("same", "negative_zero")
     ):
@@ -550,7 +552,7 @@ def main() -> None:
             c
             for i, c in enumerate(everything)
             if (i % 23 == 0 and c.tokens < 200) or ((c.tokens, c.hidden) == (257, PUSHED) and c.addend == "none")
-        ] + (straight_cases() + stepped_cases())[::7]
+        ] + (straight_cases() + near_cases())[::7]
         everything += [
             c for c in rare.configs() if c.dtype == torch.bfloat16 and c.tokens in (6, 40) and c.hidden <= 720
         ]
