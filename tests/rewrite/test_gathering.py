@@ -484,16 +484,20 @@ def test_what_is_sent_is_in_the_mark() -> None:
     norm=st.sampled_from([llama, torch_norm, gemma]),
     quantise=st.sampled_from([None, static, q.token, q.group]),
     wide=st.booleans(),
+    factor=st.sampled_from((None, 0.22, "rows")),
     seed=st.integers(0, 3),
 )
 def test_any(
-    batch: int, share: int, dim: int, dtype: torch.dtype, norm: Any, quantise: Any, wide: bool, seed: int
+    batch: int, share: int, dim: int, dtype: torch.dtype, norm: Any, quantise: Any, wide: bool, factor: Any, seed: int
 ) -> None:
-    """Any shape, dtype, norm and quantiser: one fused call, the same bits."""
+    """Any shape, dtype, norm, quantiser and factor: one fused call, the same bits."""
     shape = [batch, 2 * share, HIDDEN] if dim else [2 * batch, share, HIDDEN]
 
     def fn(x: Tensor, r: Tensor, w: Tensor) -> Any:
-        total = r + scatter(x, WORLD, dim)
+        mine = scatter(x, WORLD, dim)
+        if factor is not None:
+            mine = mine * (r[..., :1].to(dtype).sigmoid() if factor == "rows" else factor)
+        total = r + mine
         whole = gather(norm(total, w, 1e-5).to(dtype), WORLD, dim)
         parts = whole if quantise is None else quantise(whole.view(-1, HIDDEN))
         return (*(parts if isinstance(parts, tuple) else (parts,)), total)
