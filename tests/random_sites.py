@@ -49,6 +49,7 @@ ANY_WEIGHT = ("ir", "ir_add", "c", "c_add")
 """Engine norms that take an fp32 weight; the others get one in the dtype of what they normalise."""
 RESIDUALS = ("left", "right", "none", "fp32", "late", "widened", "bias", "bias first", "bias last", "rows first",
              "rows last", "bias and fp32")  # fmt: skip
+TWO_ADDS = ("bias first", "bias last", "rows first", "rows last", "bias and fp32")
 EPSILONS_IN = ("number", "number", "number", "tensor", "fp64", "computed")
 AROUND = ("waited twice", "flat", "column", "heads", "cloned", "in fp32")
 """What stands around a functional all-reduce and computes nothing (in fp32: of 16-bit values, rounded again)."""
@@ -102,11 +103,24 @@ _unsound("epsilon outside", lambda y, r, w, e: (_times(y, _bare(y, 0.0) + e, w),
 _unsound("epsilon a row", lambda y, r, w, e: (_times(y, _bare(y, r.float().abs().amax(-1, keepdim=True)), w),))
 _unsound("broadcast residual", lambda y, r, w, e: (models.llama(y + r.amax(-1, keepdim=True), w, e),))
 _unsound("weight a row", lambda y, r, w, e: (models.llama(y, r, e),))
-_unsound("scaled", lambda y, r, w, e: (models.llama(y * r.amax(-1, keepdim=True), w, e),))
+_unsound("scaled by a vector", lambda y, r, w, e: (models.llama(r + y * w.to(y.dtype), w, e),))
+_unsound("divided", lambda y, r, w, e: (models.llama(r + y / 3, w, e),))
+_unsound("unrounded product", lambda y, r, w, e: (models.llama(torch.add(r, y, alpha=0.22), w, e),))
+_unsound("scaled twice", lambda y, r, w, e: (models.llama(r + (y * 0.22) * 3.0, w, e),))
 _unsound("relu before", lambda y, r, w, e: (models.llama(y.relu() + r, w, e),))
 _unsound("subtracted", lambda y, r, w, e: (models.llama(r - y, w, e),))
 _unsound("twice itself", lambda y, r, w, e: (models.llama(y + y, w, e), y))
 _unsound("variance_size", lambda y, r, w, e: (torch.ops.vllm_ir.rms_norm(y, w, e, HIDDEN // 4),))
+FACTORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "number": lambda y, r: 0.22 * y,
+    "one": lambda y, r: y * 1.0,
+    "power": lambda y, r: y / 4,
+    "element": lambda y, r: y * r.amax(),
+    "row": lambda y, r: y * torch.sigmoid(r[..., :1]),
+    "row in fp32": lambda y, r: (y.float() * torch.sigmoid(r[..., :1].float())).to(y.dtype),
+    "before a sum": lambda y, r: 0.22 * (y + torch.tanh(r)),
+}
+"""What the reduced value is multiplied by before anything else; the last alone adds a tensor before."""
 UNSOUND_OPS = ("avg", "max")
 IN_PART = ("weight a row",)
 """Of these a sound part may fuse, such as the norm without its weight."""
@@ -129,6 +143,7 @@ class Site:
     between: str
     unsound: str
     epsilon_in: str = "number"
+    factor: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +188,7 @@ def _draw_site(pick: Pick[Any]) -> Site:
         between=pick(BETWEEN),
         unsound=pick(("", "", "", "", (*UNSOUND, *UNSOUND_OPS))) and pick((*UNSOUND, *UNSOUND_OPS)),
         epsilon_in=pick(EPSILONS_IN) if norm in HAND_WRITTEN else "number",
+        factor=pick(("", "", pick(tuple(FACTORS)))),
     )
 
 
@@ -300,6 +316,8 @@ def _norm(
         "fp64": lambda: scales[0].double(),
         "computed": lambda: w[0].float().abs(),
     }[site.epsilon_in]()
+    if site.factor and not (site.factor == "before a sum" and site.residual in TWO_ADDS):
+        y = FACTORS[site.factor](y, r)
     if site.norm in engine_calls.QUANT_NORMS:
         rows, residual = y.reshape(-1, HIDDEN), r.reshape(-1, HIDDEN)
         scale = scales[site.scale].reshape(1)
