@@ -141,9 +141,8 @@ def _addend(call: FusedCall, reduced: torch.Tensor) -> torch.Tensor | None:
 
 
 def _factor(call: FusedCall) -> torch.Tensor | None:
-    """One element, or one for each row, ``[T, 1]``."""
-    factor = call.factor
-    return factor if factor is None or factor.numel() == 1 else factor.view(-1, 1)
+    """One element, or one for each row, as ``[T, 1]``."""
+    return None if call.factor is None else call.factor.view(-1, 1)
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -285,12 +285,13 @@ def _norms_behind_factor(value: fx.Node) -> Iterator[tuple[Norm, str]]:
 
 
 def _scaled(norm: Norm, value: fx.Node, product: Product, before: tuple[fx.Node, ...], view: fx.Node) -> Norm:
-    """The norm of ``view``, a view of a product, as one of ``value``; ``before`` lie between that and the product."""
+    """The norm of ``view``, a view of a product, as one of ``value``; ``before`` lie between that and the product. With
+    nothing added the product is the sum that others may read."""
     return dataclasses.replace(
         norm,
         operand=value,
         nodes=(*before, *product.nodes, *path(product.node, view), *norm.nodes),
-        total=product.node if norm.total is None else norm.total,
+        total=norm.total if adds(norm) else product.node,
         factor=product.factor,
     )
 

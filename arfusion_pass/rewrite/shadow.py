@@ -25,7 +25,7 @@ from arfusion_pass.dialects import Prologue, Quantised
 from arfusion_pass.dialects.reading.operands import widens_beside
 from arfusion_pass.graph import aten, dtype_of, last_dim, prims, tensor_of
 from arfusion_pass.rewrite.raised import RaisedSite
-from arfusion_pass.rewrite.raising import adds, is_scaled, is_spread
+from arfusion_pass.rewrite.raising import adds, is_spread
 
 
 @dataclasses.dataclass
@@ -93,7 +93,7 @@ class _Site:
         else:
             reduced = self._call(ir.op.all_reduce.default, x, self.reduced.group)
         values["allreduce_out"] = reduced
-        if adds(self.norm) or is_scaled(self.norm):
+        if adds(self.norm) or self.norm.total is not None:
             values["norm_out"], values["residual_out"] = self._added_and_normed(reduced, x)
         else:
             values["norm_out"] = self._normed(reduced)

@@ -285,6 +285,23 @@ def test_traced_engine_norm_is_exact(world: None) -> None:
     assert [site.dialect for site in report.fused] == ["functional_collectives+vllm"] * 2
 
 
+@pytest.mark.parametrize("read", [False, True])
+def test_a_factor_in_front_of_an_op(world: None, read: bool) -> None:
+    """The op's sum, which nobody reads, is not the product, which somebody may: then the site is left."""
+    engine_ops.register_vllm()
+
+    def fn(x: torch.Tensor, r: torch.Tensor, w: torch.Tensor) -> Any:
+        product = _reduce(x) * 0.22
+        norm, _ = torch.ops.vllm_ir.fused_add_rms_norm(product, r, w, 1e-6)
+        return (norm, product.exp()) if read else norm
+
+    module = trace(fn, *tensors((TOKENS, HIDDEN), (TOKENS, HIDDEN), (HIDDEN,)))
+    if read:
+        assert "is also read by" in str(check_unchanged(module).missed[0].reason)
+    else:
+        assert check_fused(module, 1).fused[0].pattern == "AllReduceScaledFusedAddRMSNorm"
+
+
 @pytest.mark.parametrize("custom", [False, True])
 def test_scale_computed_from_the_norm_is_left(world: None, custom: bool) -> None:
     """A static quantiser whose scale is the norm's own maximum needs all tokens first: the norm is fused without it,

@@ -475,7 +475,13 @@ def scaled_by_one(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, .
     return norm(total, w), total
 
 
+def embedding_by_one(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    h = reduce(x) * 1.0
+    return norm(h, w), h
+
+
 FACTORS = {
+    embedding_by_one: "",
     scaled: "ScaledFusedAdd",
     scaled_before_a_view: "ScaledFusedAdd",
     embedding: "Scaled",
