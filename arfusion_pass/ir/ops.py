@@ -115,8 +115,8 @@ def _fused_add_rms_norm(
     factor: torch.Tensor | None,
     factor_value: float,
 ) -> Pair:
-    if factor is not None and factor.numel() != 1:
-        factor = factor.view(*x.shape[:-1], 1)
+    if factor is not None:
+        factor = factor.view(()) if factor.numel() == 1 else factor.view(*x.shape[:-1], 1)
     total = reference.fused_add(x, residual, addend, flags, factor, factor_value)
     value = total if flags & Flags.UNROUNDED_SUM else total.to(x.dtype).float()
     norm = reference.rms_norm(value, weight, epsilon, weight_bias, flags, x.dtype, epsilon_tensor)
