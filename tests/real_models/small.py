@@ -67,6 +67,9 @@ OWN: dict[str, dict[str, Any]] = {
 }
 """What single configurations leave open that their models need."""
 
+FACTORS = {"residual_multiplier": 0.22, "embedding_multiplier": 12.0}
+"""Granite's as published, where a configuration's own are 1."""
+
 AS_LOADED = ("sarvam_moe",)
 """Models whose checkpoints transformers cannot convert where they are sharded (5.24 splits one rank's part of a fused
 QKV by the sizes of all ranks'): written in the form that they are loaded into."""
@@ -101,6 +104,8 @@ def small_config(model_type: str, **settings: Any) -> Any:
     for name, value in written.items():
         if name in SIZES and (isinstance(value, (int, float, list)) or name in ALWAYS):
             sizes[name] = SIZES[name]
+        elif name in FACTORS and value == 1.0:
+            sizes[name] = FACTORS[name]
         elif isinstance(value, list) and len(value) == written.get("num_hidden_layers"):  # one for each layer
             sizes[name] = [value[0], value[-1]]
     if "qk_rope_head_dim" in written:  # latent attention: one rotary part for all heads
