@@ -21,8 +21,8 @@ if shutil.which("gcc") is None:
 
 PLAIN, ADD = "AllReduceRMSNorm", "AllReduceFusedAddRMSNorm"
 GEMMA, ADD_GEMMA = "AllReduceGemmaRMSNorm", "AllReduceFusedAddGemmaRMSNorm"
+EMBEDDING_GEMMA = "AllReduceScaledGemmaRMSNorm"
 USUAL = [PLAIN, *[ADD] * 4]
-SCALED = "aten.mul.Tensor) stands between it and the norm"
 LAYER_NORM = "belongs to a LayerNorm"
 
 
@@ -39,13 +39,13 @@ EXPECTED: dict[int, dict[str, tuple[list[str], list[str]]]] = {
         "llama": (USUAL, []),
         "llama+fp8_static": (with_quantiser("StaticQuantFP8"), []),
         "llama+fp8": (with_quantiser("TokenQuantFP8"), []),
-        "gemma": ([ADD_GEMMA] * 4, [SCALED]),
-        "gemma2": ([GEMMA] * 4, [SCALED]),
-        "tf_gemma": ([ADD_GEMMA] * 4, [SCALED]),
+        "gemma": ([EMBEDDING_GEMMA, *[ADD_GEMMA] * 4], []),
+        "gemma2": ([EMBEDDING_GEMMA, *[GEMMA] * 4], []),
+        "tf_gemma": ([EMBEDDING_GEMMA, *[ADD_GEMMA] * 4], []),
         "glm4": ([PLAIN] * 5, []),
         "olmo2": ([PLAIN] * 4, ["no RMSNorm over its last dimension follows"]),
         "mamba2": ([PLAIN, ADD, ADD], ["it reduces one number for each row"] * 2),
-        "granite": ([], [SCALED] * 5),
+        "granite": (["AllReduceScaledRMSNorm", *["AllReduceScaledFusedAddRMSNorm"] * 4], []),
         "cohere": ([], [LAYER_NORM] * 3),
     },
     10: {
