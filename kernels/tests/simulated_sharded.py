@@ -131,6 +131,9 @@ def cases() -> list[Config]:
         ("specials", "nan_rank"), DTYPES, ("static", "int8", "nvfp4_linear", "mxfp8_linear")
     ):
         made.append(Config(11, 1024, dtype, payload=payload, spec=SPECS[name], outputs=OUTPUTS[0]))
+    for dtype, name in itertools.product(DTYPES, ("static", "nvfp4_128x4")):  # a number is the same for all owners
+        made.append(Config(6, 1024, dtype, factor="value", outputs=plain))
+        made.append(Config(6, 1024, dtype, factor="value", spec=SPECS[name], outputs=OUTPUTS[0]))
     return made
 
 
