@@ -160,9 +160,21 @@ def dequantised_at_once(h: Tensor) -> Any:
     return (((h.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale).to(BF16),)
 
 
+def masked(x: Tensor, r: Tensor, w: Tensor, t: Tensor) -> Any:
+    s = r + reduce(x) * t[:, :1]
+    return llama(s, w, EPS), s
+
+
+def two_lambdas(x: Tensor, r: Tensor, w: Tensor, t: Tensor) -> Any:
+    """The stream and the embedding by learned factors, as speedruns of small models have them."""
+    s = w[0] * (r + reduce(x)) + w[1] * t
+    return F.rms_norm(s, (HIDDEN,)), s
+
+
 FUSED = [litgpt, t5, chatglm, olmo_with_bias, olmo2_behind_the_norm, engines_unrounded, vllm_variance_size,
          gemma_as_sum, written_in_place, weight_of_another_dtype, dropout_of_nothing, two_norms_of_one_sum,
          two_weights_of_one_norm, mamba_fp32_stream, residual_scaled, stream_is_written_back, weight_is_written_later,
+         masked, two_lambdas,
          *map(quantised, (per_token_cast, per_token_cast_packed, by_vector_norm, dequantised_at_once))]  # fmt: skip
 
 
@@ -215,11 +227,6 @@ def residual_from_the_all_reduce(x: Tensor, r: Tensor, w: Tensor, t: Tensor) -> 
     return llama(s, w, EPS), s
 
 
-def masked(x: Tensor, r: Tensor, w: Tensor, t: Tensor) -> Any:
-    s = r + reduce(x) * t[:, :1]
-    return llama(s, w, EPS), s
-
-
 def one_column_added(x: Tensor, r: Tensor, w: Tensor, t: Tensor) -> Any:
     s = r + (reduce(x) + t[:, :1])
     return llama(s, w, EPS), s
@@ -232,12 +239,6 @@ def last_token_alone(x: Tensor, r: Tensor, w: Tensor, t: Tensor) -> Any:
 def averaged(x: Tensor, r: Tensor, w: Tensor, t: Tensor) -> Any:
     s = r + reduce(x, op="avg")
     return llama(s, w, EPS), s
-
-
-def two_lambdas(x: Tensor, r: Tensor, w: Tensor, t: Tensor) -> Any:
-    """The stream and the embedding by learned factors, as speedruns of small models have them."""
-    s = w[0] * (r + reduce(x)) + w[1] * t
-    return F.rms_norm(s, (HIDDEN,)), s
 
 
 def hyper_connections(x: Tensor, r: Tensor, w: Tensor, t: Tensor) -> Any:
@@ -253,11 +254,9 @@ LEFT = {
     epsilon_of_each_row: "epsilon is a tensor of more than one element",
     root_is_read: "a value inside the RMSNorm, is also read by the graph's output",
     residual_from_the_all_reduce: "which the call itself would produce",
-    masked: "(aten.mul.Tensor) stands between it and the norm",
     one_column_added: "(aten.add.Tensor) stands between it and the norm",
     last_token_alone: "(aten.slice.Tensor) stands between it and the norm",
     averaged: "reduces by 'avg'",
-    two_lambdas: "(aten.add.Tensor) stands between it and the norm",
     hyper_connections: "(aten.mul.Tensor) stands between it and the norm",
 }
 

@@ -29,16 +29,16 @@ MODELS = {
     "mistral": Model(2 * LAYERS + 1),
     "qwen3": Model(2 * LAYERS + 1),
     # The embedding's all-reduce is scaled by sqrt(hidden) before the first norm; torch 2.11 scales what it reduces.
-    "gemma2": Model(2 * LAYERS, ("mul",)),
-    "gemma3_text": Model(2 * LAYERS, ("mul",)),
+    "gemma2": Model(2 * LAYERS + 1),
+    "gemma3_text": Model(2 * LAYERS + 1),
     "qwen3_moe": Model(2 * LAYERS + 1),
     "mixtral": Model(2 * LAYERS + 1),
     # Norms behind attention and MLP, before the residual add: the embedding's all-reduce feeds no norm.
     "olmo2": Model(2 * LAYERS, ("is the first of 4 sums between it and the nearest norm",)),
     # Norms on both sides.
     "glm4": Model(2 * LAYERS + 1),
-    # residual + 0.22 * all_reduce, which fuses with the setting alone.
-    "granite": Model(2 * LAYERS + 1, reassociate=True),
+    # residual + 0.22 * all_reduce.
+    "granite": Model(2 * LAYERS + 1),
     # The plan leaves its attention whole and reduces routed and shared experts apart: with the setting one sum.
     "deepseek_v3": Model(4, reassociate=True),
 }

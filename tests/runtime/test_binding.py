@@ -147,13 +147,18 @@ def _errors(stub: ctypes.CDLL) -> dict[str, list[str]]:
 
 
 OWN, WHOLE = torch.empty(4, 64, dtype=torch.bfloat16), torch.empty(8, 64, dtype=torch.bfloat16)
-SHARE = "a residual, its sum or an addend has 2 rows, and 8 tokens are 4 for each of 2 ranks"
+SHARE = "a residual, its sum, an addend or a factor has 2 rows, and 8 tokens are 4 for each of 2 ranks"
 SCATTERED: dict[str, tuple[str, dict[str, object]]] = {
     "add": ("launched", {"residual": OWN, "residual_out": OWN.clone()}),
     "first": ("launched", {"allreduce_out": OWN}),
     "one block": ("launched", {"block": 4}),
     "several blocks": ("launched", {"block": 2}),
     "addend": ("launched", {"residual": OWN, "residual_out": OWN.clone(), "addend": OWN.clone()}),
+    "factor": ("launched", {"residual_out": OWN.clone(), "factor": OWN[:, :1].float()}),
+    "number": ("launched", {"residual_out": OWN.clone(), "factor_value": 0.5}),
+    "sum beside a factor": ("collectives", {"factor": OWN[:, :1].clone(), "allreduce_out": OWN.clone()}),
+    "sum beside a number": ("collectives", {"factor_value": 0.5, "allreduce_out": OWN.clone()}),
+    "factors of no rank's share": (SHARE, {"residual_out": OWN.clone()[:2], "factor": OWN[:2, :1].clone()}),
     "sum beside an addend": ("collectives", {"addend": OWN, "allreduce_out": OWN.clone()}),
     "sum beside the add": ("collectives", {"residual": OWN, "allreduce_out": OWN.clone()}),
     "sums alone": ("collectives", {"norm_out": None, "residual_out": OWN}),
