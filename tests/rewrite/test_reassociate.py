@@ -732,6 +732,46 @@ def test_a_factor_that_stays_is_the_calls(model: Callable[..., Any], config: Any
     assert "Scaled" in report.fused[0].pattern
 
 
+def gate_is_written(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    gate = y[:, :1].clone()
+    total = r + reduce(x) * gate
+    torch.ops.aten.mul_.Tensor(gate.view(-1), 2)
+    return norm(total, w), total
+
+
+def widened_gate_was_written(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    gate = y[:, :1].clone()
+    wide = gate.float()
+    torch.ops.aten.mul_.Tensor(gate, 2)
+    return (norm(r + (reduce(x).float() * wide).to(x.dtype), w),)
+
+
+def gate_of_itself(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    value = reduce(x)
+    return (norm(r + value * torch.sigmoid(value[:, :1]), w),)
+
+
+def beyond_fp32(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    return (norm(r + reduce(x) * 1e39, w),)
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (gate_is_written, "writes to"),
+        (widened_gate_was_written, "stands between"),
+        (gate_of_itself, "which the call itself would produce"),
+        (beyond_fp32, "stands between"),
+    ],
+    ids=lambda each: getattr(each, "__name__", None),
+)
+def test_a_factor_that_is_no_calls(model: Callable[..., Any], why: str) -> None:
+    """Contract *sound*: a factor that changes before the call would read it, that needs the call's own result, or that
+    no kernel multiplies by."""
+    module = trace(model, *tensors(*[(4, HIDDEN)] * 3, (HIDDEN,)), functional=False)
+    assert why in str(check_unchanged(module).missed[0].reason)
+
+
 def bias_behind_a_reduced_embedding(x: Tensor, y: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
     h = reduce(x)
     return (norm(h + (reduce(norm(h, w)) + w), w),)
